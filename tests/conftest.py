@@ -1,0 +1,43 @@
+"""Settings for every test: no network, no fight over the cores, fresh seeds, and a reason for each skipped GPU test."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+# Before torch and huggingface_hub are imported. A test that needs the network is wrong: it fails now, not after retries.
+os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One thread a worker, in its subprocesses too: two workers with two threads each on two cores are slower than this.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gpu_items = [item for item in items if "gpu" in item.keywords]
+    if not gpu_items:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason=f"needs a CUDA device; torch {torch.__version__} sees none")
+        for item in gpu_items:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """The same random numbers whichever tests ran before, in tests that use torch at all."""
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned_empty() -> Iterator[None]:
+    """Where `torch.empty` will be filled with NaN, so that an element that a kernel never writes shows in its result.
+
+    It poisons nothing yet: it comes with the first kernel that allocates its own output.
+    """
+    yield
