@@ -1,0 +1,115 @@
+"""``y = x @ dequantize(weight).T + bias`` for 4-bit weights.
+
+x ``[..., K]``, weight packed ``[(N*K+1)//2, 1]`` with absmax ``[ceil(N*K/blocksize)]``, y ``[..., N]``. For few rows it
+is bound by the N*K/2 bytes of weights, for many by 2*M*N*K FLOPs. The scales may themselves be quantised (double
+quantisation, QLoRA section 3): ``absmax = map[absmax_8bit] * nested_absmax[block] + offset``.
+
+Here the definition alone: dequantise, multiply in the dtype of x with the library's accumulation.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from onegpu.kernels.autocast import autocast_input
+from onegpu.kernels.library import define
+
+from . import quant_4bit, quant_blockwise  # noqa: F401  (the ops that the definition calls)
+
+
+class Packed4bit(NamedTuple):
+    """A 4-bit matrix as kernels take it.
+
+    weight: packed codes, ``[(N*K+1)//2, 1]`` of the storage dtype. absmax: float32 scales, or uint8 codes of them when
+    the last three fields are set. shape: ``(N, K)``.
+    """
+
+    weight: torch.Tensor
+    absmax: torch.Tensor
+    blocksize: int
+    quant_type: str
+    shape: tuple[int, ...]
+    nested_absmax: torch.Tensor | None = None
+    nested_code: torch.Tensor | None = None
+    offset: torch.Tensor | None = None
+    nested_blocksize: int = 256
+
+    def scales(self) -> torch.Tensor:
+        """The float32 scales, shape ``[ceil(N*K/blocksize)]``."""
+        if self.nested_absmax is None:
+            return self.absmax
+        dequantize = torch.ops.onegpu.dequantize_blockwise
+        plain = dequantize(self.absmax, self.nested_absmax, self.nested_code, self.nested_blocksize, torch.float32)
+        return plain + self.offset  # type: ignore[no-any-return]
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        """The matrix in ``dtype``, shape ``shape``."""
+        return torch.ops.onegpu.dequantize_4bit(  # type: ignore[no-any-return]
+            self.weight, self.scales(), self.blocksize, self.quant_type, self.shape, dtype
+        )
+
+
+def _forward(x: torch.Tensor, *packed_and_bias: Any) -> torch.Tensor:
+    *packed, bias = packed_and_bias
+    return F.linear(x, Packed4bit(*packed).dequantize(x.dtype), bias)
+
+
+def _forward_fake(x: torch.Tensor, *packed_and_bias: Any) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], packed_and_bias[4][0]))
+
+
+def _backward(grad: torch.Tensor, *packed: Any) -> torch.Tensor:
+    return grad @ Packed4bit(*packed).dequantize(grad.dtype)
+
+
+def _backward_fake(grad: torch.Tensor, *packed: Any) -> torch.Tensor:
+    return grad.new_empty((*grad.shape[:-1], packed[4][1]))
+
+
+_PACKED = (
+    "Tensor weight, Tensor absmax, int blocksize, str quant_type, SymInt[] shape, "
+    "Tensor? nested_absmax, Tensor? nested_code, Tensor? offset, int nested_blocksize"
+)
+define(f"linear_4bit(Tensor x, {_PACKED}, Tensor? bias) -> Tensor", _forward, _forward_fake)
+define(f"linear_4bit_backward(Tensor grad, {_PACKED}) -> Tensor", _backward, _backward_fake)
+
+
+class _Linear4bit(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, packed: Packed4bit) -> torch.Tensor:
+        ctx.packed = packed  # frozen: nothing of x is needed for the gradient
+        return torch.ops.onegpu.linear_4bit(x, *packed, bias)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:  # type: ignore[override]
+        grad_x = torch.ops.onegpu.linear_4bit_backward(grad, *ctx.packed) if ctx.needs_input_grad[0] else None
+        grad_bias = grad.sum(dim=tuple(range(grad.dim() - 1))) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_bias, None
+
+
+def linear_4bit(x: torch.Tensor, packed: Packed4bit, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Multiply by a 4-bit matrix.
+
+    Args:
+        x: float16, bfloat16 or float32, ``[..., K]``, any strides.
+        packed: the matrix, ``shape == (N, K)``, on the device of x.
+        bias: ``[N]`` in the dtype of x, or None.
+
+    Returns:
+        ``[..., N]`` in the dtype of x (of autocast, where it is on). Gradients flow to x and to the bias.
+    """
+    x = autocast_input(x)
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return _Linear4bit.apply(x, bias, packed)  # type: ignore[no-any-return, no-untyped-call]
+    return torch.ops.onegpu.linear_4bit(x, *packed, bias)  # type: ignore[no-any-return]
+
+
+def cost(m: int, n: int, k: int, itemsize: int, blocksize: int, nested: bool = False) -> tuple[int, int]:
+    """Bytes moved and FLOPs of one product with M = ``m`` rows of ``itemsize`` bytes."""
+    scales = -(-n * k // blocksize) * (1 if nested else 4)
+    return (n * k + 1) // 2 + scales + m * (n + k) * itemsize, 2 * m * n * k

@@ -1,0 +1,134 @@
+"""``y = x @ (weight * SCB / 127).T + bias`` by LLM.int8().
+
+x ``[..., K]`` float, weight int8 ``[N, K]``, SCB float32 ``[N]`` (absmax of each weight row), y ``[..., N]``. The rows
+of x are quantised to int8, multiplied exactly in integers and scaled back; columns of x that hold a value at or above
+``threshold`` are taken out and multiplied in the dtype of x (arXiv:2208.07339, section 3). Bound by N*K bytes for few
+rows, by 2*M*N*K integer operations for many.
+
+Outlier columns are found by mask and never counted on the host: ``nonzero`` would synchronise and could not be captured
+in a CUDA graph. The CPU, where counting is free, multiplies only those columns.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from onegpu.kernels.autocast import autocast_input
+from onegpu.kernels.library import define
+from onegpu.kernels.quant_int8 import dequantize_rows
+
+_INT8_SQUARED = 1.0 / (127.0 * 127.0)
+
+
+def _integer_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """``a @ b.T`` of int8 ``[M, K]`` and ``[N, K]``: exact int32 or (past 2**24, without AVX512) rounded float32."""
+    if a.device.type == "cpu":
+        if torch.backends.cpu.get_cpu_capability() == "AVX512" and a.numel():
+            return torch._int_mm(a, b.t())
+        return a.float() @ b.float().t()
+    m, k = a.shape
+    if k % 8 or b.shape[0] % 8 or not m:
+        return a.float() @ b.float().t()
+    # cuBLAS takes at least 17 rows, in eights.
+    rows = max(24, -(-m // 8) * 8)
+    return torch._int_mm(torch.nn.functional.pad(a, (0, 0, 0, rows - m)), b.t())[:m]
+
+
+def _forward(
+    x: torch.Tensor, weight: torch.Tensor, SCB: torch.Tensor, bias: torch.Tensor | None, threshold: float
+) -> torch.Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    codes, absmax, mask = torch.ops.onegpu.int8_vectorwise_quant(rows.half(), threshold)
+    out = _integer_product(codes, weight) * (absmax[:, None] * SCB[None, :]) * _INT8_SQUARED
+    if bias is not None:
+        out += bias
+    out = out.to(x.dtype)
+    if threshold > 0.0:
+        if x.device.type == "cpu":
+            columns = mask.nonzero().view(-1)
+            if columns.numel():
+                out = out.addmm(rows[:, columns], dequantize_rows(weight[:, columns], SCB, x.dtype).t())
+        else:
+            out = out.addmm(rows.masked_fill(~mask, 0.0), dequantize_rows(weight, SCB, x.dtype).t())
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def _forward_fake(
+    x: torch.Tensor, weight: torch.Tensor, SCB: torch.Tensor, bias: torch.Tensor | None, threshold: float
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _backward(grad: torch.Tensor, weight: torch.Tensor, SCB: torch.Tensor) -> torch.Tensor:
+    return grad @ dequantize_rows(weight, SCB, grad.dtype)
+
+
+def _backward_fake(grad: torch.Tensor, weight: torch.Tensor, SCB: torch.Tensor) -> torch.Tensor:
+    return grad.new_empty((*grad.shape[:-1], weight.shape[1]))
+
+
+define(
+    "int8_linear(Tensor x, Tensor weight, Tensor SCB, Tensor? bias, float threshold) -> Tensor", _forward, _forward_fake
+)
+define("int8_linear_backward(Tensor grad, Tensor weight, Tensor SCB) -> Tensor", _backward, _backward_fake)
+
+
+class _LinearInt8(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        source: torch.Tensor | None,
+        weight: torch.Tensor,
+        SCB: torch.Tensor,
+        bias: torch.Tensor | None,
+        threshold: float,
+    ) -> torch.Tensor:
+        ctx.weight, ctx.SCB = weight, SCB
+        # x is kept only where a 16-bit weight learns from it (has_fp16_weights).
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None)
+        return torch.ops.onegpu.int8_linear(x, weight, SCB, bias, threshold)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        need_x, need_source, *_, need_bias, _ = ctx.needs_input_grad
+        grad_x = torch.ops.onegpu.int8_linear_backward(grad, ctx.weight, ctx.SCB) if need_x else None
+        rows = grad.reshape(-1, grad.shape[-1])
+        grad_source = rows.t() @ x.reshape(-1, x.shape[-1]) if need_source else None
+        return grad_x, grad_source, None, None, rows.sum(dim=0) if need_bias else None, None
+
+
+def linear_int8(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    SCB: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    threshold: float = 0.0,
+    source: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Multiply by an int8 matrix.
+
+    Args:
+        x: float16, bfloat16 or float32, ``[..., K]``.
+        weight: int8 ``[N, K]``.
+        SCB: float32 ``[N]``.
+        bias: ``[N]`` or None.
+        threshold: outlier threshold in units of x; 0 quantises every column.
+        source: the float matrix that ``weight`` was just made from, where it learns; gets the gradient.
+
+    Returns:
+        ``[..., N]`` in the dtype of x (of autocast, where it is on). Gradients flow to x, bias and ``source``.
+    """
+    x = autocast_input(x)
+    learns = any(t is not None and t.requires_grad for t in (x, bias, source))
+    if torch.is_grad_enabled() and learns:
+        return _LinearInt8.apply(x, source, weight, SCB, bias, threshold)  # type: ignore[no-any-return, no-untyped-call]
+    return torch.ops.onegpu.int8_linear(x, weight, SCB, bias, threshold)  # type: ignore[no-any-return]
+
+
+def cost(m: int, n: int, k: int, itemsize: int) -> tuple[int, int]:
+    """Bytes moved and FLOPs of one product with M = ``m`` rows of ``itemsize`` bytes."""
+    return n * k + 4 * n + m * (n + k) * itemsize, 2 * m * n * k

@@ -1,0 +1,45 @@
+"""Row-wise int8 quantisation: ``q[r, c] = round(127 * A[r, c] / max|A[r, :]|)``.
+
+The vector-wise scheme of LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339, section 2.1). With a threshold, entries
+at or above it do not enter the row's maximum, and every column that holds one is zero in the result: the caller
+multiplies those columns in higher precision. Bound by bytes: 2 read and 1 written per element.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from onegpu.kernels.library import define
+
+
+def _quantize(A: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rows = A.reshape(-1, A.shape[-1])
+    mask = torch.zeros(rows.shape[-1], dtype=torch.bool, device=A.device)
+    if threshold > 0.0:
+        outliers = rows.abs() >= threshold
+        mask = outliers.any(dim=0)
+        rows = rows.masked_fill(outliers, 0.0)
+    absmax = rows.abs().amax(dim=1).float() if rows.numel() else rows.new_zeros(rows.shape[0], dtype=torch.float32)
+    scaled = torch.round(rows * (127.0 / absmax)[:, None])
+    # An all-zero row divides by zero. Its codes are zeros; a row with NaN keeps NaN in absmax, where it stays visible.
+    codes = scaled.nan_to_num(nan=0.0).to(torch.int8).masked_fill(mask, 0)
+    return codes.view(A.shape), absmax, mask
+
+
+def _quantize_fake(A: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rows = A.numel() // A.shape[-1]
+    codes = torch.empty(A.shape, dtype=torch.int8, device=A.device)
+    return codes, A.new_empty((rows,), dtype=torch.float32), A.new_empty((A.shape[-1],), dtype=torch.bool)
+
+
+define("int8_vectorwise_quant(Tensor A, float threshold) -> (Tensor, Tensor, Tensor)", _quantize, _quantize_fake)
+
+
+def dequantize_rows(codes: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``codes * absmax / 127`` in ``dtype``: codes int8 ``[..., K]``, absmax float32 ``[...]``."""
+    return (codes * (absmax * (1.0 / 127.0))[..., None]).to(dtype)
+
+
+def cost(rows: int, columns: int, itemsize: int) -> tuple[int, int]:
+    """Bytes moved and FLOPs."""
+    return rows * columns * (itemsize + 1) + 4 * rows, 2 * rows * columns

@@ -1,0 +1,250 @@
+"""4-bit linear layers: bitsandbytes' ``Linear4bit`` on our ops.
+
+The packed codes are the parameter ``weight``; its scales live as buffers of the module (so that footprints count them
+and hooks move them), float32 or uint8 whatever the model's dtype, under the names that a checkpoint gives them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from onegpu.functional import QuantState
+from onegpu.kernels.codebooks import codebook_4bit, dynamic_map
+from onegpu.kernels.linear_4bit import Packed4bit, linear_4bit
+from onegpu.nn.bytes_of import move_as_bytes, nbytes
+from onegpu.nn.check import check_state
+from onegpu.nn.params_4bit import Params4bit, state_tensors
+
+# The value tables are constants of the format, shared by all layers of a device: no buffers.
+_BUFFERS = ("absmax", "nested_absmax", "nested_offset")
+
+
+class Linear4bit(nn.Linear):
+    """``y = x @ W.T + b`` with W in 4-bit blocks (QLoRA, arXiv:2305.14314).
+
+    Load a float weight ``[N, K]``, then move the module to a device: that quantises it.
+
+    Args:
+        input_features, output_features: K and N.
+        bias: whether there is one; it stays in the float dtype.
+        compute_dtype: dtype of the product; None or float32 follow the dtype of 16-bit inputs (accumulation is
+            float32 either way: what float32 would protect against does not happen here).
+        compress_statistics: double quantisation of the scales.
+        quant_type: "nf4" or "fp4". quant_storage: dtype that the packed bytes are viewed as.
+        device: where the weight is created.
+
+    Raises:
+        ValueError: quant type unknown. RuntimeError: forward before the weight was quantised.
+    """
+
+    weight: Params4bit
+    absmax: torch.Tensor
+    nested_absmax: torch.Tensor | None
+    nested_offset: torch.Tensor | None
+    expanded: torch.Tensor | None
+    expand_on_cpu: bool = False
+    _packed_meta: tuple[int, str, torch.dtype] | None
+
+    def __init__(
+        self,
+        input_features: int,
+        output_features: int,
+        bias: bool = True,
+        compute_dtype: torch.dtype | None = None,
+        compress_statistics: bool = True,
+        quant_type: str = "fp4",
+        quant_storage: torch.dtype = torch.uint8,
+        device: Any = None,
+    ) -> None:
+        super().__init__(input_features, output_features, bias, device)
+        for name in (*_BUFFERS, "expanded"):
+            self.register_buffer(name, None, persistent=False)
+        self.compute_dtype = compute_dtype
+        self.quant_storage = quant_storage
+        self.weight = Params4bit(
+            self.weight.data,
+            compress_statistics=compress_statistics,
+            quant_type=quant_type,
+            quant_storage=quant_storage,
+        )
+
+    @property
+    def quant_state(self) -> QuantState | None:
+        """The state of the weight, None before it is quantised."""
+        return getattr(self.weight, "quant_state", None)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Also called by ``module.weight = …``: a quantised weight brings its scales along."""
+        if name == "weight" and not isinstance(param, Params4bit) and self.__dict__.get("_packed_meta") is not None:
+            # Tools that rebuild parameters (accelerate, FSDP) lose the subclass; the bytes are what they were.
+            param = self._restate(param)
+        super().register_parameter(name, param)
+        if name == "weight" and isinstance(param, Params4bit):
+            self._adopt(param)
+
+    def _adopt(self, weight: Params4bit) -> None:
+        """Make the buffers and the shape facts follow ``weight``."""
+        state = weight.quant_state
+        tensors: dict[str, torch.Tensor | None] = state_tensors(state) if state is not None else {}
+        for name in _BUFFERS:
+            self._buffers[name] = tensors.get(name)
+        self._buffers["expanded"] = None
+        self.__dict__["_packed_meta"] = None if state is None else (state.blocksize, state.quant_type, state.dtype)
+
+    def _restate(self, param: nn.Parameter | None) -> Params4bit:
+        if param is None:
+            raise ValueError("weight=None: a Linear4bit cannot be without its weight; delete the module instead")
+        state = self._state_from_buffers()
+        return Params4bit(
+            param.data,
+            quant_state=state,
+            blocksize=state.blocksize,
+            compress_statistics=state.nested,
+            quant_type=state.quant_type or "fp4",
+            quant_storage=self.quant_storage,
+            bnb_quantized=True,
+        )
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Linear4bit:
+        weight = self._parameters.pop("weight")
+        buffers = {name: self._buffers.pop(name) for name in (*_BUFFERS, "expanded")}
+        try:
+            super()._apply(fn, recurse)  # the bias, and whatever children an adapter added
+        finally:
+            rest = dict(self._parameters)
+            self._parameters.clear()
+            self._parameters.update({"weight": weight, **rest})  # weight first, as it was
+            self._buffers.update(buffers)
+        assert isinstance(weight, Params4bit)
+        if not weight.bnb_quantized:
+            moved = fn(weight)  # Params4bit.to quantises where fn names a device
+            self.weight = moved if isinstance(moved, Params4bit) else weight._like(moved, None)
+            return self
+        for name, scales in buffers.items():
+            self._buffers[name] = None if scales is None or name == "expanded" else move_as_bytes(scales, fn)
+        self.weight = weight._like(move_as_bytes(weight.data, fn), self._state_from_buffers())
+        return self
+
+    def _state_from_buffers(self) -> QuantState:
+        """The state as the buffers have it: accelerate's hooks move buffers one by one, past ``weight``."""
+        blocksize, quant_type, dtype = self._packed_meta
+        device = self.absmax.device
+        state2 = None
+        if self.nested_absmax is not None:
+            state2 = QuantState(self.nested_absmax, None, dynamic_map(device), 256, None, torch.float32)
+        shape, code = (self.out_features, self.in_features), codebook_4bit(quant_type, device)
+        return QuantState(self.absmax, shape, code, blocksize, quant_type, dtype, self.nested_offset, state2)
+
+    def packed(self) -> Packed4bit:
+        """Codes and scales as kernels take them."""
+        if self.__dict__.get("_packed_meta") is None and self.weight.bnb_quantized:
+            self._adopt(self.weight)  # quantised in place, by `layer.weight.cuda()`
+        if self.__dict__.get("_packed_meta") is None:
+            raise RuntimeError(
+                "Linear4bit holds a float weight: move it to a device first (`.to(device)`, `.cuda()`), that quantises it"
+            )
+        blocksize, quant_type, _ = self._packed_meta
+        shape = (self.out_features, self.in_features)
+        table = None if self.nested_absmax is None else dynamic_map(self.absmax.device)
+        nested = (self.nested_absmax, table, self.nested_offset)
+        return Packed4bit(self.weight.data, self.absmax, blocksize, quant_type, shape, *nested)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The weight as floats, ``[N, K]``, in ``dtype`` (by default the one it had before quantisation)."""
+        return self.packed().dequantize(dtype or self._packed_meta[2] or torch.float32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x ``[..., K]`` to ``[..., N]`` in the dtype of x."""
+        dtype = x.dtype
+        if self.compute_dtype not in (None, torch.float32, dtype):
+            x = x.to(self.compute_dtype)
+        if self.expand_on_cpu and x.device.type == "cpu" and not torch.is_grad_enabled():
+            if self.expanded is None or self.expanded.dtype != x.dtype:
+                self.expanded = self.dequantize(x.dtype)
+            return nn.functional.linear(x, self.expanded, None if self.bias is None else self.bias.to(x.dtype)).to(dtype)
+        y = linear_4bit(x, self.packed(), self.bias)
+        return y if torch.is_autocast_enabled(x.device.type) else y.to(dtype)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.__dict__.get("_packed_meta") is not None and self.absmax is not None and not self.absmax.is_meta:
+            for key, value in self._state_from_buffers().as_dict(packed=True).items():
+                destination[f"{prefix}weight.{key}"] = value if keep_vars else value.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        entry = f"{prefix}weight."
+        stats = {key[len(entry) :]: value for key, value in state_dict.items() if key.startswith(entry)}
+        weight = state_dict.get(f"{prefix}weight")
+        if stats and weight is not None:
+            device = self.weight.device if self.weight.device.type != "meta" else weight.device
+            try:
+                loaded = Params4bit.from_prequantized(weight, stats, device=device)
+                check_state(loaded, (self.out_features, self.in_features))
+            except (KeyError, ValueError) as error:
+                error_msgs.append(f"{prefix}weight: {error}")
+                return
+            self.weight = loaded
+            state_dict = {k: v for k, v in state_dict.items() if not k.startswith(entry) and k != f"{prefix}weight"}
+            state_dict[f"{prefix}weight"] = self.weight.data
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes by kind: weight, scales, bias, expanded (the copy that speeds up a CPU)."""
+        scales = nbytes(*(self._buffers[name] for name in _BUFFERS))
+        return {
+            "weight": nbytes(self.weight),
+            "scales": scales,
+            "bias": nbytes(self.bias),
+            "expanded": nbytes(self.expanded),
+        }
+
+
+class LinearNF4(Linear4bit):
+    """:class:`Linear4bit` with ``quant_type="nf4"``."""
+
+    def __init__(
+        self,
+        input_features: int,
+        output_features: int,
+        bias: bool = True,
+        compute_dtype: torch.dtype | None = None,
+        compress_statistics: bool = True,
+        quant_storage: torch.dtype = torch.uint8,
+        device: Any = None,
+    ) -> None:
+        super().__init__(
+            input_features, output_features, bias, compute_dtype, compress_statistics, "nf4", quant_storage, device
+        )
+
+
+class LinearFP4(Linear4bit):
+    """:class:`Linear4bit` with ``quant_type="fp4"``."""
+
+    def __init__(
+        self,
+        input_features: int,
+        output_features: int,
+        bias: bool = True,
+        compute_dtype: torch.dtype | None = None,
+        compress_statistics: bool = True,
+        quant_storage: torch.dtype = torch.uint8,
+        device: Any = None,
+    ) -> None:
+        super().__init__(
+            input_features, output_features, bias, compute_dtype, compress_statistics, "fp4", quant_storage, device
+        )
