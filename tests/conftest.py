@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-# Before torch and huggingface_hub are imported. A test that needs the network is wrong: it fails now, not after retries.
+# Before huggingface_hub is imported. A test that needs the network is wrong: it fails at once, not after retries.
 os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:
     # One thread a worker, in its subprocesses too: two workers with two threads each on two cores are slower than this.

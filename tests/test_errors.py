@@ -25,8 +25,8 @@ def test_bad_argument_shortens_long_values_but_not_paths():
 
 
 def test_checkpoint_error_keeps_its_parts_through_pickle():
-    error = CheckpointError(file=Path("a.safetensors"), tensor="h.0.weight", reason="is 3 bytes short", fix="Copy it again")
-    assert str(error) == "a.safetensors: tensor 'h.0.weight': is 3 bytes short. Copy it again."
+    error = CheckpointError(file=Path("a.safetensors"), tensor="h.0.weight", reason="is cut short", fix="Copy it again")
+    assert str(error) == "a.safetensors: tensor 'h.0.weight': is cut short. Copy it again."
     copy = pickle.loads(pickle.dumps(error))
     assert type(copy) is CheckpointError and str(copy) == str(error)
     assert (copy.file, copy.tensor, copy.reason, copy.fix) == (error.file, error.tensor, error.reason, error.fix)
