@@ -30,7 +30,7 @@ types: .venv/.dev
 	.venv/bin/mypy
 
 docs: .venv/.dev
-	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict # no --quiet: it hides the warnings from --strict too
 
 tests: .venv/.dev
 	@echo "== tests with transformers 5.23"
