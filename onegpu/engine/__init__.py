@@ -1,0 +1,1 @@
+"""Generation: what comes between a prompt and its answer."""
