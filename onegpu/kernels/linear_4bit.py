@@ -86,7 +86,7 @@ class _Linear4bit(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:  # type: ignore[override]
         grad_x = torch.ops.onegpu.linear_4bit_backward(grad, *ctx.packed) if ctx.needs_input_grad[0] else None
-        grad_bias = grad.sum(dim=tuple(range(grad.dim() - 1))) if ctx.needs_input_grad[1] else None
+        grad_bias = grad.sum(dim=0) if ctx.needs_input_grad[1] else None
         return grad_x, grad_bias, None
 
 
@@ -105,7 +105,9 @@ def linear_4bit(x: torch.Tensor, packed: Packed4bit, bias: torch.Tensor | None =
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return _Linear4bit.apply(x, bias, packed)  # type: ignore[no-any-return, no-untyped-call]
+        # Rows, so that the function returns no view: autograd refuses to modify one in place, and Falcon does.
+        y = _Linear4bit.apply(x.reshape(-1, x.shape[-1]), bias, packed)
+        return y.view(*x.shape[:-1], packed.shape[0])  # type: ignore[no-any-return]
     return torch.ops.onegpu.linear_4bit(x, *packed, bias)  # type: ignore[no-any-return]
 
 

@@ -52,7 +52,8 @@ def _forward(
                 out = out.addmm(rows[:, columns], dequantize_rows(weight[:, columns], SCB, x.dtype).t())
         else:
             out = out.addmm(rows.masked_fill(~mask, 0.0), dequantize_rows(weight, SCB, x.dtype).t())
-    return out.view(*x.shape[:-1], weight.shape[0])
+    # No view where none is needed: autograd refuses to modify in place what a custom function returns as one.
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])
 
 
 def _forward_fake(
@@ -96,9 +97,8 @@ class _LinearInt8(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         need_x, need_source, *_, need_bias, _ = ctx.needs_input_grad
         grad_x = torch.ops.onegpu.int8_linear_backward(grad, ctx.weight, ctx.SCB) if need_x else None
-        rows = grad.reshape(-1, grad.shape[-1])
-        grad_source = rows.t() @ x.reshape(-1, x.shape[-1]) if need_source else None
-        return grad_x, grad_source, None, None, rows.sum(dim=0) if need_bias else None, None
+        grad_source = grad.t() @ x if need_source else None
+        return grad_x, grad_source, None, None, grad.sum(dim=0) if need_bias else None, None
 
 
 def linear_int8(
@@ -125,7 +125,8 @@ def linear_int8(
     x = autocast_input(x)
     learns = any(t is not None and t.requires_grad for t in (x, bias, source))
     if torch.is_grad_enabled() and learns:
-        return _LinearInt8.apply(x, source, weight, SCB, bias, threshold)  # type: ignore[no-any-return, no-untyped-call]
+        y = _LinearInt8.apply(x.reshape(-1, x.shape[-1]), source, weight, SCB, bias, threshold)
+        return y.view(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
     return torch.ops.onegpu.int8_linear(x, weight, SCB, bias, threshold)  # type: ignore[no-any-return]
 
 

@@ -102,6 +102,7 @@ class ExpertStack(nn.Module):
         return ((expert, part) for expert in range(self.shape[0]) for part in range(len(self.names)))
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        # The buffers are persistent only because transformers' loader wipes those that are not.
         parent = prefix[:-1].rpartition(".")[0]
         for expert, part in self._matrices():
             for ending, value in self.part_entries(expert, part).items():
@@ -177,10 +178,10 @@ class ExpertStack4bit(ExpertStack):
             torch.empty(count, packed_bytes(numel, quant_storage), dtype=torch.uint8), requires_grad=False
         )
         scales = torch.empty(count, blocks, dtype=torch.uint8 if compress_statistics else torch.float32)
-        self.register_buffer("absmax", scales, persistent=False)
+        self.register_buffer("absmax", scales)
         nested = (torch.empty(count, -(-blocks // 256)), torch.empty(count)) if compress_statistics else (None, None)
-        self.register_buffer("nested_absmax", nested[0], persistent=False)
-        self.register_buffer("nested_offset", nested[1], persistent=False)
+        self.register_buffer("nested_absmax", nested[0])
+        self.register_buffer("nested_offset", nested[1])
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ExpertStack4bit:
         scales = {name: self._buffers.pop(name) for name in _SCALES_4BIT}
@@ -288,7 +289,7 @@ class ExpertStack8bit(ExpertStack):
     def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, names: tuple[str, ...]) -> None:
         super().__init__(shape, dtype, names)
         self.weight = nn.Parameter(torch.empty(*shape, dtype=torch.int8), requires_grad=False)
-        self.register_buffer("SCB", torch.empty(*shape[:2]), persistent=False)
+        self.register_buffer("SCB", torch.empty(*shape[:2]))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ExpertStack8bit:
         scales = self._buffers.pop("SCB")

@@ -61,8 +61,11 @@ class Linear4bit(nn.Linear):
         device: Any = None,
     ) -> None:
         super().__init__(input_features, output_features, bias, device)
-        for name in (*_BUFFERS, "expanded"):
-            self.register_buffer(name, None, persistent=False)
+        for name in _BUFFERS:
+            # Persistent in torch's books, though state dicts give them other names: transformers' loader wipes buffers
+            # that are not.
+            self.register_buffer(name, None)
+        self.register_buffer("expanded", None, persistent=False)
         self.compute_dtype = compute_dtype
         self.quant_storage = quant_storage
         self.weight = Params4bit(
@@ -171,6 +174,8 @@ class Linear4bit(nn.Linear):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in _BUFFERS:
+            destination.pop(prefix + name, None)
         if self.__dict__.get("_packed_meta") is not None and self.absmax is not None and not self.absmax.is_meta:
             for key, value in self._state_from_buffers().as_dict(packed=True).items():
                 destination[f"{prefix}weight.{key}"] = value if keep_vars else value.detach()
@@ -199,9 +204,11 @@ class Linear4bit(nn.Linear):
             self.weight = loaded
             state_dict = {k: v for k, v in state_dict.items() if not k.startswith(entry) and k != f"{prefix}weight"}
             state_dict[f"{prefix}weight"] = self.weight.data
+        scales = {name: self._buffers.pop(name) for name in _BUFFERS}
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        self._buffers.update(scales)
 
     def nbytes(self) -> dict[str, int]:
         """Bytes by kind: weight, scales, bias, expanded (the copy that speeds up a CPU)."""

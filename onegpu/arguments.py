@@ -1,0 +1,178 @@
+"""``from_pretrained``'s arguments, in every spelling people type, to one request."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from onegpu.errors import ArgumentError, CheckpointError, bad_argument
+from onegpu.formats.bitsandbytes import Settings
+from onegpu.hardware import check_device
+
+_FLASH = ("flash_attention_2", "onegpu")
+_DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
+# Arguments of 2023 that no longer mean anything to transformers; people's scripts still pass them.
+_OBSOLETE = ("resume_download", "offload_state_dict", "low_cpu_mem_usage", "_fast_init")
+
+
+@dataclass
+class Request:
+    """What the user asked for, checked.
+
+    config: a ``BitsAndBytesConfig`` or None. flash: FlashAttention was asked for. strict: missing or surplus tensors
+    are errors. dtype: None (the checkpoint's), "auto" or a torch dtype.
+    """
+
+    config: Any = None
+    settings: Settings | None = None
+    flash: bool = False
+    strict: bool = True
+    dtype: Any = None
+
+
+def translate(kwargs: dict[str, Any]) -> Request:
+    """Take our arguments out of ``kwargs`` and leave what transformers understands.
+
+    Raises:
+        ArgumentError: values that contradict each other or mean nothing, naming argument, value and fix.
+    """
+    request = Request(strict=_flag(kwargs, "strict", True))
+    _quantization(kwargs, request)
+    _attention(kwargs, request)
+    _dtype(kwargs, request)
+    _device(kwargs)
+    if kwargs.pop("use_safetensors", None) is False:
+        raise bad_argument(
+            "use_safetensors", False, "would unpickle weights, which runs code", "convert the weights to safetensors"
+        )
+    kwargs["use_safetensors"] = True
+    kwargs.setdefault("trust_remote_code", False)
+    if "use_auth_token" in kwargs:
+        kwargs.setdefault("token", kwargs.pop("use_auth_token"))
+    for name in _OBSOLETE:
+        kwargs.pop(name, None)
+    return request
+
+
+def _flag(kwargs: dict[str, Any], name: str, default: bool = False) -> bool:
+    value = kwargs.pop(name, default)
+    value = default if value is None else value
+    if not isinstance(value, bool):
+        raise bad_argument(name, value, "is no truth value", "pass True or False")
+    return value
+
+
+def _quantization(kwargs: dict[str, Any], request: Request) -> None:
+    from transformers import BitsAndBytesConfig
+
+    four, eight = _flag(kwargs, "load_in_4bit"), _flag(kwargs, "load_in_8bit")
+    replace_skips = _flag(kwargs, "replace_default_skips")
+    config = kwargs.pop("quantization_config", None)
+    if four and eight:
+        raise bad_argument("load_in_4bit", True, "and load_in_8bit=True exclude each other", "pass one of them")
+    options = {key: kwargs.pop(key) for key in list(kwargs) if key.startswith(("bnb_4bit_", "llm_int8_"))}
+    if config is not None and (four or eight or options):
+        named = next(iter(options), "load_in_4bit" if four else "load_in_8bit")
+        raise bad_argument(
+            named, options.get(named, True), "is given beside quantization_config", f"put {named} into quantization_config"
+        )
+    if four or eight:
+        _check_4bit_type(options.get("bnb_4bit_quant_type", "fp4"))
+        try:
+            config = BitsAndBytesConfig(load_in_4bit=four, load_in_8bit=eight, **options)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ArgumentError(f"quantisation options {options!r} do not fit together: {error}. Correct them.") from None
+    elif options:
+        named = next(iter(options))
+        raise bad_argument(named, options[named], "is given without quantisation", "add load_in_4bit=True or load_in_8bit=True")
+    if isinstance(config, Mapping) and (config.get("load_in_4bit") or config.get("load_in_8bit")):
+        if config.get("load_in_4bit") and config.get("load_in_8bit"):
+            raise bad_argument("quantization_config", dict(config), "asks for 4 and 8 bits at once", "keep one of them")
+        _check_4bit_type(config.get("bnb_4bit_quant_type", "fp4"))
+        config = BitsAndBytesConfig.from_dict(dict(config))
+    if isinstance(config, BitsAndBytesConfig):
+        request.config, request.settings = config, Settings.from_config(config, not replace_skips)
+    elif config is not None:
+        kwargs["quantization_config"] = config  # transformers' own quantizers: GPTQ, AWQ, torchao, …
+
+
+def _check_4bit_type(quant_type: Any) -> None:
+    if quant_type not in ("nf4", "fp4"):
+        raise bad_argument("bnb_4bit_quant_type", quant_type, "is not a 4-bit type", "use 'nf4' or 'fp4'")
+
+
+def _attention(kwargs: dict[str, Any], request: Request) -> None:
+    flash, attention = _flag(kwargs, "use_flash_attention_2"), kwargs.get("attn_implementation")
+    if flash and attention not in (None, *_FLASH):
+        raise bad_argument(
+            "use_flash_attention_2", True, f"contradicts attn_implementation={attention!r}", "pass one of them"
+        )
+    request.flash = flash or attention in _FLASH
+    if request.flash:
+        # Until the kernels of onegpu register themselves, transformers' choice (SDPA where the model has it) serves.
+        kwargs.pop("attn_implementation", None)
+
+
+def _dtype(kwargs: dict[str, Any], request: Request) -> None:
+    old, new = kwargs.pop("torch_dtype", None), kwargs.pop("dtype", None)
+    if old is not None and new is not None and old != new:
+        raise bad_argument("torch_dtype", old, f"contradicts dtype={new!r}", "pass one of them")
+    value = old if new is None else new
+    if isinstance(value, str):
+        if value.removeprefix("torch.") not in _DTYPES:
+            raise bad_argument("dtype", value, "is no dtype to load a model in", f"use one of {', '.join(_DTYPES)}")
+        value = value if value == "auto" else getattr(torch, value.removeprefix("torch."))
+    if isinstance(value, torch.dtype) and not value.is_floating_point:
+        raise bad_argument("dtype", value, "cannot hold weights", "use float16, bfloat16 or float32")
+    request.dtype = value
+
+
+def _device(kwargs: dict[str, Any]) -> None:
+    device_map = kwargs.get("device_map")
+    devices = device_map.values() if isinstance(device_map, Mapping) else [device_map]
+    named = ("auto", "balanced", "balanced_low_0", "sequential", "disk", "meta", None)
+    for device in devices:
+        if device not in named:
+            check_device(device, name="device_map")
+
+
+def checkpoint_dtype(path: str | Path, config: Any) -> torch.dtype | None:
+    """The dtype a checkpoint says it has, None if it does not."""
+    dtype = getattr(config, "dtype", None)
+    if dtype is None and hasattr(config, "get_text_config"):
+        dtype = getattr(config.get_text_config(), "dtype", None)
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def check_path(path: Any) -> None:
+    """Raise ``ArgumentError`` or ``CheckpointError`` for a local path that is no loadable model; names pass."""
+    text = os.fspath(path)
+    if not text:
+        raise bad_argument("pretrained_model_name_or_path", text, "is empty", "pass a folder or a model's name")
+    folder = Path(text).expanduser()
+    looks_local = text.startswith((".", "~", os.sep)) or text.count("/") > 1
+    if not folder.exists():
+        if looks_local:
+            raise bad_argument(
+                "pretrained_model_name_or_path", text, "does not exist", "check the path, or pass a model's name (owner/name)"
+            )
+        return
+    if folder.is_file():
+        raise bad_argument(
+            "pretrained_model_name_or_path", text, "is a file", "pass the folder that holds config.json and the weights"
+        )
+    names = {entry.name for entry in folder.iterdir()}
+    if not names & {"config.json", "adapter_config.json"}:
+        raise CheckpointError(file=folder, reason="holds no config.json: it is no model", fix="pass the model's folder")
+    pickled = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt")))
+    if pickled and not any(name.endswith(".safetensors") for name in names):
+        raise CheckpointError(
+            file=folder,
+            reason=f"holds only pickled weights ({', '.join(pickled[:3])}), and unpickling runs code",
+            fix="convert them to safetensors (in an environment you trust: load, then save_pretrained)",
+        )

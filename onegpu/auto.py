@@ -1,0 +1,224 @@
+"""Drop-in Auto classes: ``from onegpu import AutoModelForCausalLM`` in place of ``from transformers import …``.
+
+Every Auto class of transformers that loads a model is subclassed by one factory; the others are transformers' own. What
+``from_pretrained`` returns is an instance of transformers' class for that model.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, BitsAndBytesConfig
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
+
+from onegpu.arguments import Request, check_path, checkpoint_dtype, translate
+from onegpu.convert.session import Session, loading
+from onegpu.errors import ArgumentError, CheckpointError, bad_argument
+from onegpu.formats.bitsandbytes import Settings
+from onegpu.formats.config import sanitize
+from onegpu.formats.gguf import is_gguf, materialize
+from onegpu.formats.verify import verify_loaded
+from onegpu.placement.expand import allow_expansion
+
+logger = logging.getLogger("onegpu")
+
+__all__ = ["AutoConfig", "AutoProcessor", "AutoTokenizer", "BitsAndBytesConfig", "pipeline"]
+
+_CONFIG_ARGUMENTS = ("dtype", "torch_dtype", "quantization_config", "attn_implementation", "experts_implementation")
+
+
+@functools.cache
+def __getattr__(name: str) -> Any:
+    base = getattr(transformers, name, None) if name.startswith("Auto") else None
+    if base is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}: transformers has no such Auto class")
+    if not (isinstance(base, type) and issubclass(base, _BaseAutoModelClass)):
+        return base
+    return _make(base)
+
+
+def _make(base: type) -> type:
+    """A subclass of transformers' Auto class ``base`` that loads through :func:`load`."""
+
+    def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        return load(super(made, cls).from_pretrained, pretrained_model_name_or_path, model_args, kwargs)
+
+    from_pretrained.__doc__ = load.__doc__
+    made = type(base.__name__, (base,), {"from_pretrained": classmethod(from_pretrained), "__module__": __name__})
+    return made
+
+
+def load(from_pretrained: Any, path: Any, model_args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Load a model: transformers' ``from_pretrained`` and its arguments, and these.
+
+    Args:
+        load_in_4bit, load_in_8bit: quantise while loading, as ``BitsAndBytesConfig(load_in_4bit=True)`` would.
+        quantization_config: a ``BitsAndBytesConfig`` (or dict) served by onegpu; another one goes to transformers.
+        bnb_4bit_*, llm_int8_*: fields of ``BitsAndBytesConfig``, beside ``load_in_…bit``.
+        replace_default_skips: ``llm_int8_skip_modules`` replaces the default skip list instead of adding to it.
+        use_flash_attention_2: the same as ``attn_implementation="flash_attention_2"``; no package is needed.
+        torch_dtype, dtype: dtype of the float weights; the checkpoint's by default.
+        strict: tensors missing from the files or unknown to the model are errors (True by default).
+
+    Raises:
+        ArgumentError: an argument's value cannot work. CheckpointError: a file is damaged, incomplete or of another
+        format than it says. MemoryBudgetError: it does not fit. All before anything is half loaded.
+    """
+    kwargs = dict(kwargs)
+    request = translate(kwargs)
+    wants_info = kwargs.pop("output_loading_info", False)
+    wants_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
+    gguf_file = kwargs.pop("gguf_file", None)
+    if is_gguf(path, gguf_file):
+        path = materialize(path, gguf_file=gguf_file)
+    check_path(path)
+    config, kwargs = _load_config(path, kwargs)
+    session = _claim(path, config, request, kwargs)
+    kwargs["dtype"] = _resolve_dtype(path, config, request)
+    try:
+        with loading(session) if session is not None else _nothing():
+            model, info = from_pretrained(
+                path, *model_args, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
+    except Exception as error:
+        if session is not None and session.errors:
+            raise session.errors[0] from error
+        raise _explain(error, path) from error
+    verify_loaded(model, info, str(path), strict=request.strict, allow_mismatch=wants_mismatch)
+    allow_expansion(model)
+    return (model, info) if wants_info else model
+
+
+def _nothing() -> Any:
+    import contextlib
+
+    return contextlib.nullcontext()
+
+
+def _load_config(path: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The config, cleaned of fields that name code, and the arguments that it did not take."""
+    given = kwargs.pop("config", None)
+    if given is not None and not isinstance(given, str):
+        return copy.deepcopy(given), kwargs
+    held = {name: kwargs.pop(name) for name in _CONFIG_ARGUMENTS if name in kwargs}
+    try:
+        config, rest = AutoConfig.from_pretrained(given or path, return_unused_kwargs=True, **kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        raise _explain(error, path) from error
+    sanitize(config)
+    # AutoConfig takes hub arguments for itself and drops them; the weights need them as well.
+    return config, {**{name: value for name, value in kwargs.items() if name in rest or name in _HUB}, **held}
+
+
+_HUB = frozenset(
+    "cache_dir force_download proxies token revision local_files_only subfolder trust_remote_code code_revision "
+    "use_safetensors".split()
+)
+
+
+def _claim(path: Any, config: Any, request: Request, kwargs: dict[str, Any]) -> Session | None:
+    """Decide who quantises, and mark the config so that transformers asks us. None: nobody, or transformers."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None and hasattr(config, "get_text_config"):
+        stored = getattr(config.get_text_config(), "quantization_config", None)
+    if stored is None and request.config is None:
+        return None
+    from onegpu.convert.quantizer import QUANT_METHOD, OneGPUConfig
+
+    if stored is None:
+        assert request.settings is not None
+        kwargs["quantization_config"] = OneGPUConfig()
+        return Session(str(path), request.config, request.settings)
+    fields = stored if isinstance(stored, dict) else stored.to_dict()
+    method = str(getattr(fields.get("quant_method"), "value", fields.get("quant_method")))
+    if not (method == "bitsandbytes" or fields.get("load_in_4bit") or fields.get("load_in_8bit")):
+        if request.config is not None:
+            raise bad_argument(
+                f"load_in_{request.settings.bits if request.settings else 4}bit",
+                True,
+                f"is asked of a checkpoint that is quantised with {method} already",
+                "load it without, or start from the unquantised checkpoint",
+            )
+        return None
+    try:
+        saved = BitsAndBytesConfig.from_dict({k: v for k, v in fields.items() if k != "quant_method"})
+        settings = Settings.from_config(saved)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            file=str(path), reason=f"quantization_config in config.json is damaged: {error}", fix="correct config.json"
+        ) from None
+    if request.settings is not None and request.settings.bits != settings.bits:
+        raise bad_argument(
+            f"load_in_{request.settings.bits}bit",
+            True,
+            f"is asked of a checkpoint that is quantised to {settings.bits} bits already",
+            "load it without, or start from the unquantised checkpoint",
+        )
+    config.quantization_config = {"quant_method": QUANT_METHOD}
+    return Session(str(path), saved, settings)
+
+
+def _resolve_dtype(path: Any, config: Any, request: Request) -> Any:
+    """The dtype to load in: the one asked for, else the checkpoint's; 16 bits where FlashAttention was asked for."""
+    if request.dtype not in (None, "auto"):
+        return request.dtype
+    if request.flash and checkpoint_dtype(path, config) in (None, torch.float32):
+        before_ampere = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 8
+        dtype = torch.float16 if before_ampere else torch.bfloat16
+        _say_once(f"FlashAttention works in 16 bits: loading the float32 checkpoint in {str(dtype)[6:]} (dtype= changes that)")
+        return dtype
+    return "auto"
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logger.warning(message)
+
+
+def _explain(error: Exception, path: Any) -> Exception:
+    """Our error for one that transformers or safetensors raises about a user's input; others come back as they are."""
+    from safetensors import SafetensorError
+
+    from onegpu.errors import OneGPUError
+
+    if isinstance(error, OneGPUError):
+        return error
+    text = " ".join(str(error).split())[:400]
+    if isinstance(error, SafetensorError):
+        return CheckpointError(file=str(path), reason=text, fix="download or save the file again")
+    if isinstance(error, (OSError, KeyError)) or (isinstance(error, ValueError) and "config" in text.lower()):
+        return ArgumentError(
+            f"pretrained_model_name_or_path={str(path)!r} cannot be loaded: {text} Pass a model's folder or its name."
+        )
+    return error
+
+
+def pipeline(task: str | None = None, model: Any = None, **kwargs: Any) -> Any:
+    """transformers' ``pipeline``; a model given by name is loaded through our Auto classes.
+
+    ``model_kwargs`` may hold every argument of :func:`load`, for example ``{"load_in_4bit": True}``.
+    """
+    from transformers.pipelines import check_task, get_task
+
+    if not isinstance(model, str):
+        return transformers.pipeline(task, model=model, **kwargs)
+    task = task or get_task(model, token=kwargs.get("token"))
+    options = {**(kwargs.pop("model_kwargs", None) or {})}
+    for name in ("dtype", "torch_dtype", "device_map", "trust_remote_code", "revision", "token"):
+        if kwargs.get(name) is not None:
+            options.setdefault(name, kwargs[name])
+    for name in ("device_map", "dtype", "torch_dtype"):
+        kwargs.pop(name, None)
+    _, spec, _ = check_task(task)
+    config, _ = _load_config(model, {k: v for k, v in options.items() if k in _HUB})
+    classes = [auto for auto in spec["pt"] if type(config) in auto._model_mapping] or list(spec["pt"])
+    loaded = __getattr__(classes[0].__name__).from_pretrained(model, **options)
+    for part, auto in (("tokenizer", AutoTokenizer), ("processor", AutoProcessor)):
+        if part == "tokenizer" and kwargs.get(part) is None:
+            kwargs[part] = auto.from_pretrained(model, **{k: v for k, v in options.items() if k in _HUB})
+    return transformers.pipeline(task, model=loaded, **kwargs)

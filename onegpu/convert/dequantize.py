@@ -1,0 +1,53 @@
+"""The way back from quantised modules to float ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from onegpu.convert.quantized import original_linear
+from onegpu.convert.swap import stack_to_parameter, swap_module
+from onegpu.nn import Linear4bit, Linear8bitLt
+from onegpu.nn.experts import ExpertStack
+
+
+def dequantize_modules(model: Any, dtype: torch.dtype) -> list[str]:
+    """Replace every quantised module of ``model`` by a float one in ``dtype``, one at a time. Returns their names."""
+    names = []
+    for name, module in list(model.named_modules()):
+        if isinstance(module, (Linear4bit, Linear8bitLt)):
+            swap_module(model, name, original_linear(module, dtype))
+            names.append(name)
+        elif isinstance(module, ExpertStack):
+            stack_to_parameter(model, name, module.dequantize().to(dtype))
+            names.append(name)
+    return names
+
+
+def compatible_state_dict(model: Any) -> dict[str, Any]:
+    """The state dict with everything in 16 bits that transformers + bitsandbytes would not quantise.
+
+    That stack takes layers whose class is exactly ``nn.Linear``, or ``Conv1D``, and no experts.
+    """
+    dtype = model.config.dtype if isinstance(model.config.dtype, torch.dtype) else model.dtype
+    state = model.state_dict()
+    for name, module in model.named_modules():
+        if isinstance(module, ExpertStack):
+            parent = name.rpartition(".")[0]
+            for expert, part in module._matrices():
+                stem = f"{parent}.{module._entry_name(expert, part, '').removesuffix('weight')}"
+                for key in [key for key in state if key.startswith(stem)]:
+                    del state[key]
+            state[name] = module.dequantize().to(dtype)
+        elif isinstance(module, (Linear4bit, Linear8bitLt)) and not _taken_by_bitsandbytes(module):
+            for key in [key for key in state if key.startswith(f"{name}.weight") or key == f"{name}.SCB"]:
+                del state[key]
+            state[f"{name}.weight"] = module.dequantize(dtype)
+    return state
+
+
+def _taken_by_bitsandbytes(module: nn.Module) -> bool:
+    source = getattr(module, "source_cls", nn.Linear)
+    return source is nn.Linear or not issubclass(source, nn.Linear)

@@ -1,0 +1,89 @@
+"""The few methods that a quantised model overrides, bound to the instance: its class stays transformers' own.
+
+``copy.deepcopy`` rebinds them to the copy (that is what copying a bound method does).
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from onegpu.errors import ArgumentError
+from onegpu.nn import Linear4bit, Linear8bitLt
+from onegpu.nn.experts import ExpertStack
+
+
+def num_parameters(self: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+    """Parameters of the model, quantised ones counted as the weights they stand for.
+
+    (transformers' own asks bitsandbytes, which need not be installed.)
+    """
+    skip = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)} if exclude_embeddings else set()
+    counts: dict[int, int] = {}
+    for module in self.modules():
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) in skip or (only_trainable and not parameter.requires_grad):
+                continue
+            numel = parameter.numel()
+            if isinstance(module, Linear4bit) and parameter is module.weight:
+                numel = module.in_features * module.out_features
+            elif isinstance(module, ExpertStack):
+                numel = module.shape.numel()
+            counts[id(parameter)] = numel
+    return sum(counts.values())
+
+
+def to(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Move the model. A dtype is refused: quantised weights have none to change."""
+    _, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+    if dtype is not None:
+        raise ArgumentError(
+            f"dtype={dtype} cannot be given to .to() of a quantised model: its weights are codes. Load it with "
+            f"from_pretrained(..., dtype={dtype}), or call model.dequantize() first."
+        )
+    return nn.Module.to(self, *args, **kwargs)
+
+
+def cuda(self: Any, device: Any = None) -> Any:
+    """Move the model to a GPU."""
+    return nn.Module.cuda(self, device)
+
+
+def save_pretrained(
+    self: Any, save_directory: Any, *args: Any, bitsandbytes_compatible: bool = False, **kwargs: Any
+) -> Any:
+    """transformers' ``save_pretrained``.
+
+    Args:
+        bitsandbytes_compatible: write in 16 bits what transformers + bitsandbytes cannot load quantised (experts of a
+            mixture, subclasses of ``nn.Linear`` such as Falcon's), so that the files load there as well.
+    """
+    quantizer = self.hf_quantizer
+    quantizer.compatible = bitsandbytes_compatible
+    try:
+        return type(self).save_pretrained(self, save_directory, *args, **kwargs)
+    finally:
+        quantizer.compatible = False
+
+
+_METHODS = (num_parameters, to, cuda, save_pretrained)
+
+
+def bind(model: Any) -> None:
+    """Give a quantised model its methods."""
+    for method in _METHODS:
+        model.__dict__[method.__name__] = MethodType(method, model)
+    bits = {8 if isinstance(m, Linear8bitLt) else 4 for m in model.modules() if isinstance(m, (Linear4bit, Linear8bitLt))}
+    # PEFT asks for these before it turns on gradient checkpointing.
+    model.is_loaded_in_8bit, model.is_loaded_in_4bit = 8 in bits, 4 in bits
+
+
+def unbind(model: Any) -> None:
+    """Take them away again."""
+    for method in _METHODS:
+        model.__dict__.pop(method.__name__, None)
+    for flag in ("is_loaded_in_8bit", "is_loaded_in_4bit"):
+        model.__dict__.pop(flag, None)

@@ -1,0 +1,107 @@
+"""In a checkpoint already quantised the file decides: which weights are, in which format, read from its headers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from onegpu.convert.quantized import Target, _candidates, part_names
+from onegpu.convert.report import Change
+from onegpu.errors import CheckpointError
+from onegpu.formats.bitsandbytes import STATE_KEYS, QuantizedEntry, Settings, find_quantized
+from onegpu.formats.checkpoint import TensorInfo
+
+
+def file_targets(
+    model: Any, headers: list[TensorInfo], settings: Settings
+) -> tuple[list[Target], list[Change], Settings]:
+    """Which weights of ``model`` (on the meta device) the file holds quantised, and how.
+
+    Raises:
+        CheckpointError: a quantised tensor belongs to nothing in the model that can hold one, or only some experts of a
+            stack are quantised.
+    """
+    entries = find_quantized(headers, settings.bits)
+    names = _model_names(model, list(entries))
+    candidates = {name: (kind, shown) for name, kind, shown in _candidates(model)}
+    targets: dict[str, Target] = {}
+    counts: dict[str, int] = {}
+    for entry in entries.values():
+        name = names[entry.name]
+        owner = name if candidates.get(name, ("", ""))[0] == "experts" else name.removesuffix(".weight")
+        if owner not in candidates:
+            raise CheckpointError(
+                file=entry.tensors["weight"].file,
+                tensor=entry.name,
+                reason=f"is quantised, but {type(model).__name__} has no linear layer of that name",
+                fix="load it with the model class that its config.json names",
+            )
+        kind = candidates[owner][0]
+        counts[owner] = counts.get(owner, 0) + 1
+        targets[owner] = Target(owner, kind, part_names(model, owner) if kind == "experts" else ())
+    for owner, target in targets.items():
+        if target.kind == "experts":
+            expected = model.get_parameter(owner).shape[0] * len(target.names)
+            if counts[owner] != expected:
+                raise CheckpointError(
+                    file=headers[0].file,
+                    tensor=owner,
+                    reason=f"{counts[owner]} of {expected} expert matrices are quantised; there must be all or none",
+                )
+    left = [
+        Change(name, shown, None, "not quantised in the file")
+        for name, (_, shown) in candidates.items()
+        if name not in targets
+    ]
+    return list(targets.values()), left, _file_settings(next(iter(entries.values())), settings)
+
+
+def _model_names(model: Any, names: list[str]) -> dict[str, str]:
+    """Parameter of the model that each checkpoint name feeds, by transformers' own renaming."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    state = model.state_dict()
+    result = {}
+    for name in names:
+        renamed, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if renamed not in state and ".experts." in renamed:
+            # Our own name for a stack that transformers does not merge: `experts.3.down_proj.weight`.
+            head, _, tail = renamed.partition(".experts.")
+            renamed = f"{head}.experts.{tail.partition('.')[2].removesuffix('.weight')}"
+        result[name] = renamed
+    return result
+
+
+def _file_settings(entry: QuantizedEntry, settings: Settings) -> Settings:
+    """Type, double quantisation and storage as the file's first quantised weight has them; config.json may be wrong."""
+    if settings.bits == 8:
+        return settings
+    key = next(f"weight.{key}" for key in STATE_KEYS if f"weight.{key}" in entry.tensors)
+    info = entry.tensors[key]
+    with safe_open(info.file, framework="pt") as file:
+        blob = bytes(file.get_tensor(info.name).tolist())
+        storage = file.get_tensor(entry.name).dtype
+    try:
+        quant_type = json.loads(blob)["quant_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            file=info.file, tensor=info.name, reason=f"is no quant_state ({error})", fix="save the checkpoint again"
+        ) from None
+    if not key.endswith(f"__{quant_type}"):
+        raise CheckpointError(
+            file=info.file, tensor=info.name, reason=f"its name says one type, its content {quant_type!r}"
+        )
+    return replace(
+        settings,
+        quant_type=quant_type,
+        double_quant="weight.nested_absmax" in entry.tensors,
+        quant_storage=storage if storage != torch.uint8 else settings.quant_storage,
+    )

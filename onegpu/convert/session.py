@@ -1,0 +1,50 @@
+"""One load in progress: what the Auto classes and the quantizer, which transformers constructs itself, tell each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from onegpu.convert.report import Report
+from onegpu.errors import OneGPUError
+from onegpu.formats.bitsandbytes import Settings
+
+
+@dataclass
+class Session:
+    """config: a ``BitsAndBytesConfig``, the user's or the file's. settings: the same, as we use it.
+
+    errors: what went wrong inside transformers' loader, which logs exceptions and goes on.
+    """
+
+    source: str
+    config: Any
+    settings: Settings
+    report: Report = field(default_factory=lambda: Report("load"))
+    errors: list[OneGPUError] = field(default_factory=list)
+
+
+_current: ContextVar[Session | None] = ContextVar("onegpu_load", default=None)
+
+
+def current() -> Session:
+    """The load in progress."""
+    session = _current.get()
+    if session is None:
+        raise RuntimeError(
+            "a checkpoint was claimed by onegpu outside of its Auto classes; load it with onegpu.AutoModel….from_pretrained"
+        )
+    return session
+
+
+@contextmanager
+def loading(session: Session) -> Iterator[Session]:
+    """Make ``session`` the current one."""
+    token = _current.set(session)
+    try:
+        yield session
+    finally:
+        _current.reset(token)
