@@ -10,16 +10,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    # The model classes are made at run time, as subclasses of these.
+    from transformers import AutoModel, AutoModelForCausalLM
+
     from onegpu import errors, functional, nn
-    from onegpu.auto import (
-        AutoConfig,
-        AutoModel,
-        AutoModelForCausalLM,
-        AutoProcessor,
-        AutoTokenizer,
-        BitsAndBytesConfig,
-        pipeline,
-    )
+    from onegpu.auto import AutoConfig, AutoProcessor, AutoTokenizer, BitsAndBytesConfig, pipeline
     from onegpu.convert import Report, optimize, restore
 
 __version__ = "0.1.0.dev0"

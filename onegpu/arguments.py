@@ -79,17 +79,24 @@ def _quantization(kwargs: dict[str, Any], request: Request) -> None:
     if config is not None and (four or eight or options):
         named = next(iter(options), "load_in_4bit" if four else "load_in_8bit")
         raise bad_argument(
-            named, options.get(named, True), "is given beside quantization_config", f"put {named} into quantization_config"
+            named,
+            options.get(named, True),
+            "is given beside quantization_config",
+            f"put {named} into quantization_config",
         )
     if four or eight:
         _check_4bit_type(options.get("bnb_4bit_quant_type", "fp4"))
         try:
             config = BitsAndBytesConfig(load_in_4bit=four, load_in_8bit=eight, **options)
         except (TypeError, ValueError, AttributeError) as error:
-            raise ArgumentError(f"quantisation options {options!r} do not fit together: {error}. Correct them.") from None
+            raise ArgumentError(
+                f"quantisation options {options!r} do not fit together: {error}. Correct them."
+            ) from None
     elif options:
         named = next(iter(options))
-        raise bad_argument(named, options[named], "is given without quantisation", "add load_in_4bit=True or load_in_8bit=True")
+        raise bad_argument(
+            named, options[named], "is given without quantisation", "add load_in_4bit=True or load_in_8bit=True"
+        )
     if isinstance(config, Mapping) and (config.get("load_in_4bit") or config.get("load_in_8bit")):
         if config.get("load_in_4bit") and config.get("load_in_8bit"):
             raise bad_argument("quantization_config", dict(config), "asks for 4 and 8 bits at once", "keep one of them")
@@ -159,7 +166,10 @@ def check_path(path: Any) -> None:
     if not folder.exists():
         if looks_local:
             raise bad_argument(
-                "pretrained_model_name_or_path", text, "does not exist", "check the path, or pass a model's name (owner/name)"
+                "pretrained_model_name_or_path",
+                text,
+                "does not exist",
+                "check the path, or pass a model's name (owner/name)",
             )
         return
     if folder.is_file():

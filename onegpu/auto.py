@@ -49,8 +49,8 @@ def _make(base: type) -> type:
         return load(super(made, cls).from_pretrained, pretrained_model_name_or_path, model_args, kwargs)
 
     from_pretrained.__doc__ = load.__doc__
-    made = type(base.__name__, (base,), {"from_pretrained": classmethod(from_pretrained), "__module__": __name__})
-    return made
+    made: Any = type(base.__name__, (base,), {"from_pretrained": classmethod(from_pretrained), "__module__": __name__})
+    return made  # type: ignore[no-any-return]
 
 
 def load(from_pretrained: Any, path: Any, model_args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -116,8 +116,18 @@ def _load_config(path: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]
 
 
 _HUB = frozenset(
-    "cache_dir force_download proxies token revision local_files_only subfolder trust_remote_code code_revision "
-    "use_safetensors".split()
+    (
+        "cache_dir",
+        "code_revision",
+        "force_download",
+        "local_files_only",
+        "proxies",
+        "revision",
+        "subfolder",
+        "token",
+        "trust_remote_code",
+        "use_safetensors",
+    )
 )
 
 
@@ -170,7 +180,9 @@ def _resolve_dtype(path: Any, config: Any, request: Request) -> Any:
     if request.flash and checkpoint_dtype(path, config) in (None, torch.float32):
         before_ampere = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 8
         dtype = torch.float16 if before_ampere else torch.bfloat16
-        _say_once(f"FlashAttention works in 16 bits: loading the float32 checkpoint in {str(dtype)[6:]} (dtype= changes that)")
+        _say_once(
+            f"FlashAttention works in 16 bits: loading the float32 checkpoint in {str(dtype)[6:]} (dtype= changes that)"
+        )
         return dtype
     return "auto"
 
@@ -205,8 +217,9 @@ def pipeline(task: str | None = None, model: Any = None, **kwargs: Any) -> Any:
     """
     from transformers.pipelines import check_task, get_task
 
+    build: Any = transformers.pipeline  # overloaded by task; ours is a string
     if not isinstance(model, str):
-        return transformers.pipeline(task, model=model, **kwargs)
+        return build(task, model=model, **kwargs)
     task = task or get_task(model, token=kwargs.get("token"))
     options = {**(kwargs.pop("model_kwargs", None) or {})}
     for name in ("dtype", "torch_dtype", "device_map", "trust_remote_code", "revision", "token"):
@@ -218,7 +231,8 @@ def pipeline(task: str | None = None, model: Any = None, **kwargs: Any) -> Any:
     config, _ = _load_config(model, {k: v for k, v in options.items() if k in _HUB})
     classes = [auto for auto in spec["pt"] if type(config) in auto._model_mapping] or list(spec["pt"])
     loaded = __getattr__(classes[0].__name__).from_pretrained(model, **options)
-    for part, auto in (("tokenizer", AutoTokenizer), ("processor", AutoProcessor)):
-        if part == "tokenizer" and kwargs.get(part) is None:
-            kwargs[part] = auto.from_pretrained(model, **{k: v for k, v in options.items() if k in _HUB})
-    return transformers.pipeline(task, model=loaded, **kwargs)
+    # Given an object, transformers no longer knows where its companions are: it is told their name.
+    for part in ("tokenizer", "image_processor", "feature_extractor", "processor"):
+        if getattr(spec["impl"], f"_load_{part}", None) is True:
+            kwargs.setdefault(part, model)
+    return build(task, model=loaded, **kwargs)

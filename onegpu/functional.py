@@ -217,7 +217,7 @@ def dequantize_4bit(
     blocksize: int | None = None,
     quant_type: str = "fp4",
 ) -> torch.Tensor:
-    """Undo :func:`quantize_4bit`: packed codes and their state (or absmax, out, blocksize, type) to the original shape."""
+    """Undo :func:`quantize_4bit`: packed codes and their state (or absmax, out, blocksize, type) to the original."""
     if quant_state is None:
         if absmax is None or out is None:
             raise ValueError("dequantize_4bit needs quant_state, or both absmax and out (for shape and dtype)")
@@ -233,24 +233,50 @@ def dequantize_4bit(
     return values.t() if A.shape[0] == 1 and values.dim() == 2 else values
 
 
-def quantize_nf4(A: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, QuantState]:
+def quantize_nf4(
+    A: torch.Tensor,
+    absmax: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    blocksize: int | None = None,
+    compress_statistics: bool = False,
+    quant_storage: torch.dtype = torch.uint8,
+) -> tuple[torch.Tensor, QuantState]:
     """:func:`quantize_4bit` with ``quant_type="nf4"``."""
-    return quantize_4bit(A, *args, quant_type="nf4", **kwargs)
+    return quantize_4bit(A, absmax, out, blocksize, compress_statistics, "nf4", quant_storage)
 
 
-def quantize_fp4(A: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, QuantState]:
+def quantize_fp4(
+    A: torch.Tensor,
+    absmax: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    blocksize: int | None = None,
+    compress_statistics: bool = False,
+    quant_storage: torch.dtype = torch.uint8,
+) -> tuple[torch.Tensor, QuantState]:
     """:func:`quantize_4bit` with ``quant_type="fp4"``."""
-    return quantize_4bit(A, *args, quant_type="fp4", **kwargs)
+    return quantize_4bit(A, absmax, out, blocksize, compress_statistics, "fp4", quant_storage)
 
 
-def dequantize_nf4(A: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+def dequantize_nf4(
+    A: torch.Tensor,
+    quant_state: QuantState | None = None,
+    absmax: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    blocksize: int | None = None,
+) -> torch.Tensor:
     """:func:`dequantize_4bit` with ``quant_type="nf4"``."""
-    return dequantize_4bit(A, *args, quant_type="nf4", **kwargs)
+    return dequantize_4bit(A, quant_state, absmax, out, blocksize, "nf4")
 
 
-def dequantize_fp4(A: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+def dequantize_fp4(
+    A: torch.Tensor,
+    quant_state: QuantState | None = None,
+    absmax: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    blocksize: int | None = None,
+) -> torch.Tensor:
     """:func:`dequantize_4bit` with ``quant_type="fp4"``."""
-    return dequantize_4bit(A, *args, quant_type="fp4", **kwargs)
+    return dequantize_4bit(A, quant_state, absmax, out, blocksize, "fp4")
 
 
 def quantize_blockwise(
@@ -261,7 +287,7 @@ def quantize_blockwise(
     blocksize: int = 4096,
     nested: bool = False,
 ) -> tuple[torch.Tensor, QuantState]:
-    """Quantise ``A`` (float, any shape) to uint8 indices into ``code`` (ascending ``[256]``, the dynamic map by default).
+    """Quantise ``A`` (float, any shape) to uint8 indices into ``code`` (ascending ``[256]``; the dynamic map).
 
     Returns codes of A's shape and their state; ``nested`` quantises the scales as well.
     """
@@ -299,7 +325,7 @@ def dequantize_blockwise(
         code = dynamic_map(A.device) if code is None else code
         quant_state = QuantState(absmax, None, code, blocksize, None, torch.float32)
     scales = quant_state.absmax
-    if quant_state.state2 is not None:
+    if quant_state.state2 is not None and quant_state.offset is not None:
         scales = dequantize_blockwise(scales, quant_state.state2).float() + quant_state.offset
     table = (quant_state.code if quant_state.code is not None else dynamic_map(A.device)).to(A.device)
     size, dtype = quant_state.blocksize or blocksize, quant_state.dtype or torch.float32

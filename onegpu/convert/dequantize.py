@@ -32,7 +32,7 @@ def compatible_state_dict(model: Any) -> dict[str, Any]:
     That stack takes layers whose class is exactly ``nn.Linear``, or ``Conv1D``, and no experts.
     """
     dtype = model.config.dtype if isinstance(model.config.dtype, torch.dtype) else model.dtype
-    state = model.state_dict()
+    state: dict[str, Any] = model.state_dict()
     for name, module in model.named_modules():
         if isinstance(module, ExpertStack):
             parent = name.rpartition(".")[0]

@@ -76,7 +76,9 @@ def bind(model: Any) -> None:
     """Give a quantised model its methods."""
     for method in _METHODS:
         model.__dict__[method.__name__] = MethodType(method, model)
-    bits = {8 if isinstance(m, Linear8bitLt) else 4 for m in model.modules() if isinstance(m, (Linear4bit, Linear8bitLt))}
+    bits = {
+        8 if isinstance(m, Linear8bitLt) else 4 for m in model.modules() if isinstance(m, (Linear4bit, Linear8bitLt))
+    }
     # PEFT asks for these before it turns on gradient checkpointing.
     model.is_loaded_in_8bit, model.is_loaded_in_4bit = 8 in bits, 4 in bits
 

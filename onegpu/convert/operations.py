@@ -14,7 +14,7 @@ from transformers.core_model_loading import ConversionOps
 from onegpu.convert.quantized import is_conv1d_class, quantized_experts
 from onegpu.convert.session import Session, current
 from onegpu.errors import CheckpointError, OneGPUError
-from onegpu.nn import ExpertStack4bit, Int8Params, Linear4bit, Params4bit
+from onegpu.nn import Int8Params, Linear4bit, Params4bit
 from onegpu.nn.check import check_state
 from onegpu.nn.experts import ExpertStack, replace_parameter
 from onegpu.nn.linear_8bit import check_int8
@@ -39,13 +39,13 @@ def _check_shape(session: Session, name: str, value: torch.Tensor, shape: tuple[
         raise _fail(session, name, f"has dtype {value.dtype}, only float weights can be quantised")
 
 
-class Quantize(ConversionOps):  # type: ignore[misc]
+class Quantize(ConversionOps):
     """A float weight on its device to codes and scales there."""
 
     def __init__(self, hf_quantizer: Any) -> None:
         self.hf_quantizer = hf_quantizer
 
-    def convert(
+    def convert(  # type: ignore[override]  # called with keywords only
         self, input_dict: dict[str, Any], model: Any = None, missing_keys: set[str] | None = None, **_: Any
     ) -> dict[str, torch.Tensor]:
         session, result = current(), {}
@@ -58,7 +58,7 @@ class Quantize(ConversionOps):  # type: ignore[misc]
                 _check_shape(session, name, value, tuple(parameter.shape))
                 stack = quantized_experts(parameter, target.names, self.hf_quantizer.settings)
                 stack.quantize_(value)
-                _check_finite(session, name, stack.absmax if isinstance(stack, ExpertStack4bit) else stack.SCB)
+                _check_finite(session, name, stack.scales)
                 _place(parent, attribute, stack, name, missing_keys)
                 continue
             module, _attribute = _parent(model, name)
@@ -74,13 +74,13 @@ class Quantize(ConversionOps):  # type: ignore[misc]
         return result
 
 
-class DeserializeLinear(ConversionOps):  # type: ignore[misc]
+class DeserializeLinear(ConversionOps):
     """The tensors of one weight in bitsandbytes' format to the weight; a plain weight passes."""
 
     def __init__(self, hf_quantizer: Any) -> None:
         self.hf_quantizer = hf_quantizer
 
-    def convert(
+    def convert(  # type: ignore[override]  # called with keywords only
         self, input_dict: dict[str, Any], model: Any = None, full_layer_name: str | None = None, **_: Any
     ) -> dict[str, torch.Tensor]:
         name = full_layer_name or ""
@@ -105,7 +105,7 @@ class DeserializeLinear(ConversionOps):  # type: ignore[misc]
         return {"weight": loaded}
 
 
-class DeserializeExperts(ConversionOps):  # type: ignore[misc]
+class DeserializeExperts(ConversionOps):
     """Every expert's tensors in bitsandbytes' format to one stack.
 
     sources: the patterns of the parts' weights (``.experts.*.w1.weight``), in their order within the stack.
@@ -115,7 +115,7 @@ class DeserializeExperts(ConversionOps):  # type: ignore[misc]
         self.hf_quantizer = hf_quantizer
         self.sources = sources
 
-    def convert(
+    def convert(  # type: ignore[override]  # called with keywords only
         self,
         input_dict: dict[str, Any],
         model: Any = None,
@@ -144,7 +144,7 @@ class DeserializeExperts(ConversionOps):  # type: ignore[misc]
 
 
 def _ending(tail: str) -> str:
-    """``weight`` -> ````, ``weight.absmax`` -> ``.absmax``, ``SCB`` as it is: as ``ExpertStack.load_part`` takes them."""
+    """``weight.absmax`` to ``.absmax``, ``SCB`` as it is, the weight itself to nothing: what ``load_part`` takes."""
     return tail.removeprefix("weight") if tail == "weight" or tail.startswith("weight.") else tail
 
 

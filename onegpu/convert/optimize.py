@@ -127,6 +127,3 @@ def restore(model: Any, *, dequantize: bool = False) -> Report:
         setattr(model.config, name, value)
     del model.__dict__[_STATE]
     return report
-
-
-

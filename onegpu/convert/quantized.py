@@ -2,7 +2,7 @@
 
 A linear is anything that *is* an ``nn.Linear`` (subclasses too: Falcon's projections are one) or transformers'
 ``Conv1D``, which stores its weight transposed. Experts are 3-D parameters of a module that transformers marks as a
-collection of experts. Left alone: tied weights, output embeddings, what the model keeps in float32, and the user's list.
+collection of experts. Left alone: tied weights, output embeddings, what the model keeps in float32, the user's list.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def default_skips(model: Any) -> dict[str, str]:
     for name, module in model.named_modules():
         if head is not None and module is head:
             skip[name] = "output embeddings"
-    for name in (getattr(model, "_keep_in_fp32_modules", None) or ()):
+    for name in getattr(model, "_keep_in_fp32_modules", None) or ():
         skip[name] = "kept in float32 by the model"
     return skip
 
@@ -105,7 +105,10 @@ def _skip_reason(name: str, skip: dict[str, str]) -> str | None:
     """
     for key, reason in skip.items():
         escaped = key.replace("[", "[[]").replace("?", "[?]")
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in (escaped, f"{escaped}.*", f"*.{escaped}", f"*.{escaped}.*")):
+        if any(
+            fnmatch.fnmatchcase(name, pattern)
+            for pattern in (escaped, f"{escaped}.*", f"*.{escaped}", f"*.{escaped}.*")
+        ):
             return reason
     return None
 
@@ -118,7 +121,7 @@ def part_names(model: Any, parameter: str) -> tuple[str, ...]:
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
 
-    module, _, name = parameter.rpartition(".")
+    name = parameter.rpartition(".")[2]
     for converter in get_model_conversion_mapping(model, add_legacy=False):
         if mergeable(converter) and parameter.endswith(converter._original_target_patterns[0].lstrip(".")):
             sources = [source.partition("experts.*.")[2] for source in converter._original_source_patterns]
@@ -143,7 +146,7 @@ def quantized_linear(module: nn.Module, settings: Settings, device: torch.device
     if isinstance(module, nn.Linear):
         inputs, outputs = module.in_features, module.out_features
     else:
-        inputs, outputs = module.weight.shape  # type: ignore[union-attr, misc]  # Conv1D stores [in, out]
+        inputs, outputs = module.weight.shape  # type: ignore[misc]  # Conv1D stores [in, out]
     bias = getattr(module, "bias", None) is not None
     new: Linear4bit | Linear8bitLt
     with torch.device(device):
@@ -167,9 +170,7 @@ def quantized_experts(parameter: torch.Tensor, names: tuple[str, ...], settings:
         if settings.bits == 8:
             return ExpertStack8bit(shape, parameter.dtype, names)
         storage = settings.quant_storage or torch.uint8
-        return ExpertStack4bit(
-            shape, parameter.dtype, names, settings.quant_type, settings.double_quant, storage
-        )
+        return ExpertStack4bit(shape, parameter.dtype, names, settings.quant_type, settings.double_quant, storage)
 
 
 def original_linear(module: Linear4bit | Linear8bitLt, dtype: torch.dtype) -> nn.Module:
@@ -187,4 +188,4 @@ def original_linear(module: Linear4bit | Linear8bitLt, dtype: torch.dtype) -> nn
         new.bias = nn.Parameter(module.bias.data.to(dtype), requires_grad=module.bias.requires_grad)
     elif transposed:
         new.bias = nn.Parameter(torch.zeros(module.out_features, dtype=dtype, device=weight.device))
-    return new.train(module.training)  # type: ignore[no-any-return]
+    return new.train(module.training)

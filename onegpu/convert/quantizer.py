@@ -35,18 +35,18 @@ QUANT_METHOD = "onegpu"
 
 
 @register_quantization_config(QUANT_METHOD)
-class OneGPUConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class OneGPUConfig(QuantizationConfigMixin):
     """A marker: transformers dispatches on its name. What to do is in the load's session."""
 
     def __init__(self, **_: Any) -> None:
-        self.quant_method = QUANT_METHOD
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # theirs is an enum of the names they know
 
     def to_dict(self) -> dict[str, Any]:
         return {"quant_method": QUANT_METHOD}
 
 
 @register_quantizer(QUANT_METHOD)
-class OneGPUQuantizer(HfQuantizer):  # type: ignore[misc]
+class OneGPUQuantizer(HfQuantizer):
     """Quantises while loading, or loads what bitsandbytes' format holds."""
 
     requires_calibration = False
@@ -110,7 +110,9 @@ class OneGPUQuantizer(HfQuantizer):  # type: ignore[misc]
                     new.weight.data = new.weight.data.to(torch.int8)  # so that the codes are not cast on their way
                 model.set_submodule(target.name, new)
                 after = f"{self.settings.quant_type} {type(new).__name__}"
-            session.report.changes.append(Change(target.name, before, after, "linear" if not target.names else "experts"))
+            session.report.changes.append(
+                Change(target.name, before, after, "linear" if not target.names else "experts")
+            )
         if self.targets:
             model.config._experts_implementation = "eager"  # the one that takes stack[e], expert by expert
         check_device_fits(model, self, device_map)
@@ -201,7 +203,7 @@ def saved_config(quantizer: OneGPUQuantizer) -> BitsAndBytesConfig:
     transformers takes a skip list *in place of* its default one, ours adds to it: where there is a list, the saved one
     names both, or the files would not load there.
     """
-    config = copy.deepcopy(quantizer.config)
+    config: BitsAndBytesConfig = copy.deepcopy(quantizer.config)
     if quantizer.default_skips and config.llm_int8_skip_modules:
         listed = config.llm_int8_skip_modules
         config.llm_int8_skip_modules = [*listed, *(name for name in quantizer.default_skips if name not in listed)]

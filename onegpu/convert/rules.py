@@ -10,13 +10,12 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from onegpu.convert.quantized import Target, find_targets, quantized_experts, quantized_linear
+from onegpu.convert.quantized import Target, find_targets, is_conv1d, quantized_experts, quantized_linear
 from onegpu.convert.report import Change, Report
 from onegpu.convert.swap import stack_to_parameter, swap_module
 from onegpu.formats.bitsandbytes import Settings
 from onegpu.nn import Int8Params, Params4bit
 from onegpu.nn.experts import ExpertStack, replace_parameter
-from onegpu.convert.quantized import is_conv1d
 
 
 class Rule(Protocol):
@@ -51,7 +50,7 @@ class QuantizeWeights:
         source = weight.t() if is_conv1d(old) else weight
         kind = Int8Params if settings.bits == 8 else Params4bit
         fields = {key: value for key, value in new.weight.__dict__.items() if key not in ("CB", "SCB")}
-        new.weight = kind(source, requires_grad=new.weight.requires_grad, **fields).to(source.device)  # type: ignore[assignment]
+        new.weight = kind(source, requires_grad=new.weight.requires_grad, **fields).to(source.device)
         new.bias = old.bias
         swap_module(model, target.name, new)
         if keep:

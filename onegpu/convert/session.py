@@ -1,4 +1,4 @@
-"""One load in progress: what the Auto classes and the quantizer, which transformers constructs itself, tell each other."""
+"""One load in progress: what the Auto classes and the quantizer, which transformers constructs, tell each other."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def current() -> Session:
     session = _current.get()
     if session is None:
         raise RuntimeError(
-            "a checkpoint was claimed by onegpu outside of its Auto classes; load it with onegpu.AutoModel….from_pretrained"
+            "a checkpoint was claimed by onegpu outside of its Auto classes; load it with onegpu's Auto classes"
         )
     return session
 

@@ -16,7 +16,7 @@ def swap_module(model: nn.Module, name: str, new: nn.Module) -> None:
 
         hook = old._hf_hook
         remove_hook_from_module(old)
-        add_hook_to_module(new, hook)  # type: ignore[arg-type]
+        add_hook_to_module(new, hook)
     model.set_submodule(name, new)
 
 

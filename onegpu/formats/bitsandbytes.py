@@ -19,7 +19,7 @@ STATE_KEYS = ("quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4")
 PLAIN_KEYS = ("absmax", "quant_map")
 NESTED_KEYS = ("nested_absmax", "nested_quant_map")
 # Endings of a 4-bit weight's entries as transformers collects them; the bare weight last, where the first match wins.
-ENDINGS_4BIT = tuple(f"weight.{key}" for key in (*NESTED_KEYS, *PLAIN_KEYS, *STATE_KEYS)) + ("weight",)
+ENDINGS_4BIT = (*(f"weight.{key}" for key in (*NESTED_KEYS, *PLAIN_KEYS, *STATE_KEYS)), "weight")
 ENDINGS_8BIT = ("SCB", "weight_format", "weight")
 
 
@@ -156,7 +156,10 @@ def _check_entry(entry: QuantizedEntry, bits: int) -> None:
         states = sum(f"weight.{key}" in have for key in STATE_KEYS)
         if states != 1:
             raise CheckpointError(
-                file=weight.file, tensor=entry.name, reason=f"{states} quant_state entries, there must be one", fix=_AGAIN
+                file=weight.file,
+                tensor=entry.name,
+                reason=f"{states} quant_state entries, there must be one",
+                fix=_AGAIN,
             )
         if weight.dtype in ("F32", "F64", "I64", "I32") and len(weight.shape) > 1 and weight.shape[-1] != 1:
             raise CheckpointError(

@@ -84,7 +84,7 @@ class _Linear4bit(torch.autograd.Function):
         return torch.ops.onegpu.linear_4bit(x, *packed, bias)  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         grad_x = torch.ops.onegpu.linear_4bit_backward(grad, *ctx.packed) if ctx.needs_input_grad[0] else None
         grad_bias = grad.sum(dim=0) if ctx.needs_input_grad[1] else None
         return grad_x, grad_bias, None

@@ -53,7 +53,8 @@ def _forward(
         else:
             out = out.addmm(rows.masked_fill(~mask, 0.0), dequantize_rows(weight, SCB, x.dtype).t())
     # No view where none is needed: autograd refuses to modify in place what a custom function returns as one.
-    return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])
+    result: torch.Tensor = out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])
+    return result
 
 
 def _forward_fake(
@@ -93,7 +94,7 @@ class _LinearInt8(torch.autograd.Function):
         return torch.ops.onegpu.int8_linear(x, weight, SCB, bias, threshold)  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         need_x, need_source, *_, need_bias, _ = ctx.needs_input_grad
         grad_x = torch.ops.onegpu.int8_linear_backward(grad, ctx.weight, ctx.SCB) if need_x else None

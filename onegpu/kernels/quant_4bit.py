@@ -110,7 +110,9 @@ def _dequantize(
         full = (stop - start) - (stop - start) % blocksize
         last = first + full // blocksize
         torch.mul(
-            values[:full].view(-1, blocksize), absmax[first:last, None], out=out[start : start + full].view(-1, blocksize)
+            values[:full].view(-1, blocksize),
+            absmax[first:last, None],
+            out=out[start : start + full].view(-1, blocksize),
         )
         if start + full < stop:
             torch.mul(values[full:], absmax[last], out=out[start + full : stop])
@@ -129,7 +131,8 @@ define(
     _quantize_fake,
 )
 define(
-    "dequantize_4bit(Tensor A, Tensor absmax, int blocksize, str quant_type, SymInt[] shape, ScalarType dtype) -> Tensor",
+    "dequantize_4bit(Tensor A, Tensor absmax, int blocksize, str quant_type, SymInt[] shape, ScalarType dtype)"
+    " -> Tensor",
     _dequantize,
     _dequantize_fake,
 )

@@ -25,7 +25,9 @@ def check_state(weight: Params4bit, shape: tuple[int, ...]) -> None:
     if nbytes(weight) != needed:
         raise ValueError(f"packed weight has {nbytes(weight)} bytes, {tuple(shape)} needs {needed}")
     if state.absmax.numel() != blocks:
-        raise ValueError(f"absmax has {state.absmax.numel()} entries, the layer's blocks of {state.blocksize} need {blocks}")
+        raise ValueError(
+            f"absmax has {state.absmax.numel()} entries, the layer's blocks of {state.blocksize} need {blocks}"
+        )
     if state.code.is_meta:
         return
     _check_table("quant_map", state.code, codebook_4bit(state.quant_type or "", state.code.device))

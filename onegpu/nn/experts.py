@@ -59,6 +59,15 @@ class ExpertStack(nn.Module):
         """Where the codes are."""
         return next(self.parameters()).device
 
+    @property
+    def scales(self) -> torch.Tensor:
+        """The float32 scales that a NaN or an infinity in the weights would show in."""
+        raise NotImplementedError
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes by kind: weight, scales."""
+        raise NotImplementedError
+
     def dim(self) -> int:
         """3, as the parameter's."""
         return len(self.shape)
@@ -185,7 +194,7 @@ class ExpertStack4bit(ExpertStack):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ExpertStack4bit:
         scales = {name: self._buffers.pop(name) for name in _SCALES_4BIT}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         for name, value in scales.items():
             self._buffers[name] = None if value is None else move_as_bytes(value, fn)
         return self
@@ -222,7 +231,14 @@ class ExpertStack4bit(ExpertStack):
             offset = self.nested_offset[index]
         code = codebook_4bit(self.quant_type, self.absmax.device)
         return QuantState(
-            self.absmax[index], self.part_shape, code, self.blocksize, self.quant_type, self.source_dtype, offset, state2
+            self.absmax[index],
+            self.part_shape,
+            code,
+            self.blocksize,
+            self.quant_type,
+            self.source_dtype,
+            offset,
+            state2,
         )
 
     def __getitem__(self, expert: int | torch.Tensor) -> torch.Tensor:
@@ -246,8 +262,8 @@ class ExpertStack4bit(ExpertStack):
             self.compress_statistics,
         ):
             raise ValueError(
-                f"{state.quant_type}, blocksize {state.blocksize}, nested {state.nested} differ from the other experts' "
-                f"{self.quant_type}, {self.blocksize}, {self.compress_statistics}"
+                f"{state.quant_type}, blocksize {state.blocksize}, nested {state.nested} differ from the other "
+                f"experts' {self.quant_type}, {self.blocksize}, {self.compress_statistics}"
             )
         if self.device.type == "meta":
             self.to_empty(device=device)
@@ -269,8 +285,11 @@ class ExpertStack4bit(ExpertStack):
     def _ending(tail: str) -> str | None:
         return tail.removeprefix("weight") if tail == "weight" or tail.startswith("weight.") else None
 
+    @property
+    def scales(self) -> torch.Tensor:
+        return self.absmax if self.nested_offset is None else self.nested_offset
+
     def nbytes(self) -> dict[str, int]:
-        """Bytes by kind: weight, scales."""
         return {
             "weight": nbytes(self.weight),
             "scales": nbytes(self.absmax, self.nested_absmax, self.nested_offset),
@@ -294,7 +313,7 @@ class ExpertStack8bit(ExpertStack):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ExpertStack8bit:
         scales = self._buffers.pop("SCB")
         assert scales is not None
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         self._buffers["SCB"] = move_as_bytes(scales, fn)
         return self
 
@@ -336,8 +355,11 @@ class ExpertStack8bit(ExpertStack):
     def _ending(tail: str) -> str | None:
         return {"weight": "", "SCB": "SCB", "weight_format": "weight_format"}.get(tail)
 
+    @property
+    def scales(self) -> torch.Tensor:
+        return self.SCB
+
     def nbytes(self) -> dict[str, int]:
-        """Bytes by kind: weight, scales."""
         return {"weight": nbytes(self.weight), "scales": nbytes(self.SCB)}
 
 
@@ -350,7 +372,7 @@ def replace_parameter(parent: nn.Module, name: str, stack: ExpertStack) -> None:
 
 
 def _route_entries(parent: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Hand ``experts.3.w1.weight`` to the stack ``experts.gate_up_proj``: torch shows a child only names below its own."""
+    """Hand ``experts.3.w1.weight`` to the stack ``experts.gate_up_proj``: a child is shown only names below its own."""
     for child_name, stack in parent.named_children():
         if not isinstance(stack, ExpertStack):
             continue

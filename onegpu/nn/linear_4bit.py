@@ -47,7 +47,7 @@ class Linear4bit(nn.Linear):
     nested_offset: torch.Tensor | None
     expanded: torch.Tensor | None
     expand_on_cpu: bool = False
-    _packed_meta: tuple[int, str, torch.dtype] | None
+    _packed_meta: tuple[int, str, torch.dtype | None] | None = None
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class Linear4bit(nn.Linear):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Also called by ``module.weight = …``: a quantised weight brings its scales along."""
-        if name == "weight" and not isinstance(param, Params4bit) and self.__dict__.get("_packed_meta") is not None:
+        if name == "weight" and not isinstance(param, Params4bit) and self._packed_meta is not None:
             # Tools that rebuild parameters (accelerate, FSDP) lose the subclass; the bytes are what they were.
             param = self._restate(param)
         super().register_parameter(name, param)
@@ -96,7 +96,8 @@ class Linear4bit(nn.Linear):
         for name in _BUFFERS:
             self._buffers[name] = tensors.get(name)
         self._buffers["expanded"] = None
-        self.__dict__["_packed_meta"] = None if state is None else (state.blocksize, state.quant_type, state.dtype)
+        facts = None if state is None else (state.blocksize or 64, state.quant_type or "fp4", state.dtype)
+        self._packed_meta = facts
 
     def _restate(self, param: nn.Parameter | None) -> Params4bit:
         if param is None:
@@ -134,7 +135,7 @@ class Linear4bit(nn.Linear):
 
     def _state_from_buffers(self) -> QuantState:
         """The state as the buffers have it: accelerate's hooks move buffers one by one, past ``weight``."""
-        blocksize, quant_type, dtype = self._packed_meta
+        blocksize, quant_type, dtype = self._facts()
         device = self.absmax.device
         state2 = None
         if self.nested_absmax is not None:
@@ -142,15 +143,20 @@ class Linear4bit(nn.Linear):
         shape, code = (self.out_features, self.in_features), codebook_4bit(quant_type, device)
         return QuantState(self.absmax, shape, code, blocksize, quant_type, dtype, self.nested_offset, state2)
 
+    def _facts(self) -> tuple[int, str, torch.dtype | None]:
+        """Block size, quant type and original dtype of the quantised weight."""
+        if self._packed_meta is None and self.weight.bnb_quantized:
+            self._adopt(self.weight)  # quantised in place, by `layer.weight.cuda()`
+        if self._packed_meta is None:
+            raise RuntimeError(
+                "Linear4bit holds a float weight: move it to a device first (`.to(device)`, `.cuda()`), "
+                "which quantises it"
+            )
+        return self._packed_meta
+
     def packed(self) -> Packed4bit:
         """Codes and scales as kernels take them."""
-        if self.__dict__.get("_packed_meta") is None and self.weight.bnb_quantized:
-            self._adopt(self.weight)  # quantised in place, by `layer.weight.cuda()`
-        if self.__dict__.get("_packed_meta") is None:
-            raise RuntimeError(
-                "Linear4bit holds a float weight: move it to a device first (`.to(device)`, `.cuda()`), that quantises it"
-            )
-        blocksize, quant_type, _ = self._packed_meta
+        blocksize, quant_type, _ = self._facts()
         shape = (self.out_features, self.in_features)
         table = None if self.nested_absmax is None else dynamic_map(self.absmax.device)
         nested = (self.nested_absmax, table, self.nested_offset)
@@ -158,7 +164,7 @@ class Linear4bit(nn.Linear):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The weight as floats, ``[N, K]``, in ``dtype`` (by default the one it had before quantisation)."""
-        return self.packed().dequantize(dtype or self._packed_meta[2] or torch.float32)
+        return self.packed().dequantize(dtype or self._facts()[2] or torch.float32)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x ``[..., K]`` to ``[..., N]`` in the dtype of x."""
@@ -168,7 +174,8 @@ class Linear4bit(nn.Linear):
         if self.expand_on_cpu and x.device.type == "cpu" and not torch.is_grad_enabled():
             if self.expanded is None or self.expanded.dtype != x.dtype:
                 self.expanded = self.dequantize(x.dtype)
-            return nn.functional.linear(x, self.expanded, None if self.bias is None else self.bias.to(x.dtype)).to(dtype)
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return nn.functional.linear(x, self.expanded, bias).to(dtype)
         y = linear_4bit(x, self.packed(), self.bias)
         return y if torch.is_autocast_enabled(x.device.type) else y.to(dtype)
 
@@ -176,7 +183,7 @@ class Linear4bit(nn.Linear):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in _BUFFERS:
             destination.pop(prefix + name, None)
-        if self.__dict__.get("_packed_meta") is not None and self.absmax is not None and not self.absmax.is_meta:
+        if self._packed_meta is not None and self.absmax is not None and not self.absmax.is_meta:
             for key, value in self._state_from_buffers().as_dict(packed=True).items():
                 destination[f"{prefix}weight.{key}"] = value if keep_vars else value.detach()
 

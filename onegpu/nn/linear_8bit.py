@@ -58,7 +58,7 @@ class Int8Params(nn.Parameter):
         self.data, self.CB, self.SCB = codes, codes, maxima
         return self
 
-    def to(self, *args: Any, **kwargs: Any) -> Int8Params:  # type: ignore[override]
+    def to(self, *args: Any, **kwargs: Any) -> Int8Params:
         """Move; the first move to a real device quantises. A dtype casts only a weight that is still float."""
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
         quantized = self.data.dtype == torch.int8
@@ -130,9 +130,7 @@ class Linear8bitLt(nn.Linear):
         self.index = index
         self.threshold = threshold
         self.has_fp16_weights = has_fp16_weights
-        self.weight = Int8Params(
-            self.weight.data, has_fp16_weights=has_fp16_weights, requires_grad=has_fp16_weights
-        )
+        self.weight = Int8Params(self.weight.data, has_fp16_weights=has_fp16_weights, requires_grad=has_fp16_weights)
 
     @property
     def state(self) -> SimpleNamespace:
@@ -198,7 +196,7 @@ class Linear8bitLt(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x ``[..., K]`` to ``[..., N]`` in the dtype of x."""
-        bias = self.bias
+        bias: torch.Tensor | None = self.bias
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
         if self.has_fp16_weights and self.weight.dtype != torch.int8:

@@ -24,7 +24,7 @@ def state_tensors(state: QuantState) -> dict[str, torch.Tensor | None]:
 
 
 def _from_state(name: str) -> Any:
-    """A read-only attribute that looks into ``quant_state``. (A property: ``__getattr__`` would break torch.compile.)"""
+    """A read-only attribute that looks into ``quant_state``; ``__getattr__`` would break torch.compile."""
 
     def get(self: Params4bit) -> torch.Tensor:
         value = state_tensors(self.quant_state).get(name) if self.quant_state is not None else None
@@ -110,7 +110,7 @@ class Params4bit(nn.Parameter):
         self.data, self.quant_state, self.bnb_quantized = packed, state, True
         return self
 
-    def to(self, *args: Any, **kwargs: Any) -> Params4bit:  # type: ignore[override]
+    def to(self, *args: Any, **kwargs: Any) -> Params4bit:
         """Move; the first move to a real device quantises. A dtype casts only a weight that is still float."""
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
         if not self.bnb_quantized:

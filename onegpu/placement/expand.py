@@ -1,7 +1,7 @@
 """Expanded copies of 4-bit weights on a CPU.
 
-Decoding 4-bit codes takes a CPU several times as long as multiplying by the result. Where memory is plentiful the layers
-may keep what they decoded: at most a quarter of the free memory, and counted by footprints and by ``memory_table``.
+Decoding 4-bit codes takes a CPU several times as long as multiplying by the result. Where memory is plentiful the
+layers may keep what they decoded: at most a quarter of the free memory, counted by footprints and ``memory_table``.
 """
 
 from __future__ import annotations

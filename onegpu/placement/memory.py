@@ -66,7 +66,7 @@ def quantized_bytes(module: nn.Module) -> tuple[str, int, dict[str, int]] | None
         kind = "int8"
         if isinstance(module, ExpertStack4bit):
             kind = module.quant_type + (" double" if module.nested_absmax is not None else "")
-        return f"{kind} experts", module.shape.numel(), module.nbytes()  # type: ignore[attr-defined]
+        return f"{kind} experts", module.shape.numel(), module.nbytes()
     return None
 
 
