@@ -43,7 +43,8 @@ def codebook_4bit(quant_type: str, device: torch.device) -> torch.Tensor:
     if quant_type == "nf4":
         values = torch.tensor(_NF4, dtype=torch.float32)
     elif quant_type == "fp4":
-        values = torch.tensor(_FP4_TWELFTHS + tuple(-v for v in _FP4_TWELFTHS), dtype=torch.float32)
+        # Code 8 is plus zero too: checkpoints hold this table, and bitsandbytes' has no minus zero.
+        values = torch.tensor(_FP4_TWELFTHS + tuple(0.0 - v for v in _FP4_TWELFTHS), dtype=torch.float32)
         values /= values.abs().max()
     else:
         raise ValueError(f"quant_type={quant_type!r} is not a 4-bit type; use one of {', '.join(QUANT_TYPES)}")
