@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
+
+from tests.oracle import Oracle, oracle
 
 # Before huggingface_hub is imported. A test that needs the network is wrong: it fails at once, not after retries.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -42,3 +45,18 @@ def poisoned_empty() -> Iterator[None]:
     It poisons nothing yet: it comes with the first kernel that allocates its own output.
     """
     yield
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Every device a definition or a kernel runs on: "cpu", and "cuda" where there is one."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="session")
+def bitsandbytes() -> Oracle:
+    """bitsandbytes in its own process; the test is skipped where it is not installed."""
+    if find_spec("bitsandbytes") is None:
+        pytest.skip("bitsandbytes is not installed here: nothing to compare with")
+    return oracle()
