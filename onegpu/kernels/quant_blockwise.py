@@ -34,7 +34,10 @@ def _quantize(A: torch.Tensor, code: torch.Tensor, blocksize: int) -> tuple[torc
     codes = _nearest(scaled, code)
     # An all-zero block divides by zero; bitsandbytes writes code 0 there on either device.
     codes = torch.where((absmax == 0)[:, None], 0, codes).to(torch.uint8)
-    return codes.view(-1)[:n].view(A.shape), absmax
+    flat_codes = codes.view(-1)
+    if n < flat_codes.numel():
+        flat_codes = flat_codes[:n].clone()  # a view would keep the padding in memory, and be counted with it in a file
+    return flat_codes.view(A.shape), absmax
 
 
 def _quantize_fake(A: torch.Tensor, code: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
