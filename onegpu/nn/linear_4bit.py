@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from onegpu.functional import QuantState
+from onegpu.kernels.autocast import autocast_dtype
 from onegpu.kernels.codebooks import codebook_4bit, dynamic_map
 from onegpu.kernels.linear_4bit import Packed4bit, linear_4bit
 from onegpu.nn.bytes_of import move_as_bytes, nbytes
@@ -177,7 +178,7 @@ class Linear4bit(nn.Linear):
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return nn.functional.linear(x, self.expanded, bias).to(dtype)
         y = linear_4bit(x, self.packed(), self.bias)
-        return y if torch.is_autocast_enabled(x.device.type) else y.to(dtype)
+        return y.to(dtype) if autocast_dtype(x.device.type) is None else y
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
