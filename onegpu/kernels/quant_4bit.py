@@ -38,8 +38,10 @@ def _nearest_codes(scaled: torch.Tensor, quant_type: str) -> torch.Tensor:
     if scaled.device.type != "cpu":
         scaled = scaled.nan_to_num(nan=-1.0)  # 0/0 of an all-zero block: its first code, as the CUDA kernel gives
     rank = torch.bucketize(scaled, middles, out_int32=True)
-    # NF4 is stored in ascending order: rank and code coincide.
-    return (rank if quant_type == "nf4" else order[rank]).to(torch.uint8)
+    if quant_type == "nf4":  # stored in ascending order: rank and code coincide
+        return rank.to(torch.uint8)
+    # index_select takes ranks as int32; `order[rank]` would first widen all of them to int64.
+    return order.to(torch.uint8).index_select(0, rank.view(-1)).view(rank.shape)
 
 
 def _quantize_slab(flat: torch.Tensor, blocksize: int, quant_type: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,18 +11,28 @@ import torch
 
 from onegpu.kernels.library import define
 
+# Elements of one slab: the 10 or so bytes of scratch that each takes stay below 64 MiB, whatever the matrix.
+_SLAB = 1 << 22
+
 
 def _quantize(A: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     rows = A.reshape(-1, A.shape[-1])
-    mask = torch.zeros(rows.shape[-1], dtype=torch.bool, device=A.device)
+    mask = torch.zeros(rows.shape[1], dtype=torch.bool, device=A.device)
+    absmax = torch.empty(rows.shape[0], dtype=torch.float32, device=A.device)
+    codes = torch.empty(rows.shape, dtype=torch.int8, device=A.device)
+    step = max(1, _SLAB // rows.shape[1])
+    for start in range(0, rows.shape[0], step):
+        slab = rows[start : start + step]
+        if threshold > 0.0:
+            outliers = slab.abs() >= threshold
+            mask |= outliers.any(dim=0)
+            slab = slab.masked_fill(outliers, 0.0)
+        peaks = slab.abs().amax(dim=1).float()
+        absmax[start : start + step] = peaks
+        # An all-zero row divides by zero. Its codes are zeros; a row with NaN keeps NaN in absmax, where it is visible.
+        codes[start : start + step] = (slab * (127.0 / peaks)[:, None]).round_().nan_to_num_(nan=0.0)
     if threshold > 0.0:
-        outliers = rows.abs() >= threshold
-        mask = outliers.any(dim=0)
-        rows = rows.masked_fill(outliers, 0.0)
-    absmax = rows.abs().amax(dim=1).float() if rows.numel() else rows.new_zeros(rows.shape[0], dtype=torch.float32)
-    scaled = torch.round(rows * (127.0 / absmax)[:, None])
-    # An all-zero row divides by zero. Its codes are zeros; a row with NaN keeps NaN in absmax, where it stays visible.
-    codes = scaled.nan_to_num(nan=0.0).to(torch.int8).masked_fill(mask, 0)
+        codes.masked_fill_(mask, 0)
     return codes.view(A.shape), absmax, mask
 
 
