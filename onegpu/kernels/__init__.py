@@ -11,11 +11,22 @@ OPS = (
     "quantize_blockwise",
     "dequantize_blockwise",
     "int8_vectorwise_quant",
+    "int8_vectorwise_dequant",
     "int8_linear",
     "linear_4bit",
 )
 
 
+_TRITON = ("quantize_4bit", "dequantize_4bit", "quantize_blockwise", "int8_vectorwise_dequant")
+
+
 def available() -> dict[str, str]:
     """Which implementation every op uses on this machine: ``{op: implementation}``, the table of ``onegpu env``."""
-    return dict.fromkeys(OPS, "PyTorch definition")
+    import torch
+
+    from onegpu.kernels.library import has_triton
+
+    names = dict.fromkeys(OPS, "PyTorch definition")
+    if torch.cuda.is_available() and has_triton():
+        names |= dict.fromkeys(_TRITON, "Triton")
+    return names

@@ -6,12 +6,20 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 _LIBRARY = torch.library.Library("onegpu", "DEF")
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton can be imported: CUDA builds of torch bring it. Looks, and does not import."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def define(

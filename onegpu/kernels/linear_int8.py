@@ -5,8 +5,10 @@ of x are quantised to int8, multiplied exactly in integers and scaled back; colu
 ``threshold`` are taken out and multiplied in the dtype of x (arXiv:2208.07339, section 3). Bound by N*K bytes for few
 rows, by 2*M*N*K integer operations for many.
 
-Outlier columns are found by mask and never counted on the host: ``nonzero`` would synchronise and could not be captured
-in a CUDA graph. The CPU, where counting is free, multiplies only those columns.
+On a GPU the weights are dequantised and x stays as it is, unless ``exact`` asks for the paper's arithmetic: that is
+faster, rounds no activation and makes the threshold irrelevant. Exact, outlier columns are found by mask and never
+counted on the host: ``nonzero`` would synchronise and could not be captured in a CUDA graph. The CPU, where counting is
+free, is always exact and multiplies only those columns.
 """
 
 from __future__ import annotations
@@ -36,8 +38,26 @@ def _integer_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch._int_mm(torch.nn.functional.pad(a, (0, 0, 0, rows - m)), b.t())[:m]
 
 
+def _forward_cuda(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    SCB: torch.Tensor,
+    bias: torch.Tensor | None,
+    threshold: float,
+    exact: bool,
+) -> torch.Tensor:
+    if exact:
+        return _forward(x, weight, SCB, bias, threshold, exact)
+    return torch.nn.functional.linear(x, dequantize_rows(weight, SCB, x.dtype), bias)
+
+
 def _forward(
-    x: torch.Tensor, weight: torch.Tensor, SCB: torch.Tensor, bias: torch.Tensor | None, threshold: float
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    SCB: torch.Tensor,
+    bias: torch.Tensor | None,
+    threshold: float,
+    exact: bool,
 ) -> torch.Tensor:
     rows = x.reshape(-1, x.shape[-1])
     codes, absmax, mask = torch.ops.onegpu.int8_vectorwise_quant(rows.half(), threshold)
@@ -58,7 +78,12 @@ def _forward(
 
 
 def _forward_fake(
-    x: torch.Tensor, weight: torch.Tensor, SCB: torch.Tensor, bias: torch.Tensor | None, threshold: float
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    SCB: torch.Tensor,
+    bias: torch.Tensor | None,
+    threshold: float,
+    exact: bool,
 ) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
@@ -72,7 +97,10 @@ def _backward_fake(grad: torch.Tensor, weight: torch.Tensor, SCB: torch.Tensor) 
 
 
 define(
-    "int8_linear(Tensor x, Tensor weight, Tensor SCB, Tensor? bias, float threshold) -> Tensor", _forward, _forward_fake
+    "int8_linear(Tensor x, Tensor weight, Tensor SCB, Tensor? bias, float threshold, bool exact) -> Tensor",
+    _forward,
+    _forward_fake,
+    cuda=_forward_cuda,
 )
 define("int8_linear_backward(Tensor grad, Tensor weight, Tensor SCB) -> Tensor", _backward, _backward_fake)
 
@@ -87,19 +115,20 @@ class _LinearInt8(torch.autograd.Function):
         SCB: torch.Tensor,
         bias: torch.Tensor | None,
         threshold: float,
+        exact: bool,
     ) -> torch.Tensor:
         ctx.weight, ctx.SCB = weight, SCB
         # x is kept only where a 16-bit weight learns from it (has_fp16_weights).
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None)
-        return torch.ops.onegpu.int8_linear(x, weight, SCB, bias, threshold)  # type: ignore[no-any-return]
+        return torch.ops.onegpu.int8_linear(x, weight, SCB, bias, threshold, exact)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        need_x, need_source, *_, need_bias, _ = ctx.needs_input_grad
+        need_x, need_source, _, _, need_bias, _, _ = ctx.needs_input_grad
         grad_x = torch.ops.onegpu.int8_linear_backward(grad, ctx.weight, ctx.SCB) if need_x else None
         grad_source = grad.t() @ x if need_source else None
-        return grad_x, grad_source, None, None, grad.sum(dim=0) if need_bias else None, None
+        return grad_x, grad_source, None, None, grad.sum(dim=0) if need_bias else None, None, None
 
 
 def linear_int8(
@@ -109,6 +138,7 @@ def linear_int8(
     bias: torch.Tensor | None = None,
     threshold: float = 0.0,
     source: torch.Tensor | None = None,
+    exact: bool = False,
 ) -> torch.Tensor:
     """Multiply by an int8 matrix.
 
@@ -118,6 +148,7 @@ def linear_int8(
         SCB: float32 ``[N]``.
         bias: ``[N]`` or None.
         threshold: outlier threshold in units of x; 0 quantises every column.
+        exact: the paper's arithmetic on a GPU too.
         source: the float matrix that ``weight`` was just made from, where it learns; gets the gradient.
 
     Returns:
@@ -126,9 +157,9 @@ def linear_int8(
     x = autocast_input(x)
     learns = any(t is not None and t.requires_grad for t in (x, bias, source))
     if torch.is_grad_enabled() and learns:
-        y = _LinearInt8.apply(x.reshape(-1, x.shape[-1]), source, weight, SCB, bias, threshold)
+        y = _LinearInt8.apply(x.reshape(-1, x.shape[-1]), source, weight, SCB, bias, threshold, exact)
         return y.view(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
-    return torch.ops.onegpu.int8_linear(x, weight, SCB, bias, threshold)  # type: ignore[no-any-return]
+    return torch.ops.onegpu.int8_linear(x, weight, SCB, bias, threshold, exact)  # type: ignore[no-any-return]
 
 
 def cost(m: int, n: int, k: int, itemsize: int) -> tuple[int, int]:

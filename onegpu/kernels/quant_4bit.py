@@ -14,7 +14,7 @@ import math
 import torch
 
 from onegpu.kernels.codebooks import codebook_4bit, pair_table_4bit
-from onegpu.kernels.library import define
+from onegpu.kernels.library import define, has_triton
 
 # Quantising needs about 16 bytes of scratch per weight; slabs keep that below 64 MiB whatever the matrix, so that
 # loading a model peaks at the model plus one layer.
@@ -84,6 +84,21 @@ def _quantize(
     return packed.view(quant_storage).unsqueeze(1), absmax
 
 
+def _quantize_cuda(
+    A: torch.Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if not has_triton() or not A.numel():
+        return _quantize(A, blocksize, quant_type, quant_storage)
+    from onegpu.kernels import quant_4bit_triton
+
+    flat = A.reshape(-1)
+    packed = torch.empty(packed_bytes(flat.numel(), quant_storage), dtype=torch.uint8, device=A.device)
+    packed[(flat.numel() + 1) // 2 :] = 0
+    absmax = torch.empty(-(-flat.numel() // blocksize), dtype=torch.float32, device=A.device)
+    quant_4bit_triton.quantize(flat, blocksize, quant_type, packed, absmax)
+    return packed.view(quant_storage).unsqueeze(1), absmax
+
+
 def packed_bytes(numel: int, quant_storage: torch.dtype) -> int:
     """Bytes that ``numel`` weights take: half a byte each, rounded up to whole elements of ``quant_storage``."""
     return -(-((numel + 1) // 2) // quant_storage.itemsize) * quant_storage.itemsize
@@ -121,6 +136,19 @@ def _dequantize(
     return out.view(shape)
 
 
+def _dequantize_cuda(
+    A: torch.Tensor, absmax: torch.Tensor, blocksize: int, quant_type: str, shape: list[int], dtype: torch.dtype
+) -> torch.Tensor:
+    if not has_triton() or not math.prod(shape):
+        return _dequantize(A, absmax, blocksize, quant_type, shape, dtype)
+    from onegpu.kernels import quant_4bit_triton
+
+    out = torch.empty(list(shape), dtype=dtype, device=A.device)
+    packed = A.contiguous().view(torch.uint8).view(-1)
+    quant_4bit_triton.dequantize(packed, absmax.contiguous(), blocksize, quant_type, out)
+    return out
+
+
 def _dequantize_fake(
     A: torch.Tensor, absmax: torch.Tensor, blocksize: int, quant_type: str, shape: list[int], dtype: torch.dtype
 ) -> torch.Tensor:
@@ -131,12 +159,14 @@ define(
     "quantize_4bit(Tensor A, int blocksize, str quant_type, ScalarType quant_storage) -> (Tensor, Tensor)",
     _quantize,
     _quantize_fake,
+    cuda=_quantize_cuda,
 )
 define(
     "dequantize_4bit(Tensor A, Tensor absmax, int blocksize, str quant_type, SymInt[] shape, ScalarType dtype)"
     " -> Tensor",
     _dequantize,
     _dequantize_fake,
+    cuda=_dequantize_cuda,
 )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from onegpu.kernels.library import define
+from onegpu.kernels.library import define, has_triton
 
 _CPU_BINS = 65535
 
@@ -40,6 +40,17 @@ def _quantize(A: torch.Tensor, code: torch.Tensor, blocksize: int) -> tuple[torc
     return flat_codes.view(A.shape), absmax
 
 
+def _quantize_cuda(A: torch.Tensor, code: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
+    if not has_triton() or not A.numel() or blocksize & (blocksize - 1) or blocksize > 4096:
+        return _quantize(A, code, blocksize)
+    from onegpu.kernels import quant_blockwise_triton
+
+    out = torch.empty(A.shape, dtype=torch.uint8, device=A.device)
+    absmax = torch.empty(-(-A.numel() // blocksize), dtype=torch.float32, device=A.device)
+    quant_blockwise_triton.quantize(A.reshape(-1), code.contiguous(), blocksize, out, absmax)
+    return out, absmax
+
+
 def _quantize_fake(A: torch.Tensor, code: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
     codes = torch.empty(A.shape, dtype=torch.uint8, device=A.device)
     return codes, A.new_empty((-(-A.numel() // blocksize),), dtype=torch.float32)
@@ -60,7 +71,12 @@ def _dequantize_fake(
     return torch.empty(A.shape, dtype=dtype, device=A.device)
 
 
-define("quantize_blockwise(Tensor A, Tensor code, int blocksize) -> (Tensor, Tensor)", _quantize, _quantize_fake)
+define(
+    "quantize_blockwise(Tensor A, Tensor code, int blocksize) -> (Tensor, Tensor)",
+    _quantize,
+    _quantize_fake,
+    cuda=_quantize_cuda,
+)
 define(
     "dequantize_blockwise(Tensor A, Tensor absmax, Tensor code, int blocksize, ScalarType dtype) -> Tensor",
     _dequantize,

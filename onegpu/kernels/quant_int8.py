@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from onegpu.kernels.library import define
+from onegpu.kernels.library import define, has_triton
 
 # Elements of one slab: the 10 or so bytes of scratch that each takes stay below 64 MiB, whatever the matrix.
 _SLAB = 1 << 22
@@ -45,9 +45,36 @@ def _quantize_fake(A: torch.Tensor, threshold: float) -> tuple[torch.Tensor, tor
 define("int8_vectorwise_quant(Tensor A, float threshold) -> (Tensor, Tensor, Tensor)", _quantize, _quantize_fake)
 
 
+def _dequantize(codes: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return (codes * (absmax * (1.0 / 127.0))[..., None]).to(dtype)
+
+
+def _dequantize_cuda(codes: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if not has_triton() or not codes.numel() or not codes.is_contiguous():
+        return _dequantize(codes, absmax, dtype)
+    from onegpu.kernels import quant_int8_triton
+
+    out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    quant_int8_triton.dequantize(codes, absmax.contiguous(), out)
+    return out
+
+
+def _dequantize_fake(codes: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(codes.shape, dtype=dtype, device=codes.device)
+
+
+define(
+    "int8_vectorwise_dequant(Tensor codes, Tensor absmax, ScalarType dtype) -> Tensor",
+    _dequantize,
+    _dequantize_fake,
+    cuda=_dequantize_cuda,
+)
+
+
 def dequantize_rows(codes: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """``codes * absmax / 127`` in ``dtype``: codes int8 ``[..., K]``, absmax float32 ``[...]``."""
-    return (codes * (absmax * (1.0 / 127.0))[..., None]).to(dtype)
+    values: torch.Tensor = torch.ops.onegpu.int8_vectorwise_dequant(codes, absmax, dtype)
+    return values
 
 
 def cost(rows: int, columns: int, itemsize: int) -> tuple[int, int]:

@@ -106,12 +106,15 @@ class Linear8bitLt(nn.Linear):
         index: accepted for bitsandbytes' signature; unused there too.
         device: where the weight is created.
 
+    On a GPU x is not quantised, so the threshold has no effect there, unless the attribute ``exact`` is set.
+
     Raises:
         RuntimeError: forward before the weight was quantised. ValueError: negative threshold.
     """
 
     weight: Int8Params
     SCB: torch.Tensor | None
+    exact: bool = False
 
     def __init__(
         self,
@@ -202,8 +205,8 @@ class Linear8bitLt(nn.Linear):
         if self.has_fp16_weights and self.weight.dtype != torch.int8:
             codes, maxima, _ = int8_vectorwise_quant(self.weight.detach().half())
             source = self.weight if self.weight.requires_grad else None
-            return linear_int8(x, codes, maxima, bias, self.threshold, source)
-        return linear_int8(x, self.weight.data, self._scales(), bias, self.threshold)
+            return linear_int8(x, codes, maxima, bias, self.threshold, source, self.exact)
+        return linear_int8(x, self.weight.data, self._scales(), bias, self.threshold, exact=self.exact)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
