@@ -129,8 +129,13 @@ def detect(index: int | None = None) -> Device | None:
     )
 
 
-def check_device_index(index: int, *, name: str = "device", count: int | None = None) -> None:
-    """Raises ArgumentError unless GPU `index` exists. `name` is the argument to blame, `count` the number of GPUs."""
+def check_device_index(index: int, *, name: str = "device", value: object = None, count: int | None = None) -> None:
+    """Raises ArgumentError unless GPU `index` exists.
+
+    Args:
+        name, value: the argument to blame and what the user passed (default: `index`).
+        count: number of GPUs; asked of torch if it is not given.
+    """
     count = device_count() if count is None else count
     if 0 <= index < count:
         return
@@ -139,7 +144,7 @@ def check_device_index(index: int, *, name: str = "device", count: int | None = 
     else:
         have = "only GPU 0" if count == 1 else f"only GPUs 0 to {count - 1}"
         why, fix = f"names a GPU that does not exist: this machine has {have}", f"Use an index below {count}"
-    raise bad_argument(name, index, why, fix)
+    raise bad_argument(name, index if value is None else value, why, fix)
 
 
 def check_device(device: object, *, name: str = "device", count: int | None = None) -> None:
@@ -155,7 +160,7 @@ def check_device(device: object, *, name: str = "device", count: int | None = No
         number = kind if kind.isdecimal() else (index or "0")
         if not number.isdecimal():
             raise bad_argument(name, device, "is not a device", 'Write "cuda:0", 0 or "cpu"')
-        check_device_index(int(number), name=name, count=count)
+        check_device_index(int(number), name=name, value=device, count=count)
 
 
 def roofline(bytes: float, flops: float, device: Device, *, int8: bool = False) -> float | None:

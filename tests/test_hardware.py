@@ -57,7 +57,7 @@ def test_table_holds_dense_rates() -> None:
 def test_device_index_that_does_not_exist() -> None:
     with pytest.raises(ArgumentError, match=r"device=7 .*only GPUs 0 to 1"):
         hardware.check_device_index(7, count=2)
-    with pytest.raises(ArgumentError, match=r"max_memory=1 .*only GPU 0"):
+    with pytest.raises(ArgumentError, match=r"max_memory='cuda:1' .*only GPU 0"):
         hardware.check_device("cuda:1", name="max_memory", count=1)
     with pytest.raises(ArgumentError, match=r"torch sees none"):
         hardware.check_device("cuda", count=0)

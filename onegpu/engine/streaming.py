@@ -46,6 +46,11 @@ class TextPieces:
         self._held = ""
         self._stopped = False
 
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was found: no more text will come."""
+        return self._stopped
+
     def add(self, ids: Sequence[int]) -> str:
         """The text that became certain with these tokens, often "", never to be taken back."""
         self._ids.extend(ids)
@@ -120,6 +125,16 @@ class TimedStreamer:
     def end(self) -> None:
         """The answer is complete: passes on what was held back."""
         self._emit(self._pieces.finish())
+
+    def stopping_criterion(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        """For `generate(stopping_criteria=[…])`: a bool tensor [batch], true once a stop string was found.
+
+        transformers' own `stop_strings` look at the vocabulary instead of the text: slow to set up for a large one, and
+        an error for a string that no token contains.
+        """
+        import torch
+
+        return torch.full((input_ids.shape[0],), self._pieces.stopped, dtype=torch.bool, device=input_ids.device)
 
     def timings(self) -> Timings:
         """What was measured so far."""
