@@ -27,7 +27,8 @@ _INT8_SQUARED = 1.0 / (127.0 * 127.0)
 def _integer_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """``a @ b.T`` of int8 ``[M, K]`` and ``[N, K]``: exact int32 or (past 2**24, without AVX512) rounded float32."""
     if a.device.type == "cpu":
-        if torch.backends.cpu.get_cpu_capability() == "AVX512" and a.numel():
+        # Where K is 1, torch 2.13's _int_mm reads past its input.
+        if torch.backends.cpu.get_cpu_capability() == "AVX512" and a.numel() and a.shape[1] > 1:
             return torch._int_mm(a, b.t())
         return a.float() @ b.float().t()
     m, k = a.shape
