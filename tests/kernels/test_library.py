@@ -1,0 +1,52 @@
+"""Registration: one schema, the definition everywhere, a kernel on CUDA where there is one."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from onegpu import functional, kernels  # noqa: F401  (functional defines every op)
+from onegpu.kernels.library import define
+
+
+@functools.cache
+def defined() -> None:
+    """Ops of this test, defined once in a process."""
+
+    def fake(x: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(x)
+
+    define("test_library_definition(Tensor x) -> Tensor", lambda x: x * 2, fake)
+    define("test_library_kernel(Tensor x) -> Tensor", lambda x: x * 2, fake, cuda=lambda x: x * 3)
+
+
+def test_the_definition_runs_where_there_is_no_kernel(device: str) -> None:
+    defined()
+    x = torch.arange(3.0, device=device)
+    assert torch.ops.onegpu.test_library_definition(x).tolist() == [0, 2, 4]
+    wanted = [0, 3, 6] if device == "cuda" else [0, 2, 4]
+    assert torch.ops.onegpu.test_library_kernel(x).tolist() == wanted
+
+
+def test_the_fake_gives_shapes_without_data() -> None:
+    defined()
+    x = torch.ones(2, 3, device="meta", dtype=torch.bfloat16)
+    y = torch.ops.onegpu.test_library_kernel(x)
+    assert y.is_meta and y.shape == x.shape and y.dtype == x.dtype
+    torch.library.opcheck(torch.ops.onegpu.test_library_definition.default, (torch.ones(3),))
+
+
+def test_a_name_is_defined_once() -> None:
+    defined()
+    with pytest.raises(RuntimeError, match="test_library_kernel"):
+        define("test_library_kernel(Tensor x) -> Tensor", lambda x: x, lambda x: x)
+
+
+def test_every_op_of_the_table_exists_for_cpu_and_cuda() -> None:
+    assert set(kernels.available()) == set(kernels.OPS)
+    for name, implementation in kernels.available().items():
+        assert implementation
+        for key in ("CPU", "CUDA", "Meta"):
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"onegpu::{name}", key), f"{name} lacks {key}"
