@@ -88,6 +88,7 @@ def _file_settings(entry: QuantizedEntry, settings: Settings) -> Settings:
     info = entry.tensors[key]
     with safe_open(info.file, framework="pt") as file:
         blob = bytes(file.get_tensor(info.name).tolist())
+    with safe_open(entry.tensors["weight"].file, framework="pt") as file:  # another shard, where one ends between them
         storage = file.get_tensor(entry.name).dtype
     try:
         quant_type = json.loads(blob)["quant_type"]
