@@ -37,7 +37,7 @@ def assert_close(
     noise = (rounded + 0.3 - 0.3 - rounded).double().abs().max()
     limit = 2 * allowed + 2 * noise
     assert error <= limit, (
-        f"{prefix}max error {error:.3e} > {limit:.3e} = 2 × {allowed:.3e} (PyTorch reordered) + 2 × {noise:.3e} (rounding)"
+        f"{prefix}max error {error:.3e} > {limit:.3e} = 2 × {allowed:.3e} (reordered) + 2 × {noise:.3e} (rounding)"
     )
     if gradient:
         ratio = (got - wanted).square().mean().sqrt() / wanted.square().mean().sqrt()
