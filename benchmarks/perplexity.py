@@ -42,15 +42,25 @@ def tokens_and_model(windows: int) -> tuple[list[int], Path]:
     return tokens[: windows * WINDOW], folder
 
 
-def run_side(job: dict[str, Any]) -> dict[str, Any]:
-    """What one side measures of one format, in a process of its own."""
+def run_sides(job: dict[str, Any], sides: list[str]) -> list[dict[str, Any]]:
+    """What the sides measure of one format: each in a process of its own, at the same time."""
     command = [sys.executable, "-m", "benchmarks.perplexity_side"]
-    run = subprocess.run(command, cwd=ROOT, input=json.dumps(job), stdout=subprocess.PIPE, text=True)
-    if run.returncode:
-        raise SystemExit(f"the side {job['side']!r} failed with exit code {run.returncode}; its error stands above")
-    (row,) = (json.loads(line) for line in run.stdout.splitlines() if line.startswith("{"))
-    del row["format"]
-    return row
+    running = []
+    for side in sides:
+        process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert process.stdin is not None
+        process.stdin.write(json.dumps({**job, "side": side}))
+        process.stdin.close()
+        process.stdin = None  # communicate() would close it again
+        running.append(process)
+    answers = [process.communicate()[0] for process in running]
+    rows = []
+    for side, process, answer in zip(sides, running, answers, strict=True):
+        if process.returncode:
+            raise SystemExit(f"the side {side!r} failed with exit code {process.returncode}; its error stands above")
+        (row,) = (json.loads(line) for line in answer.splitlines() if line.startswith("{"))
+        rows.append(row)
+    return rows
 
 
 def measure(kind: str, job: dict[str, Any], where: dict[str, Any]) -> dict[str, Any]:
@@ -59,7 +69,7 @@ def measure(kind: str, job: dict[str, Any], where: dict[str, Any]) -> dict[str, 
     ``theirs_float32`` is the peer without its bfloat16 CPU kernels (see `perplexity_side`), in 4-bit formats on a CPU.
     """
     sides = ["ours", "peer"] + (["peer-float32"] if kind in _4BIT and job["device"] == "cpu" else [])
-    ours, *peers = (run_side({**job, "side": side, "formats": [kind]}) for side in sides)
+    ours, *peers = run_sides({**job, "format": kind}, sides)
     difference = ours["perplexity"] / peers[0]["perplexity"] - 1
     row = {
         "benchmark": "perplexity",
@@ -93,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--windows", type=int, default=WINDOWS, help="windows of 1,024 tokens (20); else not stored")
     parser.add_argument("--formats", default=",".join(FORMATS), help=f"of {', '.join(FORMATS)}")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch on the CPU (2)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch on the CPU, for each side (1)")
     parser.add_argument("--output", type=Path, help="file for the rows; default: benchmarks/results/, for a full run")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON lines")
     arguments = parser.parse_args(argv)

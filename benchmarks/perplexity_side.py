@@ -4,8 +4,8 @@
 ``peer-float32`` is the peer kept from its CPU kernels: where the CPU has AVX512-BF16, bitsandbytes multiplies 4-bit
 weights in bfloat16 with bfloat16 scales whatever dtype was asked for, unless the module is in training mode.
 
-Reads a job (JSON) on stdin: side, model (folder), formats, tokens, window, threads, device. Prints one JSON line for
-each format; progress goes to stderr.
+Reads a job (JSON) on stdin: side, model (folder), format, tokens, window, threads, device. Prints one JSON line;
+progress goes to stderr.
 """
 
 from __future__ import annotations
@@ -56,21 +56,18 @@ def window_nlls(model: Any, tokens: list[int], window: int, say: str = "") -> li
             logits = model(ids[None], use_cache=False).logits[0]
         losses = torch.nn.functional.cross_entropy(logits[:-1].float(), ids[1:], reduction="none")
         nlls.append(losses.double().mean().item())
-        if say:
-            done = f"{len(nlls)} windows, perplexity {math.exp(math.fsum(nlls) / len(nlls)):.4f}"
-            print(f"\r{say}: {done}", end="", file=sys.stderr, flush=True)
-    if say:
-        print(file=sys.stderr)
+        if say and (len(nlls) % 5 == 0 or start + 2 * window > len(tokens)):
+            perplexity = math.exp(math.fsum(nlls) / len(nlls))
+            print(f"-- {say}: {len(nlls)} windows, perplexity {perplexity:.4f}", file=sys.stderr, flush=True)
     return nlls
 
 
-def measure(job: dict[str, Any], kind: str) -> dict[str, Any]:
-    """One row: perplexity, the windows' nlls, seconds, and on our side the bytes of weights and of expanded copies."""
-    model = load(job["side"], job["model"], kind, job["device"])
+def measure(job: dict[str, Any]) -> dict[str, Any]:
+    """Perplexity, the windows' nlls, seconds, and on our side the bytes of weights and of expanded copies."""
+    model = load(job["side"], job["model"], job["format"], job["device"])
     start = time.perf_counter()
-    nlls = window_nlls(model, job["tokens"], job["window"], f"{job['side']} {kind}")
+    nlls = window_nlls(model, job["tokens"], job["window"], f"{job['format']} {job['side']}")
     row: dict[str, Any] = {
-        "format": kind,
         "perplexity": math.exp(math.fsum(nlls) / len(nlls)),
         "seconds": round(time.perf_counter() - start, 1),
         "window_nll": [round(nll, 6) for nll in nlls],
@@ -89,8 +86,7 @@ def main() -> None:
     torch.set_num_threads(job["threads"])
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns in every layer that int8 casts to float16
-    for kind in job["formats"]:
-        print(json.dumps(measure(job, kind)), flush=True)
+    print(json.dumps(measure(job)), flush=True)
     if job["side"] != "ours" and "onegpu" in sys.modules:
         raise RuntimeError("the peer's process imported onegpu: this was no independent measurement")
 
