@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from onegpu.errors import ArgumentError, CheckpointError, bad_argument
+from onegpu.errors import ArgumentError, bad_argument
 from onegpu.formats.bitsandbytes import Settings
+from onegpu.formats.folder import check_path as check_path  # part of this module for its callers
 from onegpu.hardware import check_device
+from onegpu.placement.device_map import POLICIES, Wish
 
 _FLASH = ("flash_attention_2", "onegpu")
 _DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
@@ -25,7 +26,7 @@ class Request:
     """What the user asked for, checked.
 
     config: a ``BitsAndBytesConfig`` or None. flash: FlashAttention was asked for. strict: missing or surplus tensors
-    are errors. dtype: None (the checkpoint's), "auto" or a torch dtype.
+    are errors. dtype: None (the checkpoint's), "auto" or a torch dtype. wish: the devices asked for.
     """
 
     config: Any = None
@@ -33,6 +34,7 @@ class Request:
     flash: bool = False
     strict: bool = True
     dtype: Any = None
+    wish: Wish = field(default_factory=Wish)
 
 
 def translate(kwargs: dict[str, Any]) -> Request:
@@ -45,7 +47,7 @@ def translate(kwargs: dict[str, Any]) -> Request:
     _quantization(kwargs, request)
     _attention(kwargs, request)
     _dtype(kwargs, request)
-    _device(kwargs)
+    _device(kwargs, request)
     if kwargs.pop("use_safetensors", None) is False:
         raise bad_argument(
             "use_safetensors", False, "would unpickle weights, which runs code", "convert the weights to safetensors"
@@ -139,13 +141,15 @@ def _dtype(kwargs: dict[str, Any], request: Request) -> None:
     request.dtype = value
 
 
-def _device(kwargs: dict[str, Any]) -> None:
-    device_map = kwargs.get("device_map")
+def _device(kwargs: dict[str, Any], request: Request) -> None:
+    device_map, max_memory = kwargs.pop("device_map", None), kwargs.pop("max_memory", None)
     devices = device_map.values() if isinstance(device_map, Mapping) else [device_map]
-    named = ("auto", "balanced", "balanced_low_0", "sequential", "disk", "meta", None)
     for device in devices:
-        if device not in named:
+        if device not in (*POLICIES, "disk", "meta", None):
             check_device(device, name="device_map")
+    if isinstance(device_map, Mapping) and not device_map:
+        raise bad_argument("device_map", device_map, "names no device", "leave it out, or pass 'auto'")
+    request.wish = Wish(device_map, max_memory)
 
 
 def checkpoint_dtype(path: str | Path, config: Any) -> torch.dtype | None:
@@ -154,35 +158,3 @@ def checkpoint_dtype(path: str | Path, config: Any) -> torch.dtype | None:
     if dtype is None and hasattr(config, "get_text_config"):
         dtype = getattr(config.get_text_config(), "dtype", None)
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
-
-
-def check_path(path: Any) -> None:
-    """Raise ``ArgumentError`` or ``CheckpointError`` for a local path that is no loadable model; names pass."""
-    text = os.fspath(path)
-    if not text:
-        raise bad_argument("pretrained_model_name_or_path", text, "is empty", "pass a folder or a model's name")
-    folder = Path(text).expanduser()
-    looks_local = text.startswith((".", "~", os.sep)) or text.count("/") > 1
-    if not folder.exists():
-        if looks_local:
-            raise bad_argument(
-                "pretrained_model_name_or_path",
-                text,
-                "does not exist",
-                "check the path, or pass a model's name (owner/name)",
-            )
-        return
-    if folder.is_file():
-        raise bad_argument(
-            "pretrained_model_name_or_path", text, "is a file", "pass the folder that holds config.json and the weights"
-        )
-    names = {entry.name for entry in folder.iterdir()}
-    if not names & {"config.json", "adapter_config.json"}:
-        raise CheckpointError(file=folder, reason="holds no config.json: it is no model", fix="pass the model's folder")
-    pickled = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt")))
-    if pickled and not any(name.endswith(".safetensors") for name in names):
-        raise CheckpointError(
-            file=folder,
-            reason=f"holds only pickled weights ({', '.join(pickled[:3])}), and unpickling runs code",
-            fix="convert them to safetensors (in an environment you trust: load, then save_pretrained)",
-        )

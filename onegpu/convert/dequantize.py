@@ -41,13 +41,15 @@ def compatible_state_dict(model: Any) -> dict[str, Any]:
                 for key in [key for key in state if key.startswith(stem)]:
                     del state[key]
             state[name] = module.dequantize().to(dtype)
-        elif isinstance(module, (Linear4bit, Linear8bitLt)) and not _taken_by_bitsandbytes(module):
+        elif isinstance(module, (Linear4bit, Linear8bitLt)) and not taken_by_bitsandbytes(
+            getattr(module, "source_cls", nn.Linear)
+        ):
             for key in [key for key in state if key.startswith(f"{name}.weight") or key == f"{name}.SCB"]:
                 del state[key]
             state[f"{name}.weight"] = module.dequantize(dtype)
     return state
 
 
-def _taken_by_bitsandbytes(module: nn.Module) -> bool:
-    source = getattr(module, "source_cls", nn.Linear)
+def taken_by_bitsandbytes(source: type) -> bool:
+    """Whether transformers + bitsandbytes quantises (and loads quantised) a layer of class ``source``."""
     return source is nn.Linear or not issubclass(source, nn.Linear)

@@ -14,6 +14,7 @@ from torch import nn
 from onegpu.errors import ArgumentError
 from onegpu.nn import Linear4bit, Linear8bitLt
 from onegpu.nn.experts import ExpertStack
+from onegpu.placement.fit import refuse_move
 
 
 def num_parameters(self: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
@@ -38,17 +39,19 @@ def num_parameters(self: Any, only_trainable: bool = False, exclude_embeddings: 
 
 def to(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Move the model. A dtype is refused: quantised weights have none to change."""
-    _, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+    device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
     if dtype is not None:
         raise ArgumentError(
             f"dtype={dtype} cannot be given to .to() of a quantised model: its weights are codes. Load it with "
             f"from_pretrained(..., dtype={dtype}), or call model.dequantize() first."
         )
+    refuse_move(self, device)
     return nn.Module.to(self, *args, **kwargs)
 
 
 def cuda(self: Any, device: Any = None) -> Any:
     """Move the model to a GPU."""
+    refuse_move(self, "cuda" if device is None else device)
     return nn.Module.cuda(self, device)
 
 

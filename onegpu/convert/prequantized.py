@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from onegpu.convert.names import model_names
 from onegpu.convert.quantized import Target, _candidates, part_names
 from onegpu.convert.report import Change
 from onegpu.errors import CheckpointError
@@ -26,12 +27,12 @@ def file_targets(
             stack are quantised.
     """
     entries = find_quantized(headers, settings.bits)
-    names = _model_names(model, list(entries))
+    names = model_names(model, entries)
     candidates = {name: (kind, shown) for name, kind, shown in _candidates(model)}
     targets: dict[str, Target] = {}
     counts: dict[str, int] = {}
     for entry in entries.values():
-        name = names[entry.name]
+        name = names[entry.name].name
         owner = name if candidates.get(name, ("", ""))[0] == "experts" else name.removesuffix(".weight")
         if owner not in candidates:
             raise CheckpointError(
@@ -58,26 +59,6 @@ def file_targets(
         if name not in targets
     ]
     return list(targets.values()), left, _file_settings(next(iter(entries.values())), settings)
-
-
-def _model_names(model: Any, names: list[str]) -> dict[str, str]:
-    """Parameter of the model that each checkpoint name feeds, by transformers' own renaming."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    state = model.state_dict()
-    result = {}
-    for name in names:
-        renamed, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-        if renamed not in state and ".experts." in renamed:
-            # Our own name for a stack that transformers does not merge: `experts.3.down_proj.weight`.
-            head, _, tail = renamed.partition(".experts.")
-            renamed = f"{head}.experts.{tail.partition('.')[2].removesuffix('.weight')}"
-        result[name] = renamed
-    return result
 
 
 def _file_settings(entry: QuantizedEntry, settings: Settings) -> Settings:

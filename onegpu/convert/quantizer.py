@@ -8,6 +8,7 @@ registered under its own name, ``onegpu``: plain transformers in the same proces
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from onegpu.convert import instance
 from onegpu.convert.dequantize import compatible_state_dict, dequantize_modules
 from onegpu.convert.operations import DeserializeExperts, DeserializeLinear, Quantize
 from onegpu.convert.prequantized import file_targets
-from onegpu.convert.quantized import Target, default_skips, find_targets, mergeable, quantized_linear
+from onegpu.convert.quantized import Target, default_skips, find_targets, mergeable, quantized_experts, quantized_linear
 from onegpu.convert.report import Change
 from onegpu.convert.session import current
 from onegpu.errors import bad_argument
@@ -29,7 +30,8 @@ from onegpu.formats.bitsandbytes import ENDINGS_4BIT, ENDINGS_8BIT
 from onegpu.formats.checkpoint import read_headers
 from onegpu.nn import Linear4bit, Linear8bitLt
 from onegpu.nn.experts import ExpertStack
-from onegpu.placement.fit import check_device_fits
+from onegpu.placement.device_map import Weights, Wish, place
+from onegpu.placement.sizes import stored_sizes
 
 QUANT_METHOD = "onegpu"
 
@@ -67,7 +69,8 @@ class OneGPUQuantizer(HfQuantizer):
     def update_device_map(self, device_map: Any) -> Any:
         if device_map is not None:
             return device_map
-        return {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
+        # transformers resolves words before it can show us the model: an empty map is filled in when it does.
+        return {}
 
     def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
         if self.param_needs_quantization(model, param_name):
@@ -115,8 +118,26 @@ class OneGPUQuantizer(HfQuantizer):
             )
         if self.targets:
             model.config._experts_implementation = "eager"  # the one that takes stack[e], expert by expert
-        check_device_fits(model, self, device_map)
+        self._place(model, device_map)
         self._model = model
+
+    def _place(self, model: Any, device_map: Any) -> None:
+        """Decide where everything goes, and write it into the map that transformers already holds."""
+        session = current()
+        stacks = {
+            name: quantized_experts(model.get_parameter(name), target.names, self.settings)
+            for name, target in self.targets.items()
+        }
+        known = {name: sum(stack.nbytes().values()) for name, stack in stacks.items()}
+        sizes = stored_sizes(model, known=known, dtypes=model._get_dtype_plan(model.dtype))
+        weights = Weights(model, sizes, self.settings.quant_type, self.settings.bits == 8 and not self.pre_quantized)
+        wish = session.wish
+        if wish.device_map is None and wish.max_memory is None:
+            # Nothing asked for: the device of a `with torch.device(…)` around the call, else the current GPU.
+            current_gpu = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+            wish = Wish(next(iter(device_map.values())) if device_map else current_gpu)
+        session.placement = place(weights, wish)
+        device_map.update(session.placement.device_map)
 
     def get_quantize_ops(self) -> Quantize:
         return Quantize(self)
@@ -198,13 +219,17 @@ def finish(model: Any, quantizer: OneGPUQuantizer) -> None:
 
 
 def saved_config(quantizer: OneGPUQuantizer) -> BitsAndBytesConfig:
-    """The ``quantization_config`` of the files we write: the one asked for.
+    """The ``quantization_config`` of the files we write: the one asked for, with the skip list that was in force."""
+    return with_default_skips(quantizer.config, quantizer.default_skips)
 
-    transformers takes a skip list *in place of* its default one, ours adds to it: where there is a list, the saved one
-    names both, or the files would not load there.
+
+def with_default_skips(asked: BitsAndBytesConfig, defaults: Iterable[str]) -> BitsAndBytesConfig:
+    """A copy of ``asked`` whose skip list, where it has one, also names the ``defaults``.
+
+    transformers takes a skip list *in place of* its default one, ours adds to it: the files must load there too.
     """
-    config: BitsAndBytesConfig = copy.deepcopy(quantizer.config)
-    if quantizer.default_skips and config.llm_int8_skip_modules:
+    config: BitsAndBytesConfig = copy.deepcopy(asked)
+    if config.llm_int8_skip_modules:
         listed = config.llm_int8_skip_modules
-        config.llm_int8_skip_modules = [*listed, *(name for name in quantizer.default_skips if name not in listed)]
+        config.llm_int8_skip_modules = [*listed, *(name for name in defaults if name not in listed)]
     return config

@@ -11,6 +11,7 @@ from typing import Any
 from onegpu.convert.report import Report
 from onegpu.errors import OneGPUError
 from onegpu.formats.bitsandbytes import Settings
+from onegpu.placement.device_map import Placement, Wish
 
 
 @dataclass
@@ -18,6 +19,7 @@ class Session:
     """config: a ``BitsAndBytesConfig``, the user's or the file's. settings: the same, as we use it.
 
     errors: what went wrong inside transformers' loader, which logs exceptions and goes on.
+    wish: where the user wants the model. placement: where it goes, once the quantizer has seen it.
     """
 
     source: str
@@ -25,6 +27,8 @@ class Session:
     settings: Settings
     report: Report = field(default_factory=lambda: Report("load"))
     errors: list[OneGPUError] = field(default_factory=list)
+    wish: Wish = field(default_factory=Wish)
+    placement: Placement | None = None
 
 
 _current: ContextVar[Session | None] = ContextVar("onegpu_load", default=None)

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from onegpu.errors import CheckpointError
 
 _HEADER_LIMIT = 100_000_000
@@ -20,18 +22,26 @@ _BITS = {
     "U16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I8": 8, "U8": 8,
     "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
+TORCH_DTYPES = {
+    "F64": torch.float64, "I64": torch.int64, "U64": torch.uint64, "C64": torch.complex64, "F32": torch.float32,
+    "I32": torch.int32, "U32": torch.uint32, "F16": torch.float16, "BF16": torch.bfloat16, "I16": torch.int16,
+    "U16": torch.uint16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
 _FIX = "download or save the file again"
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a file: dtype in safetensors' spelling ("BF16"), shape, size in bytes."""
+    """One tensor of a file: dtype in safetensors' spelling ("BF16"), shape, size in bytes, first byte in the file."""
 
     name: str
     file: str
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    start: int = 0
 
 
 def read_headers(files: Iterable[str | Path]) -> list[TensorInfo]:
@@ -50,6 +60,29 @@ def read_headers(files: Iterable[str | Path]) -> list[TensorInfo]:
                 )
             tensors[info.name] = info
     return list(tensors.values())
+
+
+def read_tensor(info: TensorInfo) -> torch.Tensor:
+    """One tensor, read into memory of its own.
+
+    (Not mapped: the pages of a mapped file count as this process's memory as long as the file is open.)
+
+    Raises:
+        CheckpointError: its dtype has no counterpart in torch, or the file ends before it does.
+    """
+    dtype = TORCH_DTYPES.get(info.dtype)
+    if dtype is None:
+        raise CheckpointError(file=info.file, tensor=info.name, reason=f"torch has no dtype for {info.dtype}")
+    raw = torch.empty(info.nbytes, dtype=torch.uint8)
+    with open(info.file, "rb", buffering=0) as stream:
+        stream.seek(info.start)
+        view, done = raw.numpy().data, 0
+        while done < info.nbytes:  # one read gives 2 GiB at most
+            count = stream.readinto(view[done:])
+            if not count:
+                raise CheckpointError(file=info.file, tensor=info.name, reason="the file ends within it", fix=_FIX)
+            done += count
+    return raw.view(dtype).reshape(info.shape)
 
 
 def _read_header(file: Path) -> list[TensorInfo]:
@@ -71,7 +104,7 @@ def _read_header(file: Path) -> list[TensorInfo]:
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        info, begin, end = _parse(file, name, entry)
+        info, begin, end = _parse(file, name, entry, 8 + length)
         infos.append(info)
         ranges.append((begin, end, name))
     position = 0
@@ -86,7 +119,7 @@ def _read_header(file: Path) -> list[TensorInfo]:
     return infos
 
 
-def _parse(file: Path, name: str, entry: object) -> tuple[TensorInfo, int, int]:
+def _parse(file: Path, name: str, entry: object, data: int) -> tuple[TensorInfo, int, int]:
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]  # type: ignore[index]
         whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
@@ -100,4 +133,4 @@ def _parse(file: Path, name: str, entry: object) -> tuple[TensorInfo, int, int]:
         raise CheckpointError(
             file=file, tensor=name, reason=f"{dtype} {shape} does not take {end - begin} bytes", fix=_FIX
         )
-    return TensorInfo(name, str(file), dtype, shape, end - begin), begin, end
+    return TensorInfo(name, str(file), dtype, shape, end - begin, data + begin), begin, end
