@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import environment, results_file, store_rows
-from benchmarks.timing import paired_ratio, spread
+from benchmarks.spread import paired_ratio, spread
 
 PROMPT = "Why is the sky blue? Explain it to a child, step by step, and say what happens at sunset."
 # Floors of the ratio to transformers in float32. None: shown, not judged.
