@@ -17,7 +17,14 @@ OPS = (
 )
 
 
-_TRITON = ("quantize_4bit", "dequantize_4bit", "quantize_blockwise", "int8_vectorwise_dequant")
+_TRITON = {
+    "quantize_4bit": "Triton",
+    "dequantize_4bit": "Triton",
+    "quantize_blockwise": "Triton",
+    "int8_vectorwise_dequant": "Triton",
+    "int8_linear": "Triton up to 16 rows, then dequantised",
+    "linear_4bit": "Triton for one row, else dequantised",
+}
 
 
 def available() -> dict[str, str]:
@@ -28,5 +35,5 @@ def available() -> dict[str, str]:
 
     names = dict.fromkeys(OPS, "PyTorch definition")
     if torch.cuda.is_available() and has_triton():
-        names |= dict.fromkeys(_TRITON, "Triton")
+        names |= _TRITON
     return names

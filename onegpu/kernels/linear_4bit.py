@@ -4,7 +4,8 @@ x ``[..., K]``, weight packed ``[(N*K+1)//2, 1]`` with absmax ``[ceil(N*K/blocks
 is bound by the N*K/2 bytes of weights, for many by 2*M*N*K FLOPs. The scales may themselves be quantised (double
 quantisation, QLoRA section 3): ``absmax = map[absmax_8bit] * nested_absmax[block] + offset``.
 
-Here the definition alone: dequantise, multiply in the dtype of x with the library's accumulation.
+The definition dequantises and multiplies in the dtype of x with the library's accumulation. On a GPU one row of 16 bits
+has a kernel that decodes in registers.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from onegpu.kernels.autocast import autocast_input
-from onegpu.kernels.library import define
+from onegpu.kernels.library import define, has_triton
 
 from . import quant_4bit, quant_blockwise  # noqa: F401  (the ops that the definition calls)
 
@@ -57,6 +58,23 @@ def _forward(x: torch.Tensor, *packed_and_bias: Any) -> torch.Tensor:
     return F.linear(x, Packed4bit(*packed).dequantize(x.dtype), bias)
 
 
+def _forward_cuda(x: torch.Tensor, *packed_and_bias: Any) -> torch.Tensor:
+    *packed, bias = packed_and_bias
+    matrix = Packed4bit(*packed)
+    n, k = matrix.shape
+    one_row = x.numel() == k and x.dtype != torch.float32
+    if one_row and has_triton() and k % matrix.blocksize == 0 and matrix.blocksize <= 256:
+        from onegpu.kernels import linear_few_rows_triton as few_rows
+
+        y = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
+        weight = matrix.weight.view(torch.uint8).view(-1)
+        few_rows.row_4bit(
+            x.reshape(-1).contiguous(), weight, matrix.scales(), matrix.blocksize, matrix.quant_type, bias, y.view(-1)
+        )
+        return y
+    return _forward(x, *packed_and_bias)
+
+
 def _forward_fake(x: torch.Tensor, *packed_and_bias: Any) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], packed_and_bias[4][0]))
 
@@ -73,7 +91,7 @@ _PACKED = (
     "Tensor weight, Tensor absmax, int blocksize, str quant_type, SymInt[] shape, "
     "Tensor? nested_absmax, Tensor? nested_code, Tensor? offset, int nested_blocksize"
 )
-define(f"linear_4bit(Tensor x, {_PACKED}, Tensor? bias) -> Tensor", _forward, _forward_fake)
+define(f"linear_4bit(Tensor x, {_PACKED}, Tensor? bias) -> Tensor", _forward, _forward_fake, cuda=_forward_cuda)
 define(f"linear_4bit_backward(Tensor grad, {_PACKED}) -> Tensor", _backward, _backward_fake)
 
 

@@ -5,8 +5,8 @@ of x are quantised to int8, multiplied exactly in integers and scaled back; colu
 ``threshold`` are taken out and multiplied in the dtype of x (arXiv:2208.07339, section 3). Bound by N*K bytes for few
 rows, by 2*M*N*K integer operations for many.
 
-On a GPU the weights are dequantised and x stays as it is, unless ``exact`` asks for the paper's arithmetic: that is
-faster, rounds no activation and makes the threshold irrelevant. Exact, outlier columns are found by mask and never
+On a GPU x stays as it is and the weights are converted (in registers for few rows), unless ``exact`` asks for the
+paper's arithmetic: that is faster, rounds no activation and makes the threshold irrelevant. Exact, outlier columns are found by mask and never
 counted on the host: ``nonzero`` would synchronise and could not be captured in a CUDA graph. The CPU, where counting is
 free, is always exact and multiplies only those columns.
 """
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from onegpu.kernels.autocast import autocast_input
-from onegpu.kernels.library import define
+from onegpu.kernels.library import define, has_triton
 from onegpu.kernels.quant_int8 import dequantize_rows
 
 _INT8_SQUARED = 1.0 / (127.0 * 127.0)
@@ -49,6 +49,14 @@ def _forward_cuda(
 ) -> torch.Tensor:
     if exact:
         return _forward(x, weight, SCB, bias, threshold, exact)
+    rows = x.numel() // max(x.shape[-1], 1)
+    if has_triton() and rows and x.dtype != torch.float32 and weight.is_contiguous():
+        from onegpu.kernels import linear_few_rows_triton as few_rows
+
+        if rows <= few_rows.MAX_ROWS:
+            y = torch.empty((rows, weight.shape[0]), dtype=x.dtype, device=x.device)
+            few_rows.linear_int8(x.reshape(rows, -1).contiguous(), weight, SCB.contiguous(), bias, y)
+            return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
     return torch.nn.functional.linear(x, dequantize_rows(weight, SCB, x.dtype), bias)
 
 

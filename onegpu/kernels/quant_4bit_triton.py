@@ -12,23 +12,19 @@ import triton.language as tl
 from onegpu.kernels.codebooks import codebook_4bit
 from onegpu.kernels.quant_blockwise_triton import reciprocal
 
-_BYTES = 1024  # packed bytes a program: 2,048 weights, 4 KiB written in 16 bits
-_VALUES = 4096  # weights a program when quantising, at least one block
+_VALUES = 4096  # weights a program, at least one block
 
 
 @triton.jit
-def _dequantize_kernel(p_packed, p_absmax, p_code, p_out, n_bytes, n, LOG_BLOCK: tl.constexpr, BYTES: tl.constexpr):
-    i_program = tl.program_id(0).to(tl.int64)
-    o_byte = i_program * BYTES + tl.arange(0, BYTES)  # [BYTES]
-    m_byte = o_byte < n_bytes
-    b_packed = tl.load(p_packed + o_byte, mask=m_byte, other=0).to(tl.int32)
-    # Blocks are even: both weights of a byte share their scale.
-    b_scale = tl.load(p_absmax + ((o_byte * 2) >> LOG_BLOCK), mask=m_byte, other=0.0)
-    b_high = tl.load(p_code + (b_packed >> 4)) * b_scale
-    b_low = tl.load(p_code + (b_packed & 15)) * b_scale
-    b_out = tl.interleave(b_high, b_low)  # [2 * BYTES]
-    o_out = i_program * (2 * BYTES) + tl.arange(0, 2 * BYTES)
-    tl.store(p_out + o_out, b_out.to(p_out.dtype.element_ty), mask=o_out < n)
+def _dequantize_kernel(p_packed, p_absmax, p_code, p_out, n, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    i_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS], blocks of the format
+    b_scale = tl.load(p_absmax + i_row, mask=i_row * BLOCK < n, other=0.0)[:, None]
+    o_byte = i_row[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]  # [ROWS, BLOCK // 2]
+    b_packed = tl.load(p_packed + o_byte, mask=o_byte < (n + 1) // 2, other=0).to(tl.int32)
+    b_high = (tl.load(p_code + (b_packed >> 4)) * b_scale).to(p_out.dtype.element_ty)
+    b_low = (tl.load(p_code + (b_packed & 15)) * b_scale).to(p_out.dtype.element_ty)
+    o_out = i_row[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]  # [ROWS, BLOCK]
+    tl.store(p_out + o_out, tl.interleave(b_high, b_low), mask=o_out < n)
 
 
 @triton.jit
@@ -41,8 +37,10 @@ def _quantize_kernel(p_in, p_packed, p_absmax, n, NF4: tl.constexpr, BLOCK: tl.c
     b_absmax = tl.where(b_bad > 0, float("nan"), b_absmax)
     tl.store(p_absmax + i_row, b_absmax, mask=i_row * BLOCK < n)
     b_scaled = b_in * reciprocal(b_absmax)[:, None]
+    # The pivots as a C compiler rounds their decimals to float32: three of NF4's lie next to the middle of two floats,
+    # where going through a double rounds the other way.
     if NF4:
-        b_code = (b_scaled > -0.8480964004993439).to(tl.int32)
+        b_code = (b_scaled > -0.8480964303016663).to(tl.int32)
         b_code += (b_scaled > -0.6106329262256622).to(tl.int32)
         b_code += (b_scaled > -0.4599952697753906).to(tl.int32)
         b_code += (b_scaled > -0.33967943489551544).to(tl.int32)
@@ -50,11 +48,11 @@ def _quantize_kernel(p_in, p_packed, p_absmax, n, NF4: tl.constexpr, BLOCK: tl.c
         b_code += (b_scaled > -0.13791173323988914).to(tl.int32)
         b_code += (b_scaled > -0.045525018125772476).to(tl.int32)
         b_code += (b_scaled > 0.03979014977812767).to(tl.int32)
-        b_code += (b_scaled > 0.1202552504837513).to(tl.int32)
+        b_code += (b_scaled > 0.1202552542090416).to(tl.int32)
         b_code += (b_scaled > 0.2035212516784668).to(tl.int32)
         b_code += (b_scaled > 0.2920137718319893).to(tl.int32)
         b_code += (b_scaled > 0.3893125355243683).to(tl.int32)
-        b_code += (b_scaled > 0.5016634166240692).to(tl.int32)
+        b_code += (b_scaled > 0.5016633868217468).to(tl.int32)
         b_code += (b_scaled > 0.6427869200706482).to(tl.int32)
         b_code += (b_scaled > 0.8614784178118011).to(tl.int32)
     else:
@@ -78,11 +76,10 @@ def _quantize_kernel(p_in, p_packed, p_absmax, n, NF4: tl.constexpr, BLOCK: tl.c
 def dequantize(packed: torch.Tensor, absmax: torch.Tensor, blocksize: int, quant_type: str, out: torch.Tensor) -> None:
     """packed: uint8 ``[(n + 1) // 2]``; absmax: float32 ``[ceil(n / blocksize)]``; out: contiguous, n elements."""
     n = out.numel()
-    n_bytes = (n + 1) // 2
-    code = codebook_4bit(quant_type, out.device)
+    rows = max(1, _VALUES // blocksize)
     with torch.cuda.device(out.device):
-        _dequantize_kernel[(triton.cdiv(n_bytes, _BYTES),)](
-            packed, absmax, code, out, n_bytes, n, LOG_BLOCK=blocksize.bit_length() - 1, BYTES=_BYTES
+        _dequantize_kernel[(triton.cdiv(n, rows * blocksize),)](
+            packed, absmax, codebook_4bit(quant_type, out.device), out, n, BLOCK=blocksize, ROWS=rows
         )
 
 
