@@ -6,9 +6,9 @@ of x are quantised to int8, multiplied exactly in integers and scaled back; colu
 rows, by 2*M*N*K integer operations for many.
 
 On a GPU x stays as it is and the weights are converted (in registers for few rows), unless ``exact`` asks for the
-paper's arithmetic: that is faster, rounds no activation and makes the threshold irrelevant. Exact, outlier columns are found by mask and never
-counted on the host: ``nonzero`` would synchronise and could not be captured in a CUDA graph. The CPU, where counting is
-free, is always exact and multiplies only those columns.
+paper's arithmetic: that is faster, rounds no activation and makes the threshold irrelevant. Exact, outlier columns are
+found by mask and never counted on the host: ``nonzero`` would synchronise and could not be captured in a CUDA graph. The
+CPU, where counting is free, is always exact and multiplies only those columns.
 """
 
 from __future__ import annotations
