@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import pydoc
 from typing import Any
 
 import torch
@@ -232,7 +233,10 @@ def pipeline(task: str | None = None, model: Any = None, **kwargs: Any) -> Any:
     classes = [auto for auto in spec["pt"] if type(config) in auto._model_mapping] or list(spec["pt"])
     loaded = __getattr__(classes[0].__name__).from_pretrained(model, **options)
     # Given an object, transformers no longer knows where its companions are: it is told their name.
+    made_by = spec["impl"]
+    if isinstance(made_by, str):  # since 5.2x the class is named, not imported
+        made_by = pydoc.locate(made_by)
     for part in ("tokenizer", "image_processor", "feature_extractor", "processor"):
-        if getattr(spec["impl"], f"_load_{part}", None) is True:
+        if getattr(made_by, f"_load_{part}", None) is True:
             kwargs.setdefault(part, model)
     return build(task, model=loaded, **kwargs)
