@@ -141,13 +141,13 @@ def main(argv: list[str] | None = None) -> int:
     import torch
     import transformers
 
-    from benchmarks.perplexity import tokens_and_model
+    from benchmarks.perplexity import model_folder
 
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(arguments.threads)
     setting: dict[str, Any] = {"new_tokens": arguments.tokens, "threads": arguments.threads}
     where = environment("cpu")
-    _, folder = tokens_and_model(0)
+    folder = model_folder()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     chat = [{"role": "user", "content": PROMPT}]
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)

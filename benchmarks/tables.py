@@ -1,0 +1,177 @@
+"""The tables of README.md and docs/, from the rows stored under benchmarks/results/: none is typed by hand.
+
+A page holds ``<!-- table:NAME -->`` and ``<!-- /table -->``; what stands between them is replaced.
+
+    python -m benchmarks.tables            writes the tables, and the plots where matplotlib is installed
+    python -m benchmarks.tables --check    exits with 1, and names the pages, if a stored table is not what it should be
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.environment import RESULTS, ROOT, read_rows
+from benchmarks.plots import draw_all, stale
+
+Row = dict[str, Any]
+_MARKED = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- /table -->)", re.DOTALL)
+_NONE = "*No run is stored yet.*\n"
+
+
+def markdown(head: list[str], rows: Iterable[list[str]]) -> str:
+    """A markdown table; the first column is text, the others are numbers."""
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def measured_on(row: Row, *packages: str) -> str:
+    """``AMD EPYC, 2 cores; torch 2.13.0, …; 2026-11-23, commit 0123abc``, in one line of small print."""
+    where = row["environment"]
+    device = where["device"] if where["driver"] else f"{where['device']}, {where['cores']} cores"
+    versions = ", ".join(f"{name} {where['versions'][name]}" for name in ("torch", "transformers", *packages))
+    commit = f"commit {where['commit'][:7]}" + (" and changes" if where["dirty"] else "") if where["commit"] else ""
+    return f"<small>{'; '.join(filter(None, (device, versions, where['date'][:10], commit)))}</small>\n"
+
+
+def fidelity(rows: list[Row]) -> str:
+    """Perplexity of both sides, format by format."""
+    lines = []
+    for row in rows:
+        exact, kind = row.get("theirs_float32"), row["case"].replace("-double", " + double quantisation")
+        lines.append(
+            [
+                f"{kind} ({row['ours']['weight_bytes'] / 1e6:.0f} MB)",
+                f"{row['ours']['perplexity']:.4f}",
+                f"{row['theirs']['perplexity']:.4f}",
+                _difference(row["relative_difference"]),
+                f"{exact['perplexity']:.4f}" if exact else "",
+                _difference(row["relative_difference_float32"]) if exact else "",
+            ]
+        )
+    head = ["weights", "onegpu", "transformers + bitsandbytes", "difference", "bitsandbytes in float32", "difference"]
+    scored = f"{rows[0]['tokens_scored']:,} tokens scored; " if rows else ""
+    return markdown(head, lines) + f"\n{scored}{measured_on(rows[0], 'bitsandbytes')}"
+
+
+def _difference(value: float) -> str:
+    return "0" if value == 0 else f"{value:+.1e}"
+
+
+def cpu_decode(rows: list[Row]) -> str:
+    """Speed and memory on a CPU, beside transformers in float32."""
+    lines = []
+    for row in rows:
+        ours, ratio = row["ours"], row["ratio"]
+        copies = sum(line["bytes"] for line in ours["memory"] if line["name"] != "weights")
+        lines.append(
+            [
+                row["case"].replace("-packed", ", no memory for copies"),
+                f"{ours['tokens_per_s']['median']:.1f}",
+                f"{ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})",
+                f"{ours['first_token_s']['median']:.2f} s",
+                f"{(ours['bytes'] - copies) / 1e6:.0f} MB",
+                f"{copies / 1e6:.0f} MB",
+            ]
+        )
+    theirs = rows[0]["theirs"]
+    peer = [theirs["tokens_per_s"]["median"], theirs["bytes"] / 1e6]
+    lines.append(["transformers, float32", f"{peer[0]:.1f}", "1", "", f"{peer[1]:.0f} MB", ""])
+    head = ["SmolLM2-135M", "tokens/s", "ratio to float32", "first token", "weights", "expanded copies"]
+    return markdown(head, lines) + f"\n{measured_on(rows[0])}"
+
+
+def load(rows: list[Row]) -> str:
+    """Seconds from the page cache to a quantised model on the device, and the peaks."""
+    lines = []
+    for row in rows:
+        ours, theirs, ratio = row["ours"], row["theirs"] or {}, row["ratio"]
+        other = f"{theirs['seconds']['median']:.2f} s" if theirs else "–"
+        lines.append(
+            [
+                row["case"],
+                f"{ours['seconds']['median']:.2f} s",
+                other,
+                f"{ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})" if ratio else "–",
+                f"{ours.get('device_over_model_bytes', 0) / 1e6:.0f} MB",
+                f"{theirs.get('device_over_model_bytes', 0) / 1e6:.0f} MB",
+                f"{ours['host_anonymous_bytes'] / 1e6:.0f} MB",
+            ]
+        )
+    first = rows[0]
+    head = ["to", "onegpu", "bitsandbytes", "ratio", "device, beyond the model", "bitsandbytes", "host"]
+    size = f"{first['checkpoint_bytes'] / 1e9:.1f} GB in files of {first['shard_bytes'] / 1e9:.1f} GB; "
+    return markdown(head, lines) + f"\n{size}{measured_on(first, 'bitsandbytes')}"
+
+
+def commands(rows: list[Row]) -> str:
+    """How long the README's commands take from a fresh clone."""
+    lines = [[f"`{row['case']}`", f"{row['seconds'] / 60:.1f} min"] for row in rows]
+    return markdown(["from a fresh clone", "takes"], lines) + f"\n{measured_on(rows[0])}"
+
+
+# Name in the pages -> results file, and how it reads. A device with no such file has no table.
+TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
+    "fidelity": ("perplexity", fidelity),
+    "cpu-decode": ("cpu_decode", cpu_decode),
+    "load": ("load", load),
+    "timing": ("commands", commands),
+}
+
+
+def render(name: str, results: Path = RESULTS) -> str:
+    """The table, once for each device that has rows for it, the CPU last.
+
+    Raises:
+        ValueError: there is no table of that name.
+    """
+    if name not in TABLES:
+        raise ValueError(f"table:{name} is unknown; one of {', '.join(TABLES)}")
+    benchmark, make = TABLES[name]
+    files = sorted(results.glob(f"*/{benchmark}.jsonl"), key=lambda file: (file.parent.name == "cpu", file))
+    return "\n".join(make(rows) for file in files if (rows := read_rows(file))) or _NONE
+
+
+def fill(text: str, results: Path = RESULTS) -> str:
+    """A page with every marked table replaced."""
+    return _MARKED.sub(lambda m: f"{m[1]}{render(m['name'], results)}{m[4]}", text)
+
+
+def pages(root: Path = ROOT) -> list[Path]:
+    """README.md and the pages of docs/ that hold a table."""
+    return [
+        page for page in (root / "README.md", *sorted((root / "docs").rglob("*.md"))) if _MARKED.search(_read(page))
+    ]
+
+
+def _read(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page or a plot is not current")
+    parser.add_argument("--json", action="store_true", help="print the names of what differed as JSON")
+    arguments = parser.parse_args(argv)
+    changed = []
+    for page in pages():
+        new = fill(_read(page))
+        if new != _read(page):
+            changed.append(page.relative_to(ROOT).as_posix())
+            if not arguments.check:
+                page.write_text(new, encoding="utf-8", newline="\n")
+    plots = stale()
+    if plots and not arguments.check and not draw_all(plots):
+        print("matplotlib is not installed, so no plot was drawn: pip install matplotlib")
+    changed += plots
+    word = "differs from the stored results: run python -m benchmarks.tables" if arguments.check else "written"
+    print(json.dumps(changed) if arguments.json else "\n".join(f"{name}: {word}" for name in changed) or "up to date")
+    return 1 if arguments.check and changed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
