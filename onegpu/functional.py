@@ -51,13 +51,19 @@ class QuantState:
 
     @classmethod
     def from_dict(cls, qs_dict: dict[str, Any], device: torch.device | str) -> QuantState:
-        """Rebuild a state from a checkpoint's entries (names as ``as_dict`` gives them, any prefix)."""
+        """Rebuild a state from a checkpoint's entries (names as ``as_dict`` gives them, any prefix).
+
+        Raises ``ValueError`` where one is missing or unreadable; whether they fit each other is not looked at.
+        """
         fields = {key.split(".")[-1]: value for key, value in qs_dict.items()}
         blobs = [key for key in fields if key.startswith("bitsandbytes__")]
         if len(blobs) == 1:
-            fields.update(json.loads(bytes(fields.pop(blobs[0]).cpu().tolist())))
+            fields |= _read_facts(f"quant_state.{blobs[0]}", fields.pop(blobs[0]))
         elif "quant_type" not in fields:
             raise ValueError(f"expected one quant_state entry (bitsandbytes__nf4 or bitsandbytes__fp4), found {blobs}")
+        needed = _STATE_ENTRIES + (_NESTED_ENTRIES if "nested_absmax" in fields else ())
+        if missing := [name for name in needed if name not in fields]:
+            raise ValueError(f"the 4-bit statistics lack {', '.join(missing)}")
         offset = state2 = None
         if "nested_absmax" in fields:
             offset = torch.tensor(float(fields["nested_offset"])).to(device)
@@ -65,7 +71,7 @@ class QuantState:
                 absmax=fields["nested_absmax"].to(device),
                 code=fields["nested_quant_map"].to(device),
                 blocksize=fields["nested_blocksize"],
-                dtype=getattr(torch, fields["nested_dtype"]),
+                dtype=_dtype_named("nested_dtype", fields["nested_dtype"]),
             )
         return cls(
             absmax=fields["absmax"].to(device),
@@ -73,7 +79,7 @@ class QuantState:
             code=fields["quant_map"].to(device),
             blocksize=fields["blocksize"],
             quant_type=fields["quant_type"],
-            dtype=getattr(torch, fields["dtype"]),
+            dtype=_dtype_named("dtype", fields["dtype"]),
             offset=offset,
             state2=state2,
         )
@@ -152,6 +158,34 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and a.shape == b.shape and torch.allclose(a.float(), b.float(), atol=1e-6)
     return bool(a == b)
+
+
+_STATE_ENTRIES = ("absmax", "quant_map", "quant_type", "blocksize", "dtype", "shape")
+_NESTED_ENTRIES = ("nested_quant_map", "nested_blocksize", "nested_dtype", "nested_offset")
+_FACTS = {"shape": (list,), "quant_type": (str,), "nested_offset": (int, float), "blocksize": (int,)}
+
+
+def _read_facts(name: str, blob: torch.Tensor) -> dict[str, Any]:
+    """The JSON object in a uint8 tensor, as far as its types go: a checkpoint's bytes are anyone's."""
+    try:
+        facts = json.loads(bytes(blob.cpu().tolist()))
+    except ValueError as error:
+        raise ValueError(f"{name} is not JSON: {error}") from error
+    if not isinstance(facts, dict):
+        raise ValueError(f"{name} is not a JSON object, but {type(facts).__name__}")
+    for field, value in facts.items():
+        if type(value) not in _FACTS.get(field, (type(value),)):
+            raise ValueError(f"{field}={value!r} in {name} has the wrong type")
+    if any(type(size) is not int for size in facts.get("shape", [])):
+        raise ValueError(f"shape={facts['shape']!r} in {name} is not a list of whole numbers")
+    return facts
+
+
+def _dtype_named(field: str, name: Any) -> torch.dtype:
+    dtype = getattr(torch, name, None) if isinstance(name, str) else None
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{field}={name!r} is not a dtype of torch, such as float16")
+    return dtype
 
 
 def _dtype_name(dtype: torch.dtype | None) -> str:

@@ -44,8 +44,9 @@ def check_state(weight: Params4bit, shape: tuple[int, ...]) -> None:
     _check_scales("nested_absmax", state.state2.absmax)
     if state.offset is None or not torch.isfinite(state.offset):
         raise ValueError(f"nested_offset={state.offset} is not a finite number")
-    if state.state2.code is not None:
-        _check_table("nested_quant_map", state.state2.code, dynamic_map(state.state2.code.device))
+    if state.state2.code is None:
+        raise ValueError("nested_quant_map is missing")
+    _check_table("nested_quant_map", state.state2.code, dynamic_map(state.state2.code.device))
 
 
 def _check_scales(name: str, scales: torch.Tensor) -> None:

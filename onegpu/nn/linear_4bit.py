@@ -19,6 +19,7 @@ from onegpu.kernels.linear_4bit import Packed4bit, linear_4bit
 from onegpu.nn.bytes_of import move_as_bytes, nbytes
 from onegpu.nn.check import check_state
 from onegpu.nn.params_4bit import Params4bit, state_tensors
+from onegpu.nn.set_aside import set_aside
 
 # The value tables are constants of the format, shared by all layers of a device: no buffers.
 _BUFFERS = ("absmax", "nested_absmax", "nested_offset")
@@ -115,22 +116,17 @@ class Linear4bit(nn.Linear):
         )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Linear4bit:
-        weight = self._parameters.pop("weight")
-        buffers = {name: self._buffers.pop(name) for name in (*_BUFFERS, "expanded")}
-        try:
+        self._notice()
+        weight, buffers = self._parameters["weight"], {name: self._buffers[name] for name in _BUFFERS}
+        with set_aside(self, "weight", "expanded", *_BUFFERS):
             super()._apply(fn, recurse)  # the bias, and whatever children an adapter added
-        finally:
-            rest = dict(self._parameters)
-            self._parameters.clear()
-            self._parameters.update({"weight": weight, **rest})  # weight first, as it was
-            self._buffers.update(buffers)
         assert isinstance(weight, Params4bit)
         if not weight.bnb_quantized:
             moved = fn(weight)  # Params4bit.to quantises where fn names a device
             self.weight = moved if isinstance(moved, Params4bit) else weight._like(moved, None)
             return self
         for name, scales in buffers.items():
-            self._buffers[name] = None if scales is None or name == "expanded" else move_as_bytes(scales, fn)
+            self._buffers[name] = None if scales is None else move_as_bytes(scales, fn)
         self.weight = weight._like(move_as_bytes(weight.data, fn), self._state_from_buffers())
         return self
 
@@ -144,10 +140,14 @@ class Linear4bit(nn.Linear):
         shape, code = (self.out_features, self.in_features), codebook_4bit(quant_type, device)
         return QuantState(self.absmax, shape, code, blocksize, quant_type, dtype, self.nested_offset, state2)
 
+    def _notice(self) -> None:
+        """Adopt a weight that was quantised in place, by ``layer.weight.cuda()``."""
+        if self._packed_meta is None and self.weight.bnb_quantized:
+            self._adopt(self.weight)
+
     def _facts(self) -> tuple[int, str, torch.dtype | None]:
         """Block size, quant type and original dtype of the quantised weight."""
-        if self._packed_meta is None and self.weight.bnb_quantized:
-            self._adopt(self.weight)  # quantised in place, by `layer.weight.cuda()`
+        self._notice()
         if self._packed_meta is None:
             raise RuntimeError(
                 "Linear4bit holds a float weight: move it to a device first (`.to(device)`, `.cuda()`), "
@@ -181,6 +181,7 @@ class Linear4bit(nn.Linear):
         return y.to(dtype) if autocast_dtype(x.device.type) is None else y
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self._notice()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in _BUFFERS:
             destination.pop(prefix + name, None)
@@ -201,25 +202,36 @@ class Linear4bit(nn.Linear):
         entry = f"{prefix}weight."
         stats = {key[len(entry) :]: value for key, value in state_dict.items() if key.startswith(entry)}
         weight = state_dict.get(f"{prefix}weight")
-        if stats and weight is not None:
-            device = self.weight.device if self.weight.device.type != "meta" else weight.device
+        aside = set(_BUFFERS)
+        if weight is not None and (stats or self.weight.bnb_quantized):
             try:
-                loaded = Params4bit.from_prequantized(weight, stats, device=device)
-                check_state(loaded, (self.out_features, self.in_features))
-            except (KeyError, ValueError) as error:
+                self._load_quantized(weight, stats, bool(local_metadata.get("assign_to_params_buffers")))
+            except (TypeError, ValueError) as error:
                 error_msgs.append(f"{prefix}weight: {error}")
                 return
-            self.weight = loaded
+            aside.add("weight")  # what is left for torch is the bias
             state_dict = {k: v for k, v in state_dict.items() if not k.startswith(entry) and k != f"{prefix}weight"}
-            state_dict[f"{prefix}weight"] = self.weight.data
-        scales = {name: self._buffers.pop(name) for name in _BUFFERS}
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        self._buffers.update(scales)
+        with set_aside(self, *aside):
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+
+    def _load_quantized(self, weight: torch.Tensor, stats: dict[str, torch.Tensor], assign: bool) -> None:
+        """Take over checked entries; copies, unless ``assign``."""
+        if not stats:
+            raise ValueError(
+                "no scales beside it, and this layer is quantised; load float weights before it is moved to a device"
+            )
+        device = self.weight.device if self.weight.device.type != "meta" else weight.device
+        if not assign:
+            weight, stats = weight.clone(), {name: value.clone() for name, value in stats.items()}
+        loaded = Params4bit.from_prequantized(weight, stats, device=device)
+        check_state(loaded, (self.out_features, self.in_features))
+        self.weight = loaded
 
     def nbytes(self) -> dict[str, int]:
         """Bytes by kind: weight, scales, bias, expanded (the copy that speeds up a CPU)."""
+        self._notice()
         scales = nbytes(*(self._buffers[name] for name in _BUFFERS))
         return {
             "weight": nbytes(self.weight),

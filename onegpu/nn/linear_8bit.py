@@ -18,6 +18,7 @@ from onegpu.functional import int8_vectorwise_quant
 from onegpu.kernels.linear_int8 import linear_int8
 from onegpu.kernels.quant_int8 import dequantize_rows
 from onegpu.nn.bytes_of import move_as_bytes, nbytes
+from onegpu.nn.set_aside import set_aside
 
 # `weight_format` of a state dict: 0 is row-major. The others are layouts of GPUs before 2023.
 _OLD_FORMATS = {1: "col32", 2: "col_turing", 3: "col_ampere"}
@@ -155,18 +156,15 @@ class Linear8bitLt(nn.Linear):
             # Tools that rebuild parameters (accelerate, FSDP) lose the subclass.
             param = Int8Params(param.data, param.requires_grad, self.has_fp16_weights, None, self.SCB)
         super().register_parameter(name, param)
-        if name == "weight" and isinstance(param, Int8Params) and param.SCB is not None:
+        # A float weight has no maxima: those of the codes that it replaces must not be used for the codes it becomes.
+        if name == "weight" and isinstance(param, Int8Params) and (param.SCB is not None or param.is_floating_point()):
             self._buffers["SCB"] = param.SCB
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Linear8bitLt:
-        weight, scales = self._parameters.pop("weight"), self._buffers.pop("SCB")
-        try:
+        self._notice()
+        weight, scales = self._parameters["weight"], self._buffers["SCB"]
+        with set_aside(self, "weight", "SCB"):
             super()._apply(fn, recurse)  # the bias, and whatever children an adapter added
-        finally:
-            rest = dict(self._parameters)
-            self._parameters.clear()
-            self._parameters.update({"weight": weight, **rest})  # weight first, as it was
-            self._buffers["SCB"] = scales
         assert isinstance(weight, Int8Params)
         if weight.dtype != torch.int8:
             if weight.has_fp16_weights:  # an ordinary trainable parameter: keep its identity for the optimiser
@@ -187,9 +185,13 @@ class Linear8bitLt(nn.Linear):
             return self.weight.data.to(dtype)
         return dequantize_rows(self.weight.data, self._scales(), dtype)
 
-    def _scales(self) -> torch.Tensor:
+    def _notice(self) -> None:
+        """Take over the maxima of a weight that was quantised in place, by ``layer.weight.cuda()``."""
         if self.SCB is None and self.weight.SCB is not None:
-            self._buffers["SCB"] = self.weight.SCB  # quantised in place, by `layer.weight.cuda()`
+            self._buffers["SCB"] = self.weight.SCB
+
+    def _scales(self) -> torch.Tensor:
+        self._notice()
         if self.SCB is None or self.weight.dtype != torch.int8:
             raise RuntimeError(
                 "Linear8bitLt holds a float weight: move it to a device first (`.to(device)`, `.cuda()`), that "
@@ -209,6 +211,7 @@ class Linear8bitLt(nn.Linear):
         return linear_int8(x, self.weight.data, self._scales(), bias, self.threshold, exact=self.exact)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self._notice()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.SCB is not None:
             destination[f"{prefix}weight_format"] = torch.tensor(0, dtype=torch.uint8)
@@ -223,21 +226,38 @@ class Linear8bitLt(nn.Linear):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        weight, scales = state_dict.get(f"{prefix}weight"), state_dict.get(f"{prefix}SCB")
-        layout = state_dict.get(f"{prefix}weight_format")
-        try:
-            if scales is not None and weight is not None:
-                check_int8(weight, scales, layout, (self.out_features, self.in_features))
-                device = self.weight.device if self.weight.device.type != "meta" else weight.device
-                self.weight = Int8Params(weight.to(device), False, False, None, scales.to(device))
-                self.has_fp16_weights = False
-        except ValueError as error:
-            error_msgs.append(f"{prefix}weight: {error}")
-            return
-        state_dict = {key: value for key, value in state_dict.items() if key != f"{prefix}weight_format"}
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        own = [f"{prefix}{name}" for name in ("weight", "SCB", "weight_format")]
+        weight, scales, layout = (state_dict.get(name) for name in own)
+        aside = []
+        if weight is not None and (scales is not None or torch.int8 in (weight.dtype, self.weight.dtype)):
+            try:
+                self._load_quantized(weight, scales, layout, bool(local_metadata.get("assign_to_params_buffers")))
+            except ValueError as error:
+                error_msgs.append(f"{prefix}weight: {error}")
+                return
+            aside = ["weight", "SCB"]  # what is left for torch is the bias
+            state_dict = {key: value for key, value in state_dict.items() if key not in own}
+        with set_aside(self, *aside):
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+
+    def _load_quantized(
+        self, weight: torch.Tensor, SCB: torch.Tensor | None, layout: torch.Tensor | None, assign: bool
+    ) -> None:
+        """Take over checked entries; copies, unless ``assign``."""
+        if SCB is None and weight.dtype == torch.int8:
+            raise ValueError("int8 codes without SCB, the scales of their rows")
+        if SCB is None:
+            raise ValueError(
+                "no SCB beside it, and this layer is quantised; load float weights before it is moved to a device"
+            )
+        check_int8(weight, SCB, layout, (self.out_features, self.in_features))
+        device = self.weight.device if self.weight.device.type != "meta" else weight.device
+        if not assign:
+            weight, SCB = weight.clone(), SCB.clone()
+        self.weight = Int8Params(weight.to(device), False, False, None, SCB.to(device))
+        self.has_fp16_weights = False
 
     def nbytes(self) -> dict[str, int]:
         """Bytes by kind: weight, scales, bias."""
