@@ -10,11 +10,13 @@ import copy
 import functools
 import logging
 import pydoc
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import transformers
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, BitsAndBytesConfig
+from transformers.initialization import no_init_weights
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from onegpu.arguments import Request, check_path, checkpoint_dtype, translate
@@ -24,7 +26,9 @@ from onegpu.formats.bitsandbytes import Settings
 from onegpu.formats.config import sanitize
 from onegpu.formats.gguf import is_gguf, materialize
 from onegpu.formats.verify import verify_loaded
+from onegpu.placement.device_map import POLICIES, Placement, Weights, Wish, place
 from onegpu.placement.expand import allow_expansion
+from onegpu.placement.sizes import stored_sizes
 
 logger = logging.getLogger("onegpu")
 
@@ -64,6 +68,9 @@ def load(from_pretrained: Any, path: Any, model_args: tuple[Any, ...], kwargs: d
         replace_default_skips: ``llm_int8_skip_modules`` replaces the default skip list instead of adding to it.
         use_flash_attention_2: the same as ``attn_implementation="flash_attention_2"``; no package is needed.
         torch_dtype, dtype: dtype of the float weights; the checkpoint's by default.
+        device_map: "auto", "balanced", "balanced_low_0", "sequential", a device, or a dict from parts to devices. What
+            does not fit on GPUs goes to CPU memory, quantised weights as they are.
+        max_memory: bytes for each device: ``{0: "6GB", "cpu": "30GB"}``; without it, what is free less a reserve.
         strict: tensors missing from the files or unknown to the model are errors (True by default).
 
     Raises:
@@ -81,6 +88,7 @@ def load(from_pretrained: Any, path: Any, model_args: tuple[Any, ...], kwargs: d
     config, kwargs = _load_config(path, kwargs)
     session = _claim(path, config, request, kwargs)
     kwargs["dtype"] = _resolve_dtype(path, config, request)
+    placement = _settle(from_pretrained, path, config, request, session, kwargs)
     try:
         with loading(session) if session is not None else _nothing():
             model, info = from_pretrained(
@@ -91,7 +99,14 @@ def load(from_pretrained: Any, path: Any, model_args: tuple[Any, ...], kwargs: d
             raise session.errors[0] from error
         raise _explain(error, path) from error
     verify_loaded(model, info, str(path), strict=request.strict, allow_mismatch=wants_mismatch)
-    allow_expansion(model)
+    placement = session.placement if session is not None else placement
+    if placement is not None and placement.spread:
+        from onegpu.placement.hooks import attach
+
+        attach(model, placement)
+        logger.warning("%s", placement.text)
+    else:
+        allow_expansion(model)
     return (model, info) if wants_info else model
 
 
@@ -172,6 +187,46 @@ def _claim(path: Any, config: Any, request: Request, kwargs: dict[str, Any]) -> 
         )
     config.quantization_config = {"quant_method": QUANT_METHOD}
     return Session(str(path), saved, settings)
+
+
+def _settle(
+    from_pretrained: Any, path: Any, config: Any, request: Request, session: Session | None, kwargs: dict[str, Any]
+) -> Placement | None:
+    """Give transformers its ``device_map``: a plain dict of ours, or what the user asked for where that is one device.
+
+    A quantised model is planned by the quantizer, on the model that transformers builds; for another one it is built
+    here, on the meta device, where the map has to be planned.
+    """
+    wish = request.wish
+    asked = {name: value for name, value in (("device_map", wish.device_map), ("max_memory", wish.max_memory)) if value}
+    if wish.device_map is not None:
+        asked["device_map"] = wish.device_map  # GPU 0 is a device too
+    if session is not None:
+        session.wish = wish
+        if asked or wish.max_memory is not None:
+            kwargs["device_map"] = {}  # filled in by the quantizer, before anything is loaded
+        return None
+    several = isinstance(wish.device_map, Mapping) and len(set(map(str, wish.device_map.values()))) > 1
+    words = wish.max_memory is not None or (isinstance(wish.device_map, str) and wish.device_map in POLICIES)
+    foreign = "quantization_config" in kwargs or getattr(config, "quantization_config", None) is not None
+    if not (several or words) or foreign or _wants_disk(wish):
+        kwargs.update(asked)  # transformers' own: one device, another quantizer, or the disk
+        return None
+    dtype = kwargs["dtype"]
+    if not isinstance(dtype, torch.dtype):
+        dtype = checkpoint_dtype(path, config) or torch.float32
+    with torch.device("meta"), no_init_weights():
+        auto = from_pretrained.__self__
+        model = auto.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=kwargs["trust_remote_code"])
+    sizes = stored_sizes(model, dtypes=model._get_dtype_plan(dtype))
+    placement = place(Weights(model, sizes, str(dtype).removeprefix("torch."), shrinks=True), wish)
+    kwargs["device_map"] = placement.device_map
+    return placement
+
+
+def _wants_disk(wish: Wish) -> bool:
+    devices = list(wish.device_map.values()) if isinstance(wish.device_map, Mapping) else [wish.device_map]
+    return "disk" in [*devices, *(wish.max_memory if isinstance(wish.max_memory, Mapping) else ())]
 
 
 def _resolve_dtype(path: Any, config: Any, request: Request) -> Any:

@@ -85,6 +85,14 @@ class ExpertStack(nn.Module):
     def __getitem__(self, expert: int | torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
 
+    def _check_present(self) -> None:
+        """accelerate's offloading wraps ``forward``, which nobody calls here: the weight would stay on meta."""
+        if self.weight.is_meta and hasattr(self, "_hf_hook"):
+            raise RuntimeError(
+                "the experts were offloaded by accelerate's hooks, which cannot bring a stack back for its call; load "
+                "the model with device_map= and max_memory= instead, which keep experts in CPU memory"
+            )
+
     def quantize_(self, stack: torch.Tensor) -> None:
         """Fill from a float stack ``[experts, rows, K]`` on its device."""
         raise NotImplementedError
@@ -242,6 +250,7 @@ class ExpertStack4bit(ExpertStack):
         )
 
     def __getitem__(self, expert: int | torch.Tensor) -> torch.Tensor:
+        self._check_present()
         first = int(expert) * len(self.names)
         parts = [
             self._state(index).packed(self.weight.data[index]).dequantize(self.out_dtype)
@@ -327,6 +336,7 @@ class ExpertStack8bit(ExpertStack):
             self.SCB[expert] = maxima
 
     def __getitem__(self, expert: int | torch.Tensor) -> torch.Tensor:
+        self._check_present()
         index = int(expert)
         return dequantize_rows(self.weight.data[index], self.SCB[index], self.out_dtype)
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from onegpu.errors import MemoryBudgetError
+from onegpu.errors import ArgumentError, MemoryBudgetError
 from onegpu.hardware import free_host_bytes
 
 
@@ -28,26 +27,6 @@ def free_bytes(device: torch.device) -> int | None:
     return free_host_bytes() if device.type == "cpu" else None
 
 
-def model_bytes(model: Any, quantizer: Any = None) -> int:
-    """Bytes of a model on the meta device once it is loaded: parameters as ``quantizer`` will store them, and buffers.
-
-    Scales are counted as one float32 per 64 weights in 4 bits (an upper bound for every block size but 32) and per row
-    in 8.
-    """
-    total = 0.0
-    seen: set[int] = set()
-    for name, parameter in (*model.named_parameters(), *model.named_buffers()):
-        if id(parameter) in seen:
-            continue
-        seen.add(id(parameter))
-        size = parameter.element_size()
-        if quantizer is not None and quantizer.param_needs_quantization(model, name):
-            size = quantizer.param_element_size(model, name, parameter)
-            total += 4 * parameter.numel() / (64 if size < 1 else parameter.shape[-1])
-        total += size * parameter.numel()
-    return int(total)
-
-
 def check_fits(needed: int, device: torch.device, what: str, fixes: str) -> None:
     """Raise ``MemoryBudgetError`` saying how much is missing unless ``needed`` bytes are free on ``device``."""
     free = free_bytes(device)
@@ -58,14 +37,10 @@ def check_fits(needed: int, device: torch.device, what: str, fixes: str) -> None
         )
 
 
-def check_device_fits(model: Any, quantizer: Any, device_map: Any) -> None:
-    """Check a model on the meta device that goes to one device as a whole. Maps over several are planned elsewhere."""
-    if not isinstance(device_map, Mapping) or len(set(map(str, device_map.values()))) != 1:
-        return
-    target = next(iter(device_map.values()))
-    device = torch.device("cuda", target) if isinstance(target, int) else torch.device(target)
-    if device.type == "meta":
-        return
-    fix = "Quantise to 4 bits" if quantizer.settings.bits == 8 else "Free memory, or take a smaller model"
-    name = type(model).__name__
-    check_fits(model_bytes(model, quantizer), device, f"{name} in {quantizer.settings.quant_type}", f"{fix}.")
+def refuse_move(model: Any, device: Any) -> None:
+    """Raise ``ArgumentError`` if ``model`` is spread over devices and is asked to move to ``device``."""
+    if device is not None and len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        raise ArgumentError(
+            f"device={device} cannot be given to .to() of a model that device_map spread over several devices. Load it "
+            f"again with device_map={str(device)!r}."
+        )
