@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,6 +89,7 @@ def _quantization(kwargs: dict[str, Any], request: Request) -> None:
             f"put {named} into quantization_config",
         )
     if four or eight:
+        _check_known(options)
         _check_4bit_type(options.get("bnb_4bit_quant_type", "fp4"))
         try:
             config = BitsAndBytesConfig(load_in_4bit=four, load_in_8bit=eight, **options)
@@ -102,12 +105,25 @@ def _quantization(kwargs: dict[str, Any], request: Request) -> None:
     if isinstance(config, Mapping) and (config.get("load_in_4bit") or config.get("load_in_8bit")):
         if config.get("load_in_4bit") and config.get("load_in_8bit"):
             raise bad_argument("quantization_config", dict(config), "asks for 4 and 8 bits at once", "keep one of them")
+        _check_known(config)
         _check_4bit_type(config.get("bnb_4bit_quant_type", "fp4"))
         config = BitsAndBytesConfig.from_dict(dict(config))
     if isinstance(config, BitsAndBytesConfig):
         request.config, request.settings = config, Settings.from_config(config, not replace_skips)
     elif config is not None:
         kwargs["quantization_config"] = config  # transformers' own quantizers: GPTQ, AWQ, torchao, …
+
+
+def _check_known(options: Mapping[str, Any]) -> None:
+    """transformers drops what it does not know, and quantises in another way than was asked for."""
+    from transformers import BitsAndBytesConfig
+
+    known = {*inspect.signature(BitsAndBytesConfig.__init__).parameters, *BitsAndBytesConfig().to_dict()} - {"self"}
+    for name, value in options.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1, 0.85)
+            fix = f"did you mean {near[0]}?" if near else f"use one of {', '.join(sorted(known))}"
+            raise bad_argument(name, value, "is no option of BitsAndBytesConfig", fix)
 
 
 def _check_4bit_type(quant_type: Any) -> None:
@@ -136,6 +152,8 @@ def _dtype(kwargs: dict[str, Any], request: Request) -> None:
         if value.removeprefix("torch.") not in _DTYPES:
             raise bad_argument("dtype", value, "is no dtype to load a model in", f"use one of {', '.join(_DTYPES)}")
         value = value if value == "auto" else getattr(torch, value.removeprefix("torch."))
+    elif value is not None and not isinstance(value, (torch.dtype, Mapping)):  # a mapping: by sub-model
+        raise bad_argument("dtype", value, "is no dtype", f"use one of {', '.join(_DTYPES)}")
     if isinstance(value, torch.dtype) and not value.is_floating_point:
         raise bad_argument("dtype", value, "cannot hold weights", "use float16, bfloat16 or float32")
     request.dtype = value
@@ -147,9 +165,20 @@ def _device(kwargs: dict[str, Any], request: Request) -> None:
     for device in devices:
         if device not in (*POLICIES, "disk", "meta", None):
             check_device(device, name="device_map")
+            _check_word(device)
     if isinstance(device_map, Mapping) and not device_map:
         raise bad_argument("device_map", device_map, "names no device", "leave it out, or pass 'auto'")
     request.wish = Wish(device_map, max_memory)
+
+
+def _check_word(device: Any) -> None:
+    if isinstance(device, str) and not device.isdecimal():
+        try:
+            torch.device(device)
+        except RuntimeError:
+            raise bad_argument(
+                "device_map", device, "is no device", f"use {', '.join(map(repr, sorted(POLICIES)))}, 'cuda:0' or 'cpu'"
+            ) from None
 
 
 def checkpoint_dtype(path: str | Path, config: Any) -> torch.dtype | None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,3 +62,19 @@ def bitsandbytes() -> Oracle:
     if find_spec("bitsandbytes") is None:
         pytest.skip("bitsandbytes is not installed here: nothing to compare with")
     return oracle()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``tiny("llama", **overrides)``: a tiny checkpoint of that type, made once a session. Not to be changed: copy it."""
+    made: dict[tuple[Any, ...], Path] = {}
+
+    def make(model_type: str, **overrides: Any) -> Path:
+        from tests.tiny import tiny_model_dir
+
+        key = (model_type, *sorted(overrides.items()))
+        if key not in made:
+            made[key] = tiny_model_dir(tmp_path_factory.mktemp(model_type), model_type, **overrides)
+        return made[key]
+
+    return make
