@@ -120,10 +120,15 @@ class ExpertStack(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         # The buffers are persistent only because transformers' loader wipes those that are not.
-        parent = prefix[:-1].rpartition(".")[0]
+        outer = self._outer(prefix)
         for expert, part in self._matrices():
             for ending, value in self.part_entries(expert, part).items():
-                destination[f"{parent}.{self._entry_name(expert, part, ending)}"] = value
+                destination[outer + self._entry_name(expert, part, ending)] = value
+
+    @staticmethod
+    def _outer(prefix: str) -> str:
+        """The prefix of the module around, whose names the matrices have: "a.b." of "a.b.gate_up_proj."."""
+        return prefix[: prefix[:-1].rfind(".") + 1]
 
     def _load_from_state_dict(
         self,
@@ -136,21 +141,22 @@ class ExpertStack(nn.Module):
         error_msgs: list[str],
     ) -> None:
         # Names arrive below this module: see _route_entries.
+        outer = self._outer(prefix)
         for expert, part in self._matrices():
-            name = prefix + self._entry_name(expert, part, "")
-            stem = name.removesuffix("weight")
-            if name not in state_dict:
-                missing_keys.append(name)
+            name = self._entry_name(expert, part, "")
+            stem = prefix + name.removesuffix("weight")
+            tails = {key[len(stem) :]: value for key, value in state_dict.items() if key.startswith(stem)}
+            entries = {ending: value for tail, value in tails.items() if (ending := self._ending(tail)) is not None}
+            unexpected_keys += [
+                outer + name.removesuffix("weight") + tail for tail in tails if self._ending(tail) is None
+            ]
+            if "" not in entries:
+                missing_keys.append(outer + name)
                 continue
-            entries = {
-                ending: state_dict[key]
-                for key in state_dict
-                if key.startswith(stem) and (ending := self._ending(key[len(stem) :])) is not None
-            }
             try:
                 self.load_part(expert, part, entries)
-            except (KeyError, ValueError) as error:
-                error_msgs.append(f"{name}: {error}")
+            except (TypeError, ValueError) as error:
+                error_msgs.append(f"{outer}{name}: {error}")
 
     @staticmethod
     def _ending(tail: str) -> str | None:
@@ -344,6 +350,8 @@ class ExpertStack8bit(ExpertStack):
         return slice(part * self.part_shape[0], (part + 1) * self.part_shape[0])
 
     def load_part(self, expert: int, part: int, entries: dict[str, torch.Tensor]) -> None:
+        if "SCB" not in entries:
+            raise ValueError("int8 codes without SCB, the scales of their rows")
         check_int8(entries[""], entries["SCB"], entries.get("weight_format"), self.part_shape)
         if self.device.type == "meta":
             self.to_empty(device=entries[""].device)
