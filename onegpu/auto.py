@@ -256,6 +256,13 @@ def _explain(error: Exception, path: Any) -> Exception:
 
     if isinstance(error, OneGPUError):
         return error
+    if isinstance(error, ValueError) and "trust_remote_code" in str(error):
+        return bad_argument(
+            "trust_remote_code",
+            False,
+            f"but {str(path)!r} is a model only with code of its own, which loading would run",
+            "read that code, and pass trust_remote_code=True if you trust it",
+        )
     text = " ".join(str(error).split())[:400]
     if isinstance(error, SafetensorError):
         return CheckpointError(file=str(path), reason=text, fix="download or save the file again")
