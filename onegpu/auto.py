@@ -23,7 +23,7 @@ from onegpu.arguments import Request, check_path, checkpoint_dtype, translate
 from onegpu.convert.session import Session, loading
 from onegpu.errors import ArgumentError, CheckpointError, bad_argument
 from onegpu.formats.bitsandbytes import Settings
-from onegpu.formats.config import sanitize
+from onegpu.formats.config import CONFIG_ERRORS, config_error, sanitize
 from onegpu.formats.gguf import is_gguf, materialize
 from onegpu.formats.verify import verify_loaded
 from onegpu.placement.device_map import POLICIES, Placement, Weights, Wish, place
@@ -98,7 +98,8 @@ def load(from_pretrained: Any, path: Any, model_args: tuple[Any, ...], kwargs: d
         if session is not None and session.errors:
             raise session.errors[0] from error
         raise _explain(error, path) from error
-    verify_loaded(model, info, str(path), strict=request.strict, allow_mismatch=wants_mismatch)
+    noted = session.not_finite if session is not None else []
+    verify_loaded(model, info, str(path), strict=request.strict, allow_mismatch=wants_mismatch, noted=noted)
     placement = session.placement if session is not None else placement
     if placement is not None and placement.spread:
         from onegpu.placement.hooks import attach
@@ -124,8 +125,9 @@ def _load_config(path: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]
     held = {name: kwargs.pop(name) for name in _CONFIG_ARGUMENTS if name in kwargs}
     try:
         config, rest = AutoConfig.from_pretrained(given or path, return_unused_kwargs=True, **kwargs)
-    except (OSError, ValueError, KeyError) as error:
-        raise _explain(error, path) from error
+    except CONFIG_ERRORS as error:
+        explained = _explain(error, path)
+        raise (config_error(path, error) if explained is error else explained) from error
     sanitize(config)
     # AutoConfig takes hub arguments for itself and drops them; the weights need them as well.
     return config, {**{name: value for name, value in kwargs.items() if name in rest or name in _HUB}, **held}

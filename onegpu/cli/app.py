@@ -8,6 +8,7 @@ from onegpu.cli.cache import cache
 from onegpu.cli.chat import chat
 from onegpu.cli.env import env
 from onegpu.cli.generate import generate
+from onegpu.cli.quantize import quantize
 from onegpu.cli.version import version
 
 app = typer.Typer(
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(chat)
+app.command()(quantize)
 app.command()(env)
 app.command()(version)
 app.add_typer(cache, name="cache")

@@ -9,7 +9,7 @@ from typing import Any
 from onegpu.convert.checkpoint_plan import Plan, loads_there
 from onegpu.convert.quantized import Target
 from onegpu.errors import CheckpointError, bad_argument
-from onegpu.formats.config import sanitize
+from onegpu.formats.config import CONFIG_ERRORS, config_error, sanitize
 from onegpu.formats.folder import Source
 
 
@@ -24,9 +24,8 @@ def load_config(source: Source) -> Any:
     file = source.folder / "config.json"
     try:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        text = " ".join(str(error).split())[:300]
-        raise CheckpointError(file=file, reason=f"cannot be read: {text}", fix="correct it") from error
+    except CONFIG_ERRORS as error:
+        raise config_error(source.folder, error) from error
     for part in (config, config.get_text_config()):
         stored = getattr(part, "quantization_config", None)
         if stored is not None:
@@ -45,10 +44,10 @@ def model_class(config: Any) -> type:
     import transformers
 
     for name in getattr(config, "architectures", None) or ():
-        cls = getattr(transformers, name, None)
+        cls: Any = getattr(transformers, name, None)
         known = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
         if known and cls.config_class is type(config):
-            return cls
+            return cls  # type: ignore[no-any-return]
     mapping = transformers.AutoModel._model_mapping
     if type(config) in mapping:
         found: Any = mapping[type(config)]

@@ -32,6 +32,7 @@ from onegpu.convert.report import Change
 from onegpu.errors import CheckpointError, bad_argument
 from onegpu.formats.bitsandbytes import Settings
 from onegpu.formats.checkpoint import TORCH_DTYPES, TensorInfo
+from onegpu.formats.config import CONFIG_ERRORS, config_error
 from onegpu.kernels.quant_4bit import packed_bytes
 
 _AGAIN = "download or save the checkpoint again"
@@ -87,9 +88,16 @@ class Plan:
 
 
 def meta_model(cls: type, config: Any, dtype: torch.dtype) -> Any:
-    """An instance of ``cls`` without memory, its floats in ``dtype``."""
-    with torch.device("meta"):
-        return cls._from_config(config, dtype=dtype)  # type: ignore[attr-defined]  # a PreTrainedModel
+    """An instance of ``cls`` without memory, its floats in ``dtype``.
+
+    Raises:
+        CheckpointError: the config does not make one.
+    """
+    try:
+        with torch.device("meta"):
+            return cls._from_config(config, dtype=dtype)  # type: ignore[attr-defined]  # a PreTrainedModel
+    except (*CONFIG_ERRORS, RuntimeError) as error:
+        raise config_error(config.name_or_path or cls.__name__, error) from error
 
 
 def make_plan(model: Any, headers: list[TensorInfo], settings: Settings, compatible: bool = False) -> Plan:

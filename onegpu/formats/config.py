@@ -7,13 +7,32 @@ that is still open): only names of an allow-list pass, the rest are dropped and 
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+
+from onegpu.errors import CheckpointError
 
 logger = logging.getLogger("onegpu")
 
 ATTENTION_NAMES = frozenset({"eager", "sdpa", "flex_attention", "flash_attention_2", "onegpu"})
 EXPERTS_NAMES = frozenset({"eager", "batched_mm", "grouped_mm"})
 _DROPPED_FIELDS = ("kernel_config", "kernels", "use_kernels", "hub_kernels", "fusion_config")
+
+# What transformers raises where a config.json is damaged, or its values do not make a model.
+CONFIG_ERRORS = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError, OverflowError,
+    RecursionError, StrictDataclassError,
+)  # fmt: skip
+
+
+def config_error(path: str | os.PathLike[str], error: BaseException) -> CheckpointError:
+    """Our error for one of them."""
+    text = " ".join(str(error).split())[:300] or type(error).__name__
+    return CheckpointError(
+        file=path, reason=f"its config.json cannot be used: {text}", fix="correct config.json, or download it again"
+    )
 
 
 def sanitize(config: Any) -> list[str]:

@@ -69,6 +69,8 @@ def check_path(path: Any, name: str = "pretrained_model_name_or_path") -> None:
     pickled = sorted(name for name in names if name.endswith(_PICKLED))
     if pickled and not any(name.endswith(".safetensors") for name in names):
         raise _pickled_only(folder, pickled)
+    if INDEX in names and SINGLE not in names:
+        _weights(folder)
 
 
 def find_source(model: str | os.PathLike[str], revision: str | None = None) -> Source:

@@ -79,6 +79,7 @@ class Unfinished:
         path = self.shard_path(len(self.shards))
         temporary = path.with_suffix(".tmp")
         save_file(tensors, temporary, metadata={"format": "pt"})
+        shutil.copymode(self.output / MANIFEST, temporary)  # safetensors writes for the owner's eyes only
         _sync(temporary)
         os.replace(temporary, path)
         self.shards.append(Shard(path.stat().st_size, step, piece))
