@@ -8,6 +8,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from onegpu.convert.report import Report
 from onegpu.errors import OneGPUError
 from onegpu.formats.bitsandbytes import Settings
@@ -18,7 +20,8 @@ from onegpu.placement.device_map import Placement, Wish
 class Session:
     """config: a ``BitsAndBytesConfig``, the user's or the file's. settings: the same, as we use it.
 
-    errors: what went wrong inside transformers' loader, which logs exceptions and goes on.
+    not_finite: names of weights quantised, each with a flag on its device that says whether it held NaN or infinity;
+    read once, at the end, since every look would wait for the device. errors: what went wrong inside transformers' loader, which logs exceptions and goes on.
     wish: where the user wants the model. placement: where it goes, once the quantizer has seen it.
     """
 
@@ -26,6 +29,7 @@ class Session:
     config: Any
     settings: Settings
     report: Report = field(default_factory=lambda: Report("load"))
+    not_finite: list[tuple[str, torch.Tensor]] = field(default_factory=list)
     errors: list[OneGPUError] = field(default_factory=list)
     wish: Wish = field(default_factory=Wish)
     placement: Placement | None = None

@@ -5,7 +5,7 @@ transformers initialises missing tensors at random, ignores surplus ones and loa
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,13 @@ _STRICT = "correct the files, or pass strict=False to load them as they are"
 
 
 def verify_loaded(
-    model: Any, info: dict[str, Any], source: str, *, strict: bool = True, allow_mismatch: bool = False
+    model: Any,
+    info: dict[str, Any],
+    source: str,
+    *,
+    strict: bool = True,
+    allow_mismatch: bool = False,
+    noted: Sequence[tuple[str, torch.Tensor]] = (),
 ) -> None:
     """Raise ``CheckpointError`` unless ``model`` holds what its checkpoint should have given.
 
@@ -27,6 +33,7 @@ def verify_loaded(
         strict: also refuse missing and surplus tensors. A head that the checkpoint's own class does not have (a
             classifier on a language model) is new by intention and passes.
         allow_mismatch: the user asked for tensors of another shape to be initialised anew.
+        noted: flags that were set while loading: name, and whether it was not finite.
     """
     mismatched = sorted(info.get("mismatched_keys") or ())
     if mismatched and not allow_mismatch:
@@ -39,7 +46,8 @@ def verify_loaded(
         )
     if strict:
         _check_names(model, info, source)
-    _check_finite(model, source)
+    floats = [(name, _not_finite(tensor)) for name, tensor in _floats(model)]
+    _check_finite([*noted, *floats], source)
 
 
 def _check_names(model: Any, info: dict[str, Any], source: str) -> None:
@@ -52,17 +60,25 @@ def _check_names(model: Any, info: dict[str, Any], source: str) -> None:
             raise CheckpointError(file=source, tensor=names[0], reason=f"{kind}{more}", fix=_STRICT)
 
 
-def _check_finite(model: Any, source: str) -> None:
-    """One pass over the float parameters, one synchronisation for each device."""
-    bad: dict[torch.device, list[tuple[str, torch.Tensor]]] = {}
-    for name, tensor in _floats(model):
-        bad.setdefault(tensor.device, []).append((name, ~torch.isfinite(tensor).all()))
-    for flags in bad.values():
-        if bool(torch.stack([flag for _, flag in flags]).any()):
-            name = next(name for name, flag in flags if bool(flag))
+def _check_finite(flags: Iterable[tuple[str, torch.Tensor]], source: str) -> None:
+    """Look at flags that say "not finite", with one synchronisation for each device."""
+    devices: dict[torch.device, list[tuple[str, torch.Tensor]]] = {}
+    for name, flag in flags:
+        devices.setdefault(flag.device, []).append((name, flag))
+    for group in devices.values():
+        if bool(torch.stack([flag for _, flag in group]).any()):
+            name = next(name for name, flag in group if bool(flag))
             raise CheckpointError(
-                file=source, tensor=name, reason="holds NaN or infinity", fix="download or save the checkpoint again"
+                file=source,
+                tensor=name,
+                reason="holds NaN or infinity (in float16, if it was quantised to 8 bits)",
+                fix="download or save the checkpoint again",
             )
+
+
+def _not_finite(tensor: torch.Tensor) -> torch.Tensor:
+    """A flag on the device of ``tensor``. By its extremes, which need no memory: ``isfinite`` takes the tensor's own."""
+    return ~torch.isfinite(torch.stack(torch.aminmax(tensor))).all() if tensor.numel() else torch.tensor(False)
 
 
 def _floats(model: Any) -> Iterable[tuple[str, torch.Tensor]]:

@@ -82,6 +82,11 @@ class Linear4bit(nn.Linear):
         """The state of the weight, None before it is quantised."""
         return getattr(self.weight, "quant_state", None)
 
+    def reset_parameters(self) -> None:
+        """As ``nn.Linear``; on the meta device nothing, where drawing numbers costs time and gives none."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Also called by ``module.weight = …``: a quantised weight brings its scales along."""
         if name == "weight" and not isinstance(param, Params4bit) and self._packed_meta is not None:

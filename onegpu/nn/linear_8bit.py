@@ -69,9 +69,9 @@ class Int8Params(nn.Parameter):
             return self._like(self.data.to(device=device, dtype=dtype, non_blocking=non_blocking), None)
         if device is None:
             return self
-        return self._like(
-            self.data.to(device=device, non_blocking=non_blocking), None if self.SCB is None else self.SCB.to(device)
-        )
+        # accelerate puts a weight on the meta device while it is not needed; its maxima would not come back from there.
+        scales = self.SCB if self.SCB is None or device.type == "meta" else self.SCB.to(device)
+        return self._like(self.data.to(device=device, non_blocking=non_blocking), scales)
 
     def cuda(self, device: Any = None, non_blocking: bool = False) -> Int8Params:  # type: ignore[override]
         """``to("cuda")``."""
@@ -148,6 +148,11 @@ class Linear8bitLt(nn.Linear):
             memory_efficient_backward=False,
             use_pool=self.threshold > 0 and not self.has_fp16_weights,
         )
+
+    def reset_parameters(self) -> None:
+        """As ``nn.Linear``; on the meta device nothing, where drawing numbers costs time and gives none."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Also called by ``module.weight = …``: a quantised weight brings its row maxima along."""
