@@ -21,8 +21,8 @@ class Session:
     """config: a ``BitsAndBytesConfig``, the user's or the file's. settings: the same, as we use it.
 
     not_finite: names of weights quantised, each with a flag on its device that says whether it held NaN or infinity;
-    read once, at the end, since every look would wait for the device. errors: what went wrong inside transformers' loader, which logs exceptions and goes on.
-    wish: where the user wants the model. placement: where it goes, once the quantizer has seen it.
+    read once, at the end, since every look would wait for the device. errors: what went wrong inside transformers'
+    loader, which logs exceptions and goes on.
     """
 
     source: str

@@ -77,7 +77,7 @@ def _check_finite(flags: Iterable[tuple[str, torch.Tensor]], source: str) -> Non
 
 
 def _not_finite(tensor: torch.Tensor) -> torch.Tensor:
-    """A flag on the device of ``tensor``. By its extremes, which need no memory: ``isfinite`` takes the tensor's own."""
+    """A flag on the device of ``tensor``, by its extremes: ``isfinite`` would take memory for the tensor again."""
     return ~torch.isfinite(torch.stack(torch.aminmax(tensor))).all() if tensor.numel() else torch.tensor(False)
 
 
