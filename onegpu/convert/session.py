@@ -22,7 +22,7 @@ class Session:
 
     not_finite: names of weights quantised, each with a flag on its device that says whether it held NaN or infinity;
     read once, at the end, since every look would wait for the device. errors: what went wrong inside transformers'
-    loader, which logs exceptions and goes on.
+    loader, which logs exceptions and goes on. wish, placement: where the user wants the model, and where it goes.
     """
 
     source: str
