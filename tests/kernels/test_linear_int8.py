@@ -85,8 +85,9 @@ def test_forward_is_bitsandbytes(
     if device == "cpu":
         assert torch.equal(ours, theirs)
         return
+    # On a GPU it makes a float16 whatever the dtype.
     error = (ours.float() - theirs.float()).abs().max() / theirs.float().abs().max()
-    assert error <= (1e-4 if dtype == torch.float32 else torch.finfo(dtype).eps)
+    assert error <= max(1e-3, torch.finfo(dtype).eps)
 
 
 @pytest.mark.gpu
@@ -165,8 +166,9 @@ def test_strides_change_nothing(device: str, learns: bool) -> None:
     wide = activations((8, 520), torch.float32, device)
     for x in (wide[:, :512:2], wide[:, 1:257], wide[:, :1].expand(8, 256), wide[:1, :256].expand(8, 256)):
         assert not x.is_contiguous()
-        y = linear_int8(x.detach().requires_grad_(learns), codes, scb, None, 6.0)
-        assert torch.equal(y.detach(), linear_int8(x.contiguous(), codes, scb, None, 6.0))
+        y = linear_int8(x.detach().requires_grad_(learns), codes, scb, None, 6.0, exact=True)
+        wanted = linear_int8(x.contiguous(), codes, scb, None, 6.0, exact=True)
+        assert_close(y.detach(), wanted, llm_int8(x, codes, scb, 6.0, torch.float32, reordered=True))
 
 
 @pytest.mark.parametrize("learns", [False, True])
