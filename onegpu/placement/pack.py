@@ -127,9 +127,11 @@ def _fill(items: Sequence[Item], gpus: dict[int, int], fixed: dict[int, int]) ->
     room = _room(items, gpus, fixed)
     placed = _next_fit(items, blocks, room)
     stage, staging = None, 0
-    if CPU in placed.values():
+    largest = max(room.values(), default=-1)
+    waiting = [items[n].bytes for n, device in placed.items() if device == CPU and items[n].bytes <= largest]
+    if waiting:
         # Streamed blocks come last, so the last GPU that can take one computes them.
-        smallest = min(items[number].bytes for number in blocks)
+        smallest = min(waiting)
         stage = next((index for index in reversed(room) if room[index] >= smallest), None)
         if stage is not None:
             staging = max(items[n].bytes for n in blocks if items[n].bytes <= room[stage])
@@ -137,7 +139,7 @@ def _fill(items: Sequence[Item], gpus: dict[int, int], fixed: dict[int, int]) ->
     where = [fixed.get(number, CPU) for number in range(len(items))]
     for number, device in placed.items():
         where[number] = device
-    streamed = {n for n in blocks if where[n] == CPU and items[n].bytes <= staging}
+    streamed = {n for n in blocks if where[n] == CPU and stage is not None and items[n].bytes <= staging}
     if not streamed:
         return Packing(where, used=_used(items, where))
     return Packing(where, streamed, stage, staging, _used(items, where))
