@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from onegpu.convert.dequantize import taken_by_bitsandbytes
-from onegpu.convert.names import Fed, missing_and_unexpected, model_names
+from onegpu.convert.names import Fed, check_expert_names, missing_and_unexpected, model_names
 from onegpu.convert.quantized import (
     Target,
     _candidates,
@@ -113,6 +113,7 @@ def make_plan(model: Any, headers: list[TensorInfo], settings: Settings, compati
     _check_skips(model, settings)
     fed = model_names(model, (info.name for info in headers))
     _check_names(model, headers, fed)
+    check_expert_names(model, fed, headers[0].file)
     targets, left = find_targets(model, settings)
     wanted: dict[str, Target] = {}
     for target in targets:
@@ -125,7 +126,6 @@ def make_plan(model: Any, headers: list[TensorInfo], settings: Settings, compati
         left.append(_left(model, wanted.pop(name), "stored in another form, which is converted when it is loaded"))
     state = _state(model)
     steps = [_step(model, info, fed[info.name], wanted, state) for info in headers]
-    _check_experts(model, steps, wanted, headers)
     if not any(step.kind != "copy" for step in steps):
         reasons = Counter(change.reason for change in left)
         why = f"leaves nothing to quantise in {type(model).__name__} ({', '.join(reasons) or 'no linear layer'})"
@@ -221,19 +221,6 @@ def _step(
         )
     kind = "linear" if target.kind == "linear" else "stack" if fed.converter is None else "matrix"
     return Step(info, kind, model.config.dtype, target.name, target.names)
-
-
-def _check_experts(model: Any, steps: list[Step], wanted: dict[str, Target], headers: list[TensorInfo]) -> None:
-    counts = Counter(step.target for step in steps if step.kind == "matrix")
-    for name, found in counts.items():
-        expected = model.get_parameter(name).shape[0] * len(wanted[name].names)
-        if found != expected:
-            raise CheckpointError(
-                file=headers[0].file,
-                tensor=name,
-                reason=f"{found} of its {expected} expert matrices are there",
-                fix=_AGAIN,
-            )
 
 
 def _left(model: Any, target: Target, reason: str) -> Change:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
+
+from onegpu.convert.quantized import mergeable
+from onegpu.errors import CheckpointError
+
+_AGAIN = "download or save the checkpoint again"
 
 
 @dataclass(frozen=True)
@@ -59,3 +65,31 @@ def missing_and_unexpected(model: Any, fed: Iterable[Fed]) -> tuple[list[str], l
     info = SimpleNamespace(missing_keys=state - given, unexpected_keys=given - state)
     model._adjust_missing_and_unexpected_keys(info)
     return sorted(info.missing_keys), sorted(info.unexpected_keys)
+
+
+def check_expert_names(model: Any, fed: dict[str, Fed], file: str) -> None:
+    """Raise ``CheckpointError`` unless every merged stack of experts has each of its matrices once, by its exact name.
+
+    The loader merges matrices in the order of their sorted names and takes the dots of its patterns for any character:
+    a damaged name would put an expert in another's place.
+    """
+    state = model.state_dict()
+    found: dict[str, set[tuple[int, int]]] = {}
+    parts: dict[str, int] = {}
+    for name, entry in fed.items():
+        if entry.name not in state or not mergeable(entry.converter):
+            continue
+        patterns = entry.converter._original_source_patterns
+        parts[entry.name] = len(patterns)
+        for part, pattern in enumerate(patterns):
+            match = re.search(re.escape(pattern).replace(r"\*", r"(0|[1-9][0-9]*)") + "$", name)
+            if match is not None:
+                found.setdefault(entry.name, set()).add((int(match[1]), part))
+                break
+        else:
+            raise CheckpointError(file=file, tensor=name, reason="is no name of an expert's matrix", fix=_AGAIN)
+    for stack, matrices in found.items():
+        needed = {(expert, part) for expert in range(state[stack].shape[0]) for part in range(parts[stack])}
+        if matrices != needed:
+            reason = f"{len(matrices & needed)} of its {len(needed)} expert matrices are there"
+            raise CheckpointError(file=file, tensor=stack, reason=reason, fix=_AGAIN)

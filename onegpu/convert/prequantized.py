@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from onegpu.convert.names import model_names
+from onegpu.convert.names import check_expert_names, model_names
 from onegpu.convert.quantized import Target, _candidates, part_names
 from onegpu.convert.report import Change
 from onegpu.errors import CheckpointError
@@ -28,6 +28,7 @@ def file_targets(
     """
     entries = find_quantized(headers, settings.bits)
     names = model_names(model, entries)
+    check_expert_names(model, names, headers[0].file)
     candidates = {name: (kind, shown) for name, kind, shown in _candidates(model)}
     targets: dict[str, Target] = {}
     counts: dict[str, int] = {}

@@ -20,6 +20,7 @@ from transformers.utils.quantization_config import BitsAndBytesConfig, Quantizat
 
 from onegpu.convert import instance
 from onegpu.convert.dequantize import compatible_state_dict, dequantize_modules
+from onegpu.convert.names import check_expert_names, model_names
 from onegpu.convert.operations import DeserializeExperts, DeserializeLinear, Quantize
 from onegpu.convert.prequantized import file_targets
 from onegpu.convert.quantized import Target, default_skips, find_targets, mergeable, quantized_experts, quantized_linear
@@ -100,6 +101,8 @@ class OneGPUQuantizer(HfQuantizer):
                     f"finds no linear layer to quantise in {type(model).__name__}",
                     "load the model without it",
                 )
+            if headers and any(target.kind == "experts" for target in targets):
+                check_expert_names(model, model_names(model, (info.name for info in headers)), headers[0].file)
         session.report.changes += left
         for target in targets:
             if target.kind == "experts":
