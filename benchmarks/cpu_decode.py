@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from dataclasses import asdict
@@ -154,6 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     setting["prompt_tokens"] = inputs["input_ids"].shape[1]
     models = load_models(folder, cases)
     taken = measure(models, inputs, arguments.tokens, arguments.repeats)
+    setting["load_average"] = round(os.getloadavg()[0], 1)  # above `threads`: others used the cores too
     setting["environment"] = where
     rows = [row(case, models[case], taken[case], models["float32"], setting) for case in cases]
     if not arguments.no_store:
