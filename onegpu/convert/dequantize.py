@@ -41,9 +41,7 @@ def compatible_state_dict(model: Any) -> dict[str, Any]:
                 for key in [key for key in state if key.startswith(stem)]:
                     del state[key]
             state[name] = module.dequantize().to(dtype)
-        elif isinstance(module, (Linear4bit, Linear8bitLt)) and not taken_by_bitsandbytes(
-            getattr(module, "source_cls", nn.Linear)
-        ):
+        elif isinstance(module, (Linear4bit, Linear8bitLt)) and not taken_by_bitsandbytes(_source(module)):
             for key in [key for key in state if key.startswith(f"{name}.weight") or key == f"{name}.SCB"]:
                 del state[key]
             state[f"{name}.weight"] = module.dequantize(dtype)
@@ -53,3 +51,13 @@ def compatible_state_dict(model: Any) -> dict[str, Any]:
 def taken_by_bitsandbytes(source: type) -> bool:
     """Whether transformers + bitsandbytes quantises (and loads quantised) a layer of class ``source``."""
     return source is nn.Linear or not issubclass(source, nn.Linear)
+
+
+def some_taken_by_bitsandbytes(model: Any) -> bool:
+    """Whether :func:`compatible_state_dict` leaves any module of ``model`` quantised."""
+    layers = (module for module in model.modules() if isinstance(module, (Linear4bit, Linear8bitLt)))
+    return any(taken_by_bitsandbytes(_source(layer)) for layer in layers)
+
+
+def _source(module: nn.Module) -> type:
+    return getattr(module, "source_cls", nn.Linear)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from onegpu.convert.dequantize import some_taken_by_bitsandbytes
 from onegpu.errors import ArgumentError
 from onegpu.nn import Linear4bit, Linear8bitLt
 from onegpu.nn.experts import ExpertStack
@@ -62,14 +63,18 @@ def save_pretrained(
 
     Args:
         bitsandbytes_compatible: write in 16 bits what transformers + bitsandbytes cannot load quantised (experts of a
-            mixture, subclasses of ``nn.Linear`` such as Falcon's), so that the files load there as well.
+            mixture, subclasses of ``nn.Linear`` such as Falcon's), so that the files load there as well. Where nothing
+            else is quantised, the files are those of an ordinary model, and config.json says so.
     """
-    quantizer = self.hf_quantizer
+    quantizer, config = self.hf_quantizer, self.config.quantization_config
     quantizer.compatible = bitsandbytes_compatible
+    if bitsandbytes_compatible and not some_taken_by_bitsandbytes(self):
+        del self.config.quantization_config
     try:
         return type(self).save_pretrained(self, save_directory, *args, **kwargs)
     finally:
         quantizer.compatible = False
+        self.config.quantization_config = config
 
 
 _METHODS = (num_parameters, to, cuda, save_pretrained)
