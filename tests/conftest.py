@@ -66,7 +66,7 @@ def bitsandbytes() -> Oracle:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """``tiny("llama", **overrides)``: a tiny checkpoint of that type, made once a session. Not to be changed: copy it."""
+    """``tiny("llama", **overrides)``: a tiny checkpoint of that type, made once a session. Copy it to change it."""
     made: dict[tuple[Any, ...], Path] = {}
 
     def make(model_type: str, **overrides: Any) -> Path:
