@@ -109,7 +109,7 @@ def test_no_cpu_memory_is_an_error_with_the_bytes_and_what_would_fit(u11: Weight
 
 
 def test_measured_memory_that_is_too_small(u11: Weights):
-    with pytest.raises(MemoryBudgetError, match="free are .* missing") as raised:
+    with pytest.raises(MemoryBudgetError, match=r"free are .* missing") as raised:
         place(u11, Wish("auto", None, {0: GB, "cpu": GB}))
     assert "more CPU memory" in str(raised.value)
     assert "on GPU 0" in str(raised.value)

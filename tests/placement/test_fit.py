@@ -29,7 +29,7 @@ def test_nobody_knows_the_memory_of_meta():
 
 def test_refuse_move():
     spread = SimpleNamespace(hf_device_map={"a": 0, "b": 1})
-    with pytest.raises(ArgumentError, match="device=cuda .*device_map='cuda'"):
+    with pytest.raises(ArgumentError, match=r"device=cuda .*device_map='cuda'"):
         refuse_move(spread, "cuda")
     refuse_move(spread, None)
     refuse_move(SimpleNamespace(hf_device_map={"": 0}), "cuda")

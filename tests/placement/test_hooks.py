@@ -1,8 +1,9 @@
-"""Models spread over devices give the same answers. Without a GPU every "device" is the CPU, with copies all the same."""
+"""Models spread over devices give the same answers. Without a GPU every "device" is the CPU, copies are made anyway."""
 
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,8 @@ def load(tmp_path: Path, kind: str, **arguments: Any) -> Any:
 def spread_on_cpu(model: Any) -> Placement:
     """Every block streamed "to" the CPU: copied for its call, and dropped."""
     units = find_units(model, stored_sizes(model))
-    return Placement(
-        {unit.name: CPU for unit in units}, {unit.name: "cpu" for unit in units if unit.block}, {}, "cpu"
-    )  # type: ignore[arg-type]
+    streamed: Any = {unit.name: "cpu" for unit in units if unit.block}
+    return Placement({unit.name: CPU for unit in units}, streamed, main="cpu")
 
 
 def greedy(model: Any, prompt: torch.Tensor = PROMPT) -> torch.Tensor:
@@ -113,14 +113,14 @@ def test_gradients_reach_what_learns_in_cpu_memory(tmp_path: Path):
 
 
 def test_a_spread_model_does_not_move(tmp_path: Path):
-    for arguments in ({}, {"load_in_8bit": True}):
-        model = load(tmp_path, "bloom", **arguments)
+    for form in ({}, {"load_in_8bit": True}):
+        model = load(tmp_path, "bloom", **form)
         placement = spread_on_cpu(model)
         placement.device_map["lm_head"] = "cpu"  # a second name for the CPU: two "devices"
         attach(model, placement)
-        for move in (lambda: model.to("cpu"), lambda: model.to(device="cuda"), lambda: model.cuda()):
+        for move, arguments in ((model.to, ["cpu"]), (model.to, ["cuda"]), (model.cuda, [])):
             with pytest.raises(ArgumentError, match="spread over several devices"):
-                move()
+                move(*arguments)
     assert load(tmp_path, "bloom").to("cpu") is not None
 
 
@@ -155,7 +155,7 @@ def test_loading_with_words_on_the_cpu(tmp_path: Path, arguments: dict[str, Any]
 
 @pytest.mark.parametrize("arguments", FORMS)
 def test_loading_what_does_not_fit(tmp_path: Path, arguments: dict[str, Any]):
-    with pytest.raises(MemoryBudgetError, match="BloomForCausalLM in .* missing"):
+    with pytest.raises(MemoryBudgetError, match=r"BloomForCausalLM in .* missing"):
         load(tmp_path, "bloom", device_map="auto", max_memory={"cpu": "10KB"}, **arguments)
 
 
@@ -179,17 +179,18 @@ def test_loading_to_the_disk_is_refused_for_quantised_weights(tmp_path: Path):
 LARGER = {"hidden_size": 256, "n_layer": 24, "n_head": 8}
 
 
-def split(folder: Path, share: float, **arguments: Any) -> tuple[Any, torch.Tensor, int]:
-    """A BLOOM that gets this share of what it takes on GPU 0; the tokens of the whole one; the budget."""
+def split(folder: Path, share: float, **arguments: Any) -> tuple[Any, torch.Tensor, int, int]:
+    """A BLOOM that gets this share of what it takes on GPU 0; the tokens of the whole one; the budget; bytes before."""
     whole = onegpu.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map=0, **arguments)
     expected, total = greedy(whole, PROMPT.cuda()), stored_sizes(whole).total
     del whole
-    torch.cuda.empty_cache()
+    gc.collect()  # its bound methods refer to it
+    before = torch.cuda.memory_allocated()  # with the workspaces that libraries took
     budget = int(total * share)
     model = onegpu.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, device_map="auto", max_memory={0: budget, "cpu": "4GB"}, **arguments
     )
-    return model, expected, budget
+    return model, expected, budget, before
 
 
 @pytest.mark.gpu
@@ -197,15 +198,14 @@ def split(folder: Path, share: float, **arguments: Any) -> tuple[Any, torch.Tens
 @pytest.mark.parametrize("share", [0.5, 0.8])
 def test_split_between_gpu_and_cpu(tmp_path: Path, share: float, arguments: dict[str, Any]):
     folder = tiny_model_dir(tmp_path / "larger", "bloom", **LARGER)
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    model, expected, budget = split(folder, share, **arguments)
+    model, expected, budget, before = split(folder, share, **arguments)
     weights_on_gpu = torch.cuda.memory_allocated() - before
     assert 0.8 * budget <= weights_on_gpu <= 1.02 * budget  # the allocator rounds every tensor up to 512 bytes
     assert {0, CPU} == set(model.hf_device_map.values())
     for prompt in (PROMPT, PROMPT.cuda()):
         assert torch.equal(greedy(model, prompt), expected)
-    assert torch.cuda.memory_allocated() - before <= 1.1 * budget  # no copy of a block is left
+    gc.collect()
+    assert torch.cuda.memory_allocated() - before <= 1.02 * budget  # no copy of a block is left
 
 
 @pytest.mark.gpu

@@ -33,7 +33,9 @@ def check(items: list[Item], gpus: dict[int, int], packing: Packing) -> None:
     for index, size in gpus.items():
         held = packing.staging if packing.stage == index else 0
         assert used.get(index, 0) + held <= size
-    blocks = [(item, device, n) for n, (item, device) in enumerate(zip(items, packing.where, strict=True)) if item.block]
+    blocks = [
+        (item, device, n) for n, (item, device) in enumerate(zip(items, packing.where, strict=True)) if item.block
+    ]
     on_gpus = [device for _, device, _ in blocks if device != CPU]
     assert on_gpus == sorted(on_gpus)
     assert packing.streamed <= {n for _, device, n in blocks if device == CPU}
@@ -44,9 +46,7 @@ def check(items: list[Item], gpus: dict[int, int], packing: Packing) -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(models(), GPUS, CPU_BYTES, st.sampled_from(POLICIES))
-def test_every_part_once_within_budgets_in_order(
-    items: list[Item], gpus: dict[int, int], cpu: int | None, policy: str
-):
+def test_every_part_once_within_budgets_in_order(items: list[Item], gpus: dict[int, int], cpu: int | None, policy: str):
     packing = pack(items, gpus, cpu, policy)
     check(items, gpus, packing)
     if cpu is None:

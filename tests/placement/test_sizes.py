@@ -53,7 +53,9 @@ def test_tied_tensors_count_once():
     model = bloom("float16")
     assert model.sizes.tied == {"lm_head.weight": "transformer.word_embeddings.weight"}
     assert model.sizes.bytes["lm_head.weight"] == 0
-    assert model.sizes.total == 2 * sum(p.numel() for name, p in model.model.named_parameters() if "lm_head" not in name)
+    assert model.sizes.total == 2 * sum(
+        p.numel() for name, p in model.model.named_parameters() if "lm_head" not in name
+    )
 
 
 def test_tensors_that_are_the_same_object_count_once():
