@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import math
+import os
 import pydoc
 from collections.abc import Mapping
 from typing import Any
@@ -23,11 +25,14 @@ from onegpu.arguments import Request, check_path, checkpoint_dtype, translate
 from onegpu.convert.session import Session, loading
 from onegpu.errors import ArgumentError, CheckpointError, bad_argument
 from onegpu.formats.bitsandbytes import Settings
+from onegpu.formats.checkpoint import read_headers
 from onegpu.formats.config import CONFIG_ERRORS, config_error, sanitize
+from onegpu.formats.folder import find_source
 from onegpu.formats.gguf import is_gguf, materialize
 from onegpu.formats.verify import verify_loaded
 from onegpu.placement.device_map import POLICIES, Placement, Weights, Wish, place
 from onegpu.placement.expand import allow_expansion
+from onegpu.placement.fit import check_fits
 from onegpu.placement.sizes import stored_sizes
 
 logger = logging.getLogger("onegpu")
@@ -213,6 +218,8 @@ def _settle(
     foreign = "quantization_config" in kwargs or getattr(config, "quantization_config", None) is not None
     if not (several or words) or foreign or _wants_disk(wish):
         kwargs.update(asked)  # transformers' own: one device, another quantizer, or the disk
+        if not (several or words or foreign):
+            _check_plain(path, config, wish.device_map, kwargs)
         return None
     dtype = kwargs["dtype"]
     if not isinstance(dtype, torch.dtype):
@@ -224,6 +231,24 @@ def _settle(
     placement = place(Weights(model, sizes, str(dtype).removeprefix("torch."), shrinks=True), wish)
     kwargs["device_map"] = placement.device_map
     return placement
+
+
+def _check_plain(path: Any, config: Any, device: Any, kwargs: dict[str, Any]) -> None:
+    """Read the headers of a folder's files and compare their bytes, in the dtype to load in, with the free memory.
+
+    A name on the hub is checked by transformers as it downloads.
+    """
+    if not os.path.isdir(path) or kwargs.get("variant") or kwargs.get("subfolder"):
+        return
+    dtype = kwargs["dtype"]
+    tensors = read_headers(find_source(path).weights)
+    size = dtype.itemsize if isinstance(dtype, torch.dtype) else None
+    needed = sum(t.nbytes if size is None else math.prod(t.shape) * size for t in tensors)
+    if isinstance(device, Mapping):
+        device = next(iter(device.values()), "cpu")
+    target = torch.device("cuda", device) if isinstance(device, int) else torch.device(device or "cpu")
+    if target.type != "meta":
+        check_fits(needed, target, f"{config.model_type} from {path}", "load_in_4bit=True makes it smaller.")
 
 
 def _wants_disk(wish: Wish) -> bool:

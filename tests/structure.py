@@ -24,6 +24,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"nn"}),
     frozenset({"formats", "convert", "placement"}),
     frozenset({"engine"}),
+    frozenset({"arguments"}),
     frozenset({"auto", "cli", PACKAGE}),  # PACKAGE: the public names, `import onegpu`
 )
 FREE = frozenset({"errors"})  # imported by every part; imports none
