@@ -28,19 +28,30 @@ _INT8_SQUARED = 1.0 / (127.0 * 127.0)
 _INT8_SQUARED_CPU = 6.200124e-05
 
 
-def _integer_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """``a @ b.T`` of int8 ``[M, K]`` and ``[N, K]``: exact int32 or (past 2**24, without AVX512) rounded float32."""
+# The longest sum of int8 products that float32 holds exactly: 2**24 / 2**14.
+_EXACT_COLUMNS = 1024
+
+
+def integer_product(a: torch.Tensor, b: torch.Tensor, exact: bool = False) -> torch.Tensor:
+    """``a @ b.T`` of int8 ``[M, K]`` and ``[N, K]``.
+
+    Returns int32, exact; or, where no integer product is to be had, float32, which rounds past 2**24 unless ``exact``.
+    """
+    (m, k), n = a.shape, b.shape[0]
     if a.device.type == "cpu":
         # Where K is 1, torch 2.13's _int_mm reads past its input.
-        if torch.backends.cpu.get_cpu_capability() == "AVX512" and a.numel() and a.shape[1] > 1:
+        if torch.backends.cpu.get_cpu_capability() == "AVX512" and a.numel() and k > 1:
             return torch._int_mm(a, b.t())
+    elif m and not (k % 8 or n % 8):
+        # cuBLAS takes at least 17 rows, in eights.
+        rows = max(24, -(-m // 8) * 8)
+        return torch._int_mm(torch.nn.functional.pad(a, (0, 0, 0, rows - m)), b.t())[:m]
+    if not exact or k <= _EXACT_COLUMNS:
         return a.float() @ b.float().t()
-    m, k = a.shape
-    if k % 8 or b.shape[0] % 8 or not m:
-        return a.float() @ b.float().t()
-    # cuBLAS takes at least 17 rows, in eights.
-    rows = max(24, -(-m // 8) * 8)
-    return torch._int_mm(torch.nn.functional.pad(a, (0, 0, 0, rows - m)), b.t())[:m]
+    total = torch.zeros((m, n), dtype=torch.int32, device=a.device)
+    for part_a, part_b in zip(a.split(_EXACT_COLUMNS, dim=1), b.split(_EXACT_COLUMNS, dim=1), strict=True):
+        total += (part_a.float() @ part_b.float().t()).int()
+    return total
 
 
 def _forward_cuda(
@@ -75,7 +86,7 @@ def _forward(
     rows = x.reshape(-1, x.shape[-1])
     codes, absmax, mask = torch.ops.onegpu.int8_vectorwise_quant(rows.half(), threshold)
     unit = _INT8_SQUARED_CPU if x.device.type == "cpu" else _INT8_SQUARED
-    out = _integer_product(codes, weight) * (absmax[:, None] * SCB[None, :]) * unit
+    out = integer_product(codes, weight) * (absmax[:, None] * SCB[None, :]) * unit
     if bias is not None:
         out += bias
     out = out.to(x.dtype)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 from typing import Any
 
 import pytest
@@ -11,9 +9,7 @@ import torch
 
 from onegpu import functional as F
 from onegpu.kernels.codebooks import codebook_4bit
-from onegpu.kernels.linear_4bit import Packed4bit
-from tests.compare import assert_close
-from tests.matrices import FLOATS, SHAPES, activations, weights
+from tests.matrices import FLOATS, SHAPES, weights
 from tests.oracle import Oracle
 
 QUANTIZE_4BIT = """
@@ -206,86 +202,6 @@ def test_blockwise_takes_another_table_and_fills_out(device: str) -> None:
     assert (values - A).abs().amax(dim=1).le(absmax / 255 * 1.001).all()  # half a step of the even table
 
 
-@pytest.mark.parametrize("threshold", [0.0, 6.0])
-@pytest.mark.parametrize("shape", [(1, 1), (1, 63), (63, 1), (113, 203), (5, 64)])
-def test_int8_is_bitsandbytes(bitsandbytes: Oracle, device: str, shape: tuple[int, int], threshold: float) -> None:
-    A = activations(shape, torch.float16, device)
-    if shape[0] > 4:
-        A[2] = 0
-    theirs = bitsandbytes.run(
-        """
-        codes, absmax, columns = bnb.functional.int8_vectorwise_quant(A.to(device), threshold)
-        result = [codes.cpu(), absmax.cpu(), None if columns is None else columns.cpu()]
-        """,
-        A=A.cpu(),
-        device=device,
-        threshold=threshold,
-    )
-    codes, absmax, columns = F.int8_vectorwise_quant(A, threshold)
-    assert torch.equal(codes.cpu(), theirs[0]) and torch.equal(absmax.cpu(), theirs[1])
-    assert (columns is None) == (theirs[2] is None)
-    if columns is not None:
-        assert columns.tolist() == theirs[2].tolist()
-        assert shape != (113, 203) or columns.numel() > 5, "the input has no outliers: this tests nothing"
-        assert codes[:, columns].count_nonzero() == 0
-
-
-def test_int8_dequantises_to_half_a_step(device: str) -> None:
-    A = weights((113, 203), torch.float16, device)
-    codes, absmax, _ = F.int8_vectorwise_quant(A)
-    error = (F.int8_vectorwise_dequant(codes, absmax) - A).abs().amax(dim=1)
-    assert error.le(absmax / 254 * 1.01).all() and codes.abs().amax(dim=1).eq(127).all()
-
-
-@pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-def test_state_survives_its_entries_copies_and_pickle(device: str, nested: bool, quant_type: str) -> None:
-    packed, state = F.quantize_4bit(
-        weights((24, 66), torch.bfloat16, device), quant_type=quant_type, compress_statistics=nested
-    )
-    entries = {f"layer.weight.{name}": value for name, value in state.as_dict(packed=True).items()}
-    restored = F.QuantState.from_dict(entries, device)
-    wanted = F.dequantize_4bit(packed, state)
-    for other in (restored, copy.deepcopy(state), pickle.loads(pickle.dumps(state))):
-        assert other == state and other.dtype == torch.bfloat16 and other.nested == nested
-        assert torch.equal(F.dequantize_4bit(packed, other), wanted)
-    restored.absmax = restored.absmax + 1
-    assert restored != state and state != "a state"
-    name = f"bitsandbytes__{quant_type}"
-    assert torch.equal(getattr(state, name), state.as_dict(packed=True)[f"quant_state.{name}"])
-    assert not hasattr(state, "bitsandbytes__int3")
-
-
-def test_state_is_the_list_it_once_was(device: str) -> None:
-    _, state = F.quantize_4bit(weights((24, 66), torch.float16, device), compress_statistics=True)
-    absmax, shape, dtype, blocksize, nested, quant_type = (state[i] for i in range(6))
-    assert absmax is state.absmax and shape == (24, 66) and dtype == torch.float16 and blocksize == 64
-    assert nested == [state.offset, state.state2] and quant_type == "fp4"
-
-
-def test_state_moves_with_all_its_tensors() -> None:
-    _, state = F.quantize_4bit(weights((24, 66), torch.float16), compress_statistics=True)
-    state.to("meta")
-    assert state.state2 is not None and state.code is not None and state.offset is not None
-    assert all(t.is_meta for t in (state.absmax, state.code, state.offset, state.state2.absmax))
-
-
-def test_state_without_its_json_entry_is_an_error() -> None:
-    _, state = F.quantize_4bit(weights((24, 66), torch.float16))
-    with pytest.raises(ValueError, match="bitsandbytes__nf4 or bitsandbytes__fp4"):
-        F.QuantState.from_dict({"absmax": state.absmax, "quant_map": state.code}, "cpu")
-
-
-def test_matmul_4bit_is_the_product_and_fills_out(device: str) -> None:
-    packed, state = F.quantize_nf4(weights((24, 64), torch.float32, device))
-    x, bias = activations((3, 64), torch.float32, device), torch.ones(24, device=device)
-    out = torch.empty(3, 24, device=device)
-    assert F.matmul_4bit(x, packed, state, out=out, bias=bias) is out
-    w = F.dequantize_4bit(packed, state)
-    assert_close(out, torch.nn.functional.linear(x, w, bias), bias + x.flip(1) @ w.flip(1).t())
-    assert isinstance(state.packed(packed), Packed4bit)
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -300,8 +216,6 @@ def test_matmul_4bit_is_the_product_and_fills_out(device: str) -> None:
         (lambda A: F.dequantize_blockwise(A), "A.dtype=torch.float32"),
         (lambda A: F.dequantize_blockwise(A.byte()), "quant_state or absmax"),
         (lambda A: F.dequantize_blockwise(A.byte(), absmax=A, blocksize=-1), "blocksize=-1"),
-        (lambda A: F.int8_vectorwise_quant(A, -1.0), "threshold=-1.0"),
-        (lambda A: F.QuantState(A).packed(A), "does not describe a 4-bit tensor"),
     ],
 )
 def test_bad_arguments_are_named(call: Any, message: str) -> None:
