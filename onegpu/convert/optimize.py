@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from onegpu.convert import instance
+from onegpu.convert import hooks, instance
 from onegpu.convert.dequantize import dequantize_modules
 from onegpu.convert.report import Change, Report
 from onegpu.convert.rules import RULES
@@ -78,6 +78,7 @@ def _mark_quantized(model: Any, settings: Settings, state: State) -> None:
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
     state.quantized = True
+    hooks.install()
     if not isinstance(model, PreTrainedModel):
         return
     from onegpu.convert.quantizer import OneGPUConfig, OneGPUQuantizer, finish

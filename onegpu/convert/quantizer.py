@@ -18,7 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import BitsAndBytesConfig, QuantizationConfigMixin, QuantizationMethod
 
-from onegpu.convert import instance
+from onegpu.convert import hooks, instance
 from onegpu.convert.dequantize import compatible_state_dict, dequantize_modules
 from onegpu.convert.names import check_expert_names, model_names
 from onegpu.convert.operations import DeserializeExperts, DeserializeLinear, Quantize
@@ -219,6 +219,7 @@ def finish(model: Any, quantizer: OneGPUQuantizer) -> None:
         if isinstance(module, (Linear4bit, Linear8bitLt, ExpertStack)):
             module._is_hf_initialized = True  # type: ignore[assignment]
     instance.bind(model)
+    hooks.install()
 
 
 def saved_config(quantizer: OneGPUQuantizer) -> BitsAndBytesConfig:

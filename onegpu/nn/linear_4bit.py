@@ -82,6 +82,11 @@ class Linear4bit(nn.Linear):
         """The state of the weight, None before it is quantised."""
         return getattr(self.weight, "quant_state", None)
 
+    @property
+    def W_q(self) -> Params4bit:
+        """The weight. PEFT calls ``dequantize()`` of a layer that has this name, else it asks bitsandbytes."""
+        return self.weight
+
     def reset_parameters(self) -> None:
         """As ``nn.Linear``; on the meta device nothing, where drawing numbers costs time and gives none."""
         if not self.weight.is_meta:

@@ -149,6 +149,11 @@ class Linear8bitLt(nn.Linear):
             use_pool=self.threshold > 0 and not self.has_fp16_weights,
         )
 
+    @property
+    def W_q(self) -> Int8Params:
+        """The weight. PEFT calls ``dequantize()`` of a layer that has this name, else it asks bitsandbytes."""
+        return self.weight
+
     def reset_parameters(self) -> None:
         """As ``nn.Linear``; on the meta device nothing, where drawing numbers costs time and gives none."""
         if not self.weight.is_meta:

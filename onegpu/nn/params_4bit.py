@@ -48,6 +48,7 @@ class Params4bit(nn.Parameter):
     quant_state: QuantState | None
     quant_storage: torch.dtype
     bnb_quantized: bool
+    module: Any = None  # bitsandbytes' parameter knows its layer; PEFT hands the name on when it makes a new one
 
     def __new__(
         cls,
