@@ -1,4 +1,4 @@
-"""`quantize_checkpoint` in child processes that are killed: run as a script, because a fork of pytest is no place for it.
+"""`quantize_checkpoint` in child processes that are killed. A script: a fork of pytest is no place for it.
 
     python -m tests.quantize_process MODEL FOLDER SIGNAL COUNT SEED
 

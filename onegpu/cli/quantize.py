@@ -104,7 +104,7 @@ def quantize(
         return
     ratio = result.output_bytes / max(result.source_bytes, 1)
     typer.echo(
-        f"{result.output}: {len(result.quantized)} weights in {result.to}, {len(result.left)} layers left as they were, "
+        f"{result.output}: {len(result.quantized)} weights in {result.to}, {len(result.left)} left as they were, "
         f"{result.output_bytes / 1e6:.1f} MB in {result.shards} file{'s' if result.shards != 1 else ''} "
         f"({ratio:.0%} of the source), {seconds:.1f} s"
     )

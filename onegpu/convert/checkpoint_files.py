@@ -103,7 +103,8 @@ def auto_name(model: Any) -> str:
     """The Auto class that loads ``model`` as this class."""
     import transformers
 
-    for name in sorted(n for n in dir(transformers) if n.startswith("AutoModelFor")):
+    names = [name for name in dir(transformers) if name.startswith("AutoModelFor")]
+    for name in sorted(names, key=lambda name: (name == "AutoModelForPreTraining", name)):
         mapping = getattr(getattr(transformers, name), "_model_mapping", None)
         if mapping is not None and type(model.config) in mapping and mapping[type(model.config)] is type(model):
             return name

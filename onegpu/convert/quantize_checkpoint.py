@@ -187,6 +187,10 @@ def _plan(source: Source, headers: list[TensorInfo], options: _Options) -> tuple
     from transformers import BitsAndBytesConfig
 
     config = load_config(source)
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > len(headers):  # before they are built, which could take for ever
+        reason = f"says num_hidden_layers={layers}, and the files hold {len(headers)} tensors"
+        raise CheckpointError(file=source.folder / "config.json", reason=reason, fix="correct it")
     dtype = getattr(torch, options.dtype) if options.dtype is not None else _stored_dtype(config, headers)
     # The arguments of a load, so that config.json becomes the same.
     if options.to == "int8":
@@ -204,8 +208,9 @@ def _plan(source: Source, headers: list[TensorInfo], options: _Options) -> tuple
 
 def _stored_dtype(config: Any, headers: list[TensorInfo]) -> torch.dtype:
     """The config's, else that of the first float tensor, as transformers decides for ``dtype="auto"``."""
-    if isinstance(config.dtype, (str, torch.dtype)):
-        return getattr(torch, config.dtype) if isinstance(config.dtype, str) else config.dtype
+    named = getattr(torch, config.dtype, None) if isinstance(config.dtype, str) else config.dtype
+    if isinstance(named, torch.dtype) and named.is_floating_point:
+        return named
     floats = (TORCH_DTYPES.get(info.dtype) for info in headers)
     return next((d for d in floats if d in (torch.float32, torch.float16, torch.bfloat16)), torch.float32)
 

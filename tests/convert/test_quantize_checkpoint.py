@@ -46,7 +46,9 @@ def test_the_bytes_of_load_and_save(tiny, tmp_path, model_type, kind):
     assert set(ours) - set(loaded) == BESIDE
     assert [name for name in loaded if ours.get(name) != loaded[name]] == []
     assert result.shards == 1 and result.output_bytes == len(ours["model.safetensors"])
-    assert (tmp_path / "ours" / "model.safetensors").stat().st_mode == (tmp_path / "ours" / "config.json").stat().st_mode
+    assert (tmp_path / "ours" / "model.safetensors").stat().st_mode == (
+        tmp_path / "ours" / "config.json"
+    ).stat().st_mode
 
 
 @pytest.mark.parametrize(("model_type", "dtype"), [("t5", "float16"), ("llama", "bfloat16")])
@@ -115,7 +117,10 @@ def test_what_bitsandbytes_cannot_load_is_left_for_it(tiny, tmp_path):
     from tests.bnb_process import Job, logits, run_jobs
 
     result = quantize_checkpoint(tiny("mixtral"), tmp_path / "m", "nf4", bitsandbytes_compatible=True, device="cpu")
-    assert result.notes == [] and {c.reason for c in result.left} == {"output embeddings", "bitsandbytes cannot load it"}
+    assert result.notes == [] and {c.reason for c in result.left} == {
+        "output embeddings",
+        "bitsandbytes cannot load it",
+    }
     quantize_checkpoint(tiny("llama"), tmp_path / "l", "int8", device="cpu")
     auto = "AutoModelForCausalLM"
     jobs = [Job(n, str(tmp_path / n), auto, None, "", str(tmp_path / f"{n}.safetensors")) for n in "ml"]
@@ -145,7 +150,16 @@ def test_gguf(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("signal", "count"), [("SIGKILL", 20), ("SIGINT", 6)])
 def test_stopped_at_random_moments_and_repeated(tiny, tmp_path, signal, count):
     """Nothing half-written under a final name, nothing that looks finished, and in the end the same bytes."""
-    command = [sys.executable, "-m", "tests.quantize_process", str(tiny("llama")), str(tmp_path), signal, str(count), "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.quantize_process",
+        str(tiny("llama")),
+        str(tmp_path),
+        signal,
+        str(count),
+        "0",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-4000:]
     seen = json.loads(done.stdout.splitlines()[-1])
@@ -166,7 +180,9 @@ def stop_after(fraction: float):
 
 def half_done(source: Path, output: Path, **options) -> None:
     with pytest.raises(Stop):
-        quantize_checkpoint(source, output, "nf4", max_shard_size="10KB", device="cpu", progress=stop_after(0.5), **options)
+        quantize_checkpoint(
+            source, output, "nf4", max_shard_size="10KB", device="cpu", progress=stop_after(0.5), **options
+        )
 
 
 def test_only_the_rest_is_done_again(tiny, tmp_path):
