@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import RESULTS, ROOT, read_rows
+from benchmarks.perplexity import FORMATS
 from benchmarks.plots import draw_all, stale
 
 Row = dict[str, Any]
@@ -29,17 +30,24 @@ def markdown(head: list[str], rows: Iterable[list[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def measured_on(row: Row, *packages: str) -> str:
-    """``AMD EPYC, 2 cores; torch 2.13.0, …; 2026-11-23, commit 0123abc``, in one line of small print."""
-    where = row["environment"]
-    device = where["device"] if where["driver"] else f"{where['device']}, {where['cores']} cores"
-    versions = ", ".join(f"{name} {where['versions'][name]}" for name in ("torch", "transformers", *packages))
-    commit = f"commit {where['commit'][:7]}" + (" and changes" if where["dirty"] else "") if where["commit"] else ""
-    return f"<small>{'; '.join(filter(None, (device, versions, where['date'][:10], commit)))}</small>\n"
+def measured_on(rows: list[Row], *packages: str) -> str:
+    """``AMD EPYC, 2 cores; torch 2.13.0, …; 2026-11-23; commit 0123abc``, in small print: once for each machine and set
+    of versions that the rows were measured with."""
+    notes: dict[str, dict[str, None]] = {}
+    for row in rows:
+        where = row["environment"]
+        device = where["device"] if where["driver"] else f"{where['device']}, {where['cores']} cores"
+        versions = ", ".join(f"{name} {where['versions'][name]}" for name in ("torch", "transformers", *packages))
+        commit = (where["commit"] or "unknown")[:7] + (" and changes" if where["dirty"] else "")
+        notes.setdefault(f"{device}; {versions}; {where['date'][:10]}", {})[commit] = None
+    lines = [f"{note}; commit {', '.join(commits)}" for note, commits in notes.items()]
+    return f"<small>{'<br>'.join(lines)}</small>\n"
 
 
 def fidelity(rows: list[Row]) -> str:
     """Perplexity of both sides, format by format."""
+    order = list(FORMATS)
+    rows = sorted(rows, key=lambda row: order.index(row["case"]))
     lines = []
     for row in rows:
         exact, kind = row.get("theirs_float32"), row["case"].replace("-double", " + double quantisation")
@@ -54,8 +62,7 @@ def fidelity(rows: list[Row]) -> str:
             ]
         )
     head = ["weights", "onegpu", "transformers + bitsandbytes", "difference", "bitsandbytes in float32", "difference"]
-    scored = f"{rows[0]['tokens_scored']:,} tokens scored; " if rows else ""
-    return markdown(head, lines) + f"\n{scored}{measured_on(rows[0], 'bitsandbytes')}"
+    return markdown(head, lines) + f"\n{rows[0]['tokens_scored']:,} tokens scored. {measured_on(rows, 'bitsandbytes')}"
 
 
 def _difference(value: float) -> str:
@@ -82,7 +89,7 @@ def cpu_decode(rows: list[Row]) -> str:
     peer = [theirs["tokens_per_s"]["median"], theirs["bytes"] / 1e6]
     lines.append(["transformers, float32", f"{peer[0]:.1f}", "1", "", f"{peer[1]:.0f} MB", ""])
     head = ["SmolLM2-135M", "tokens/s", "ratio to float32", "first token", "weights", "expanded copies"]
-    return markdown(head, lines) + f"\n{measured_on(rows[0])}"
+    return markdown(head, lines) + f"\n{measured_on(rows)}"
 
 
 def load(rows: list[Row]) -> str:
@@ -104,14 +111,14 @@ def load(rows: list[Row]) -> str:
         )
     first = rows[0]
     head = ["to", "onegpu", "bitsandbytes", "ratio", "device, beyond the model", "bitsandbytes", "host"]
-    size = f"{first['checkpoint_bytes'] / 1e9:.1f} GB in files of {first['shard_bytes'] / 1e9:.1f} GB; "
-    return markdown(head, lines) + f"\n{size}{measured_on(first, 'bitsandbytes')}"
+    size = f"{first['checkpoint_bytes'] / 1e9:.1f} GB in files of {first['shard_bytes'] / 1e9:.1f} GB. "
+    return markdown(head, lines) + f"\n{size}{measured_on(rows, 'bitsandbytes')}"
 
 
 def commands(rows: list[Row]) -> str:
     """How long the README's commands take from a fresh clone."""
     lines = [[f"`{row['case']}`", f"{row['seconds'] / 60:.1f} min"] for row in rows]
-    return markdown(["from a fresh clone", "takes"], lines) + f"\n{measured_on(rows[0])}"
+    return markdown(["from a fresh clone", "takes"], lines) + f"\n{measured_on(rows)}"
 
 
 # Name in the pages -> results file, and how it reads. A device with no such file has no table.
