@@ -171,7 +171,10 @@ class Linear4bit(nn.Linear):
         shape = (self.out_features, self.in_features)
         table = None if self.nested_absmax is None else dynamic_map(self.absmax.device)
         nested = (self.nested_absmax, table, self.nested_offset)
-        return Packed4bit(self.weight.data, self.absmax, blocksize, quant_type, shape, *nested)
+        weight = self.weight
+        if weight.quant_state is None:  # FSDP rebuilds parameters without it; the buffers still know
+            weight.quant_state = self._state_from_buffers()
+        return Packed4bit(weight.data, self.absmax, blocksize, quant_type, shape, *nested)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The weight as floats, ``[N, K]``, in ``dtype`` (by default the one it had before quantisation)."""

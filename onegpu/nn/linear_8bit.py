@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
-from onegpu.functional import int8_vectorwise_quant
+from onegpu.functional import MatmulLtState, int8_vectorwise_quant
 from onegpu.kernels.linear_int8 import linear_int8
 from onegpu.kernels.quant_int8 import dequantize_rows
 from onegpu.nn.bytes_of import move_as_bytes, nbytes
@@ -137,15 +136,15 @@ class Linear8bitLt(nn.Linear):
         self.weight = Int8Params(self.weight.data, has_fp16_weights=has_fp16_weights, requires_grad=has_fp16_weights)
 
     @property
-    def state(self) -> SimpleNamespace:
-        """What PEFT and scripts read of bitsandbytes' ``MatmulLtState``; a snapshot."""
+    def state(self) -> MatmulLtState:
+        """What PEFT and scripts read of bitsandbytes' layer; a snapshot, so that setting it changes nothing."""
         quantized = self.weight.dtype == torch.int8
-        return SimpleNamespace(
+        return MatmulLtState(
             CB=self.weight.data if quantized else None,
             SCB=self.SCB,
             threshold=self.threshold,
             has_fp16_weights=self.has_fp16_weights,
-            memory_efficient_backward=False,
+            is_training=self.training,
             use_pool=self.threshold > 0 and not self.has_fp16_weights,
         )
 

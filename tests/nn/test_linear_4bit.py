@@ -236,3 +236,11 @@ def test_state_dict_is_bitsandbytes_and_each_loads_the_other(
     loaded = Linear4bit(66, 40, quant_type=kind, quant_storage=storage).to(device)
     loaded.load_state_dict(theirs)
     assert_same_layer(layer.to(torch.float32), loaded.to(torch.float32))
+
+
+def test_a_weight_that_lost_its_state_gets_it_back_at_the_next_forward(device: str) -> None:
+    layer = LinearNF4(64, 24).to(device)
+    x = torch.ones(1, 64, device=device)
+    wanted, state = layer(x), layer.weight.quant_state
+    layer.weight.quant_state = None
+    assert torch.equal(layer(x), wanted) and layer.weight.quant_state == state
