@@ -96,6 +96,8 @@ class DeserializeLinear(ConversionOps):
                 stats = {key: value for key, value in entries.items() if key != "weight"}
                 loaded = Params4bit.from_prequantized(weight, stats, device=weight.device)
                 check_state(loaded, shape)
+                if f"weight.quant_state.bitsandbytes__{loaded.quant_type}" not in stats:
+                    raise ValueError(f"quant_state holds type {loaded.quant_type!r}, its name says another")
             else:
                 check_int8(weight, entries["SCB"], entries.get("weight_format"), shape)
                 loaded = Int8Params(weight, False, False, None, entries["SCB"])

@@ -29,6 +29,7 @@ TORCH_DTYPES = {
     "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool,
 }  # fmt: skip
+_INTEGERS = frozenset({"I64", "U64", "I32", "U32", "I16", "U16", "BOOL"})
 _FIX = "download or save the file again"
 
 
@@ -49,7 +50,8 @@ def read_headers(files: Iterable[str | Path]) -> list[TensorInfo]:
 
     Raises:
         CheckpointError: a file is truncated, has bytes that no tensor owns, overlapping or mis-sized tensors, an
-            unknown dtype, or a header that is no JSON; two files hold the same name.
+            unknown dtype, or a header that is no JSON; two files hold the same name; a weight is stored as integers
+            that are no codes.
     """
     tensors: dict[str, TensorInfo] = {}
     for file in files:
@@ -57,6 +59,11 @@ def read_headers(files: Iterable[str | Path]) -> list[TensorInfo]:
             if info.name in tensors:
                 raise CheckpointError(
                     file=file, tensor=info.name, reason=f"is also in {tensors[info.name].file}", fix=_FIX
+                )
+            if info.dtype in _INTEGERS and info.name.endswith((".weight", ".bias")):
+                # transformers casts it in silence. Codes of quantised weights are bytes, or have names of their own.
+                raise CheckpointError(
+                    file=file, tensor=info.name, reason=f"is stored as {info.dtype}, weights are floats", fix=_FIX
                 )
             tensors[info.name] = info
     return list(tensors.values())

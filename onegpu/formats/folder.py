@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from onegpu.errors import CheckpointError, bad_argument
+from onegpu.formats.checkpoint import read_headers
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # What a copy of a model needs beside config and weights: tokenizer, processor, chat template, licence.
@@ -50,7 +51,7 @@ class Source:
 def check_path(path: Any, name: str = "pretrained_model_name_or_path") -> None:
     """Raise ``ArgumentError`` or ``CheckpointError`` for a local path that is no loadable model; names on the hub pass.
 
-    ``name`` is the argument to blame.
+    Damaged files count: their headers are read. ``name`` is the argument to blame.
     """
     text = os.fspath(path)
     if not text:
@@ -69,8 +70,8 @@ def check_path(path: Any, name: str = "pretrained_model_name_or_path") -> None:
     pickled = sorted(name for name in names if name.endswith(_PICKLED))
     if pickled and not any(name.endswith(".safetensors") for name in names):
         raise _pickled_only(folder, pickled)
-    if INDEX in names and SINGLE not in names:
-        _weights(folder)
+    if "config.json" in names and names & {SINGLE, INDEX}:
+        read_headers(_weights(folder))
 
 
 def find_source(model: str | os.PathLike[str], revision: str | None = None) -> Source:
