@@ -4,6 +4,7 @@ All models stand in one process and generate in turn, greedily; the ratio is tak
 
     python -m benchmarks.cpu_decode                  stored in benchmarks/results/cpu/
     python -m benchmarks.cpu_decode --tokens 16 --repeats 5 --no-store --json
+    python -m benchmarks.cpu_decode --clock cpu      on a machine that others use too: seconds of CPU time, one thread
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,26 +29,31 @@ CASES: dict[str, float | None] = {"nf4": 0.5, "fp4": 0.5, "int8": None, "nf4-pac
 PACKED_TOKENS = 8
 
 
+# CPU time is what one thread would take had it the core to itself. Several threads also spend it waiting for each other.
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
 class Stamps:
     """A streamer that notes when each token came; the first thing that `generate` puts is the prompt."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock = clock
         self.times: list[float] = []
         self._prompt = True
 
     def put(self, value: Any) -> None:
         if not self._prompt:
-            self.times.append(time.perf_counter())
+            self.times.append(self.clock())
         self._prompt = False
 
     def end(self) -> None:
         """Nothing to flush."""
 
 
-def decode(model: Any, inputs: Any, tokens: int) -> tuple[float, float]:
+def decode(model: Any, inputs: Any, tokens: int, clock: Callable[[], float]) -> tuple[float, float]:
     """Generate exactly ``tokens`` tokens greedily: seconds to the first one, and tokens per second after it."""
-    stamps = Stamps()
-    start = time.perf_counter()
+    stamps = Stamps(clock)
+    start = clock()
     model.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, streamer=stamps)
     first, last = stamps.times[0], stamps.times[-1]
     return first - start, (len(stamps.times) - 1) / (last - first)
@@ -68,17 +75,19 @@ def load_models(folder: Path, cases: list[str]) -> dict[str, Any]:
     return models
 
 
-def measure(models: dict[str, Any], inputs: Any, tokens: int, repeats: int) -> dict[str, dict[str, list[float]]]:
+def measure(
+    models: dict[str, Any], inputs: Any, tokens: int, repeats: int, clock: Callable[[], float]
+) -> dict[str, dict[str, list[float]]]:
     """Seconds to the first token and tokens/s of every repeat, by case; each case's first call is apart, as cold."""
     taken: dict[str, dict[str, list[float]]] = {}
     for case, model in models.items():
-        cold, _ = decode(model, inputs, 2)
+        cold, _ = decode(model, inputs, 2, clock)
         taken[case] = {"cold": [cold], "first": [], "rate": [], "pair": []}
     for repeat in range(repeats):
         for case in list(models)[1:]:
             count = min(tokens, PACKED_TOKENS) if case.endswith("-packed") else tokens
             pair = ("float32", case) if repeat % 2 else (case, "float32")
-            results = {name: decode(models[name], inputs, count) for name in pair}
+            results = {name: decode(models[name], inputs, count, clock) for name in pair}
             for name, (first, rate) in results.items():
                 taken[name]["first"].append(first)
                 taken[name]["rate"].append(rate)
@@ -129,13 +138,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=48, help="new tokens a call (48)")
     parser.add_argument("--repeats", type=int, default=7, help="pairs of calls of each case (7)")
     parser.add_argument("--cases", default=",".join(CASES), help=f"of {', '.join(CASES)}")
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch (2)")
+    parser.add_argument("--threads", type=int, help="threads of torch (2; 1 with --clock cpu)")
+    parser.add_argument("--clock", default="wall", choices=tuple(CLOCKS), help="what seconds are counted (wall)")
     parser.add_argument("--no-store", action="store_true", help="leave benchmarks/results/ as it is")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON lines")
     arguments = parser.parse_args(argv)
     cases = arguments.cases.split(",")
     if unknown := set(cases) - set(CASES):
         parser.error(f"--cases: {', '.join(sorted(unknown))} is not of {', '.join(CASES)}")
+    threads = arguments.threads or (1 if arguments.clock == "cpu" else 2)
+    if arguments.clock == "cpu" and threads > 1:
+        parser.error(
+            f"--threads {threads}: with --clock cpu, pass 1; threads that wait for each other use CPU time too"
+        )
     if arguments.tokens < 2 or arguments.repeats < 1:
         parser.error("--tokens must be 2 or more and --repeats 1 or more")
 
@@ -145,8 +160,8 @@ def main(argv: list[str] | None = None) -> int:
     from benchmarks.perplexity import model_folder
 
     transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(arguments.threads)
-    setting: dict[str, Any] = {"new_tokens": arguments.tokens, "threads": arguments.threads}
+    torch.set_num_threads(threads)
+    setting: dict[str, Any] = {"new_tokens": arguments.tokens, "threads": threads, "clock": arguments.clock}
     where = environment("cpu")
     folder = model_folder()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -154,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     setting["prompt_tokens"] = inputs["input_ids"].shape[1]
     models = load_models(folder, cases)
-    taken = measure(models, inputs, arguments.tokens, arguments.repeats)
+    taken = measure(models, inputs, arguments.tokens, arguments.repeats, CLOCKS[arguments.clock])
     setting["load_average"] = round(os.getloadavg()[0], 1)  # above `threads`: others used the cores too
     setting["environment"] = where
     rows = [row(case, models[case], taken[case], models["float32"], setting) for case in cases]

@@ -89,7 +89,9 @@ def cpu_decode(rows: list[Row]) -> str:
     peer = [theirs["tokens_per_s"]["median"], theirs["bytes"] / 1e6]
     lines.append(["transformers, float32", f"{peer[0]:.1f}", "1", "", f"{peer[1]:.0f} MB", ""])
     head = ["SmolLM2-135M", "tokens/s", "ratio to float32", "first token", "weights", "expanded copies"]
-    return markdown(head, lines) + f"\n{measured_on(rows)}"
+    threads = f"{rows[0]['threads']} thread{'s' if rows[0]['threads'] > 1 else ''}"
+    clock = {"wall": "", "cpu": ", seconds of CPU time"}[rows[0]["clock"]]
+    return markdown(head, lines) + f"\n{threads}{clock}. {measured_on(rows)}"
 
 
 def load(rows: list[Row]) -> str:
