@@ -9,6 +9,7 @@ import torch
 
 from onegpu.convert import hooks, instance
 from onegpu.convert.dequantize import dequantize_modules
+from onegpu.convert.quantized import default_skips
 from onegpu.convert.report import Change, Report
 from onegpu.convert.rules import RULES
 from onegpu.errors import bad_argument
@@ -48,7 +49,8 @@ def optimize(
         The report: what was swapped, what was left, and why. ``print`` it.
 
     Raises:
-        ArgumentError: unknown format, a model that is quantised already, or one with nothing to quantise.
+        ArgumentError: unknown format, a model that is quantised already, one with nothing to quantise, or weights that
+            are not finite. The model is as it was.
     """
     if quantize is not None and quantize not in _FORMATS:
         raise bad_argument("quantize", quantize, "is not a format", f"use one of {', '.join(_FORMATS)}, or None")
@@ -57,8 +59,8 @@ def optimize(
             "quantize", quantize, "was asked for a model that is quantised already", "call model.dequantize() first"
         )
     report = Report("optimize")
-    state: State = model.__dict__.setdefault(_STATE, State())
-    settings = None
+    state: State = model.__dict__.get(_STATE) or State()
+    settings, skips = None, tuple(default_skips(model))
     if quantize is not None:
         settings = Settings(quantize, double_quant, torch.float32, torch.uint8, skip=tuple(skip_modules or ()))
     for rule in RULES:
@@ -68,13 +70,14 @@ def optimize(
             raise bad_argument(
                 "quantize", quantize, f"finds no linear layer in {type(model).__name__}", "leave the model as it is"
             )
-        _mark_quantized(model, settings, state)
+        _mark_quantized(model, settings, state, skips)
         if not keep_original:
             report.notes.append("The float weights are gone; keep_original=True would have kept them in CPU memory.")
+    model.__dict__[_STATE] = state
     return report
 
 
-def _mark_quantized(model: Any, settings: Settings, state: State) -> None:
+def _mark_quantized(model: Any, settings: Settings, state: State, skips: tuple[str, ...]) -> None:
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
     state.quantized = True
@@ -93,6 +96,7 @@ def _mark_quantized(model: Any, settings: Settings, state: State) -> None:
     )
     with loading(Session("memory", config, settings)):
         quantizer = OneGPUQuantizer(OneGPUConfig(), pre_quantized=False)
+    quantizer.default_skips = skips
     finish(model, quantizer)
 
 

@@ -195,6 +195,7 @@ class OneGPUQuantizer(HfQuantizer):
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         dequantize_modules(model, dtype or model.config.dtype or torch.float32)
         instance.unbind(model)
+        model.__dict__.pop("_onegpu", None)  # what optimize() would need to restore: it is no longer so
         return model
 
 

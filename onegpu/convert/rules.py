@@ -13,6 +13,7 @@ from torch import nn
 from onegpu.convert.quantized import Target, find_targets, is_conv1d, quantized_experts, quantized_linear
 from onegpu.convert.report import Change, Report
 from onegpu.convert.swap import stack_to_parameter, swap_module
+from onegpu.errors import bad_argument
 from onegpu.formats.bitsandbytes import Settings
 from onegpu.nn import Int8Params, Params4bit
 from onegpu.nn.experts import ExpertStack, replace_parameter
@@ -36,6 +37,7 @@ class QuantizeWeights:
             return
         targets, left = find_targets(model, settings)
         report.changes += left
+        _check_finite(model, targets, settings)
         for target in targets:
             swap = self._experts if target.kind == "experts" else self._linear
             report.changes.append(swap(model, target, settings, state, keep_original))
@@ -73,12 +75,28 @@ class QuantizeWeights:
         for name, (old, values, device) in state.originals.items():
             current = model.get_submodule(name)
             if isinstance(current, ExpertStack):
-                stack_to_parameter(model, name, values.to(device))
+                old.data = values.to(device)
+                stack_to_parameter(model, name, old)
                 report.changes.append(Change(name, "experts", "parameter", "original kept"))
                 continue
             old.weight.data = values.to(device)
             swap_module(model, name, old)
             report.changes.append(Change(name, type(current).__name__, type(old).__name__, "original kept"))
+
+
+def _check_finite(model: Any, targets: list[Target], settings: Settings) -> None:
+    """Raise before anything is changed. One pass, without memory of its own; 8-bit codes are made by way of float16."""
+    limit = torch.finfo(torch.float16).max if settings.bits == 8 else float("inf")
+    extremes = []
+    for target in targets:
+        weight = model.get_parameter(target.name if target.kind == "experts" else f"{target.name}.weight")
+        low, high = torch.aminmax(weight.detach())
+        extremes.append(torch.maximum(-low, high).float())
+    for target, extreme in zip(targets, extremes, strict=True):
+        value = extreme.item()
+        if not value <= limit or value == float("inf"):
+            reason = f"past float16's {limit:.0f}" if limit < value < float("inf") else "NaN or infinity"
+            raise bad_argument("model", type(model).__name__, f"has {reason} in {target.name}", "correct its weights")
 
 
 def _to_cpu(module: Any) -> torch.Tensor:

@@ -21,9 +21,9 @@ def swap_module(model: nn.Module, name: str, new: nn.Module) -> None:
 
 
 def stack_to_parameter(model: nn.Module, name: str, values: torch.Tensor) -> None:
-    """Replace an :class:`ExpertStack` by the 3-D parameter it came from."""
+    """Replace an :class:`ExpertStack` by the 3-D parameter it came from, or by one of these values."""
     parent_name, _, child = name.rpartition(".")
     parent = model.get_submodule(parent_name)
     assert isinstance(getattr(parent, child), ExpertStack)
     delattr(parent, child)
-    setattr(parent, child, nn.Parameter(values, requires_grad=False))
+    setattr(parent, child, values if isinstance(values, nn.Parameter) else nn.Parameter(values, requires_grad=False))
