@@ -29,7 +29,7 @@ CASES: dict[str, float | None] = {"nf4": 0.5, "fp4": 0.5, "int8": None, "nf4-pac
 PACKED_TOKENS = 8
 
 
-# CPU time is what one thread would take had it the core to itself. Several threads also spend it waiting for each other.
+# CPU time is what one thread would take had it the core to itself. Several threads spend it on waiting as well.
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
