@@ -1,11 +1,11 @@
 """The few methods that a quantised model overrides, bound to the instance: its class stays transformers' own.
 
-``copy.deepcopy`` rebinds them to the copy (that is what copying a bound method does).
+``copy.deepcopy`` and pickle rebind them to the copy.
 """
 
 from __future__ import annotations
 
-from types import MethodType
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -77,13 +77,24 @@ def save_pretrained(
         self.config.quantization_config = config
 
 
+class BoundMethod:
+    """``types.MethodType`` that can be pickled: that one comes back as whatever the *class* calls by its name."""
+
+    def __init__(self, function: Callable[..., Any], owner: Any) -> None:
+        self.__func__, self.__self__ = function, owner
+        self.__name__, self.__doc__ = function.__name__, function.__doc__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__func__(self.__self__, *args, **kwargs)
+
+
 _METHODS = (num_parameters, to, cuda, save_pretrained)
 
 
 def bind(model: Any) -> None:
     """Give a quantised model its methods."""
     for method in _METHODS:
-        model.__dict__[method.__name__] = MethodType(method, model)
+        model.__dict__[method.__name__] = BoundMethod(method, model)
     bits = {
         8 if isinstance(m, Linear8bitLt) else 4 for m in model.modules() if isinstance(m, (Linear4bit, Linear8bitLt))
     }
