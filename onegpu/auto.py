@@ -103,7 +103,7 @@ def load(from_pretrained: Any, path: Any, model_args: tuple[Any, ...], kwargs: d
         if session is not None and session.errors:
             raise session.errors[0] from error
         raise _explain(error, path) from error
-    noted = session.not_finite if session is not None else []
+    noted = session.scales if session is not None else []
     verify_loaded(model, info, str(path), strict=request.strict, allow_mismatch=wants_mismatch, noted=noted)
     placement = session.placement if session is not None else placement
     if placement is not None and placement.spread:

@@ -58,7 +58,7 @@ class Quantize(ConversionOps):
                 _check_shape(session, name, value, tuple(parameter.shape))
                 stack = quantized_experts(parameter, target.names, self.hf_quantizer.settings)
                 stack.quantize_(value)
-                _note_finite(session, name, stack.scales)
+                session.scales.append((name, stack.scales))
                 _place(parent, attribute, stack, name, missing_keys)
                 continue
             module, _attribute = _parent(model, name)
@@ -68,7 +68,7 @@ class Quantize(ConversionOps):
             weight = module.weight._like(value, None).to(value.device)
             state = weight.quant_state if isinstance(weight, Params4bit) else None
             scales = weight.SCB if state is None else state.absmax if state.state2 is None else state.offset
-            _note_finite(session, name, value if scales is None else scales)
+            session.scales.append((name, value if scales is None else scales))
             module._is_hf_initialized = True
             result[name] = weight
         return result
@@ -159,7 +159,3 @@ def _place(parent: Any, attribute: str, stack: ExpertStack, name: str, missing_k
     replace_parameter(parent, attribute, stack)
     if missing_keys is not None:
         missing_keys.discard(name)
-
-
-def _note_finite(session: Session, name: str, values: torch.Tensor) -> None:
-    session.not_finite.append((name, ~torch.isfinite(values).all()))

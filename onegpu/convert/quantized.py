@@ -149,14 +149,11 @@ def quantized_linear(module: nn.Module, settings: Settings, device: torch.device
         inputs, outputs = module.weight.shape  # type: ignore[misc]  # Conv1D stores [in, out]
     bias = getattr(module, "bias", None) is not None
     new: Linear4bit | Linear8bitLt
-    with torch.device(device):
-        if settings.bits == 8:
-            new = Linear8bitLt(inputs, outputs, bias, settings.has_fp16_weight, settings.threshold)
-        else:
-            storage = settings.quant_storage or torch.uint8
-            new = Linear4bit(
-                inputs, outputs, bias, settings.compute_dtype, settings.double_quant, settings.quant_type, storage
-            )
+    if settings.bits == 8:
+        new = Linear8bitLt(inputs, outputs, bias, settings.has_fp16_weight, settings.threshold, device=device)
+    else:
+        storage, double = settings.quant_storage or torch.uint8, settings.double_quant
+        new = Linear4bit(inputs, outputs, bias, settings.compute_dtype, double, settings.quant_type, storage, device)
     new.source_cls = type(module)  # type: ignore[assignment]
     if not settings.has_fp16_weight:
         new.requires_grad_(False)

@@ -81,8 +81,10 @@ class OneGPUQuantizer(HfQuantizer):
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
         if param_name in self.targets:
             return True
-        module, name = get_module_from_name(model, param_name)
-        return name == "weight" and isinstance(module, (Linear4bit, Linear8bitLt))
+        if not param_name.endswith(".weight"):
+            return False
+        module, _name = get_module_from_name(model, param_name)
+        return isinstance(module, (Linear4bit, Linear8bitLt))
 
     def _process_model_before_weight_loading(
         self, model: Any, device_map: Any = None, checkpoint_files: Any = None, **_: Any
@@ -123,6 +125,8 @@ class OneGPUQuantizer(HfQuantizer):
             model.config._experts_implementation = "eager"  # the one that takes stack[e], expert by expert
         self._place(model, device_map)
         self._model = model
+        if torch.cuda.is_available():
+            session.prefault.start(checkpoint_files or ())
 
     def _place(self, model: Any, device_map: Any) -> None:
         """Decide where everything goes, and write it into the map that transformers already holds."""

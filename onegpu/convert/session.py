@@ -13,6 +13,7 @@ import torch
 from onegpu.convert.report import Report
 from onegpu.errors import OneGPUError
 from onegpu.formats.bitsandbytes import Settings
+from onegpu.formats.prefault import Prefault
 from onegpu.placement.device_map import Placement, Wish
 
 
@@ -20,8 +21,8 @@ from onegpu.placement.device_map import Placement, Wish
 class Session:
     """config: a ``BitsAndBytesConfig``, the user's or the file's. settings: the same, as we use it.
 
-    not_finite: names of weights quantised, each with a flag on its device that says whether it held NaN or infinity;
-    read once, at the end, since every look would wait for the device. errors: what went wrong inside transformers'
+    scales: names of weights quantised, each with the scales in which NaN or infinity would show; looked at once, at the
+    end, since every look would wait for the device. errors: what went wrong inside transformers'
     loader, which logs exceptions and goes on. wish, placement: where the user wants the model, and where it goes.
     """
 
@@ -29,10 +30,11 @@ class Session:
     config: Any
     settings: Settings
     report: Report = field(default_factory=lambda: Report("load"))
-    not_finite: list[tuple[str, torch.Tensor]] = field(default_factory=list)
+    scales: list[tuple[str, torch.Tensor]] = field(default_factory=list)
     errors: list[OneGPUError] = field(default_factory=list)
     wish: Wish = field(default_factory=Wish)
     placement: Placement | None = None
+    prefault: Prefault = field(default_factory=Prefault)
 
 
 _current: ContextVar[Session | None] = ContextVar("onegpu_load", default=None)
@@ -53,6 +55,7 @@ def loading(session: Session) -> Iterator[Session]:
     """Make ``session`` the current one."""
     token = _current.set(session)
     try:
-        yield session
+        with session.prefault:
+            yield session
     finally:
         _current.reset(token)

@@ -5,6 +5,7 @@ transformers initialises missing tensors at random, ignores surplus ones and loa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ def verify_loaded(
         strict: also refuse missing and surplus tensors. A head that the checkpoint's own class does not have (a
             classifier on a language model) is new by intention and passes.
         allow_mismatch: the user asked for tensors of another shape to be initialised anew.
-        noted: flags that were set while loading: name, and whether it was not finite.
+        noted: scales of what was quantised while loading, by name.
     """
     mismatched = sorted(info.get("mismatched_keys") or ())
     if mismatched and not allow_mismatch:
@@ -46,8 +47,7 @@ def verify_loaded(
         )
     if strict:
         _check_names(model, info, source)
-    floats = [(name, _not_finite(tensor)) for name, tensor in _floats(model)]
-    _check_finite([*noted, *floats], source)
+    _check_finite([*noted, *_floats(model)], source)
 
 
 def _check_names(model: Any, info: dict[str, Any], source: str) -> None:
@@ -60,25 +60,29 @@ def _check_names(model: Any, info: dict[str, Any], source: str) -> None:
             raise CheckpointError(file=source, tensor=names[0], reason=f"{kind}{more}", fix=_STRICT)
 
 
-def _check_finite(flags: Iterable[tuple[str, torch.Tensor]], source: str) -> None:
-    """Look at flags that say "not finite", with one synchronisation for each device."""
-    devices: dict[torch.device, list[tuple[str, torch.Tensor]]] = {}
-    for name, flag in flags:
-        devices.setdefault(flag.device, []).append((name, flag))
-    for group in devices.values():
-        if bool(torch.stack([flag for _, flag in group]).any()):
-            name = next(name for name, flag in group if bool(flag))
+def _check_finite(tensors: Iterable[tuple[str, torch.Tensor]], source: str) -> None:
+    """Look for NaN and infinity, with one synchronisation for each device.
+
+    By their extremes: ``isfinite`` would take memory for the tensor again. Scales go through one kernel for all.
+    """
+    groups: dict[tuple[torch.device, bool], list[tuple[str, torch.Tensor]]] = {}
+    for name, tensor in tensors:
+        if tensor.numel():
+            groups.setdefault((tensor.device, tensor.dim() <= 1), []).append((name, tensor))
+    for (_, flat), group in groups.items():
+        values = [tensor for _, tensor in group]
+        if flat:
+            extremes = torch.stack([norm.float() for norm in torch._foreach_norm([v.float() for v in values], math.inf)])
+        else:
+            extremes = torch.stack([torch.stack(torch.aminmax(v)).float().sum() for v in values])
+        finite = torch.isfinite(extremes)
+        if not bool(finite.all()):
             raise CheckpointError(
                 file=source,
-                tensor=name,
+                tensor=group[int((~finite).nonzero()[0])][0],
                 reason="holds NaN or infinity (in float16, if it was quantised to 8 bits)",
                 fix="download or save the checkpoint again",
             )
-
-
-def _not_finite(tensor: torch.Tensor) -> torch.Tensor:
-    """A flag on the device of ``tensor``, by its extremes: ``isfinite`` would take memory for the tensor again."""
-    return ~torch.isfinite(torch.stack(torch.aminmax(tensor))).all() if tensor.numel() else torch.tensor(False)
 
 
 def _floats(model: Any) -> Iterable[tuple[str, torch.Tensor]]:

@@ -93,7 +93,8 @@ def _quantize_cuda(
 
     flat = A.reshape(-1)
     packed = torch.empty(packed_bytes(flat.numel(), quant_storage), dtype=torch.uint8, device=A.device)
-    packed[(flat.numel() + 1) // 2 :] = 0
+    if packed.numel() > (flat.numel() + 1) // 2:
+        packed[(flat.numel() + 1) // 2 :] = 0
     absmax = torch.empty(-(-flat.numel() // blocksize), dtype=torch.float32, device=A.device)
     quant_4bit_triton.quantize(flat, blocksize, quant_type, packed, absmax)
     return packed.view(quant_storage).unsqueeze(1), absmax
