@@ -124,5 +124,6 @@ def matmul(
         source = B if B.requires_grad else None
         if state.is_training or state.CB is None or state.SCB is None:
             state.CB, state.SCB, _ = int8_vectorwise_quant(B.detach().to(torch.float16).contiguous())
-    result = linear_int8(A, state.CB, state.SCB, bias, state.threshold, source)
+    exact = A.device.type == "cpu" and not state.is_training  # as in Linear8bitLt
+    result = linear_int8(A, state.CB, state.SCB, bias, state.threshold, source, exact)
     return result if out is None else out.copy_(result)

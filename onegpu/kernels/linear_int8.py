@@ -8,7 +8,8 @@ rows, by 2*M*N*K integer operations for many.
 On a GPU x stays as it is and the weights are converted (in registers for few rows), unless ``exact`` asks for the
 paper's arithmetic: that is faster, rounds no activation and makes the threshold irrelevant. Exact, outlier columns are
 found by mask and never counted on the host: ``nonzero`` would synchronise and could not be captured in a CUDA graph.
-The CPU, where counting is free, is always exact and multiplies only those columns.
+The CPU, where counting is free, multiplies only those columns. It is exact unless asked not to be: bitsandbytes leaves
+x as it is there while a model trains, so that gradients belong to the product that was computed.
 """
 
 from __future__ import annotations
@@ -62,17 +63,15 @@ def _forward_cuda(
     threshold: float,
     exact: bool,
 ) -> torch.Tensor:
-    if exact:
-        return _forward(x, weight, SCB, bias, threshold, exact)
     rows = x.numel() // max(x.shape[-1], 1)
-    if has_triton() and rows and x.dtype != torch.float32 and weight.is_contiguous():
+    if not exact and has_triton() and rows and x.dtype != torch.float32 and weight.is_contiguous():
         from onegpu.kernels import linear_few_rows_triton as few_rows
 
         if rows <= few_rows.MAX_ROWS:
             y = torch.empty((rows, weight.shape[0]), dtype=x.dtype, device=x.device)
             few_rows.linear_int8(x.reshape(rows, -1).contiguous(), weight, SCB.contiguous(), bias, y)
             return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
-    return torch.nn.functional.linear(x, dequantize_rows(weight, SCB, x.dtype), bias)
+    return _forward(x, weight, SCB, bias, threshold, exact)
 
 
 def _forward(
@@ -83,6 +82,8 @@ def _forward(
     threshold: float,
     exact: bool,
 ) -> torch.Tensor:
+    if not exact:
+        return torch.nn.functional.linear(x, dequantize_rows(weight, SCB, x.dtype), bias)
     rows = x.reshape(-1, x.shape[-1])
     codes, absmax, mask = torch.ops.onegpu.int8_vectorwise_quant(rows.half(), threshold)
     unit = _INT8_SQUARED_CPU if x.device.type == "cpu" else _INT8_SQUARED
@@ -163,7 +164,7 @@ def linear_int8(
     bias: torch.Tensor | None = None,
     threshold: float = 0.0,
     source: torch.Tensor | None = None,
-    exact: bool = False,
+    exact: bool | None = None,
 ) -> torch.Tensor:
     """Multiply by an int8 matrix.
 
@@ -173,13 +174,17 @@ def linear_int8(
         SCB: float32 ``[N]``.
         bias: ``[N]`` or None.
         threshold: outlier threshold in units of x; 0 quantises every column.
-        exact: the paper's arithmetic on a GPU too.
+        exact: the paper's arithmetic, or x as it is; by default the former on a CPU and the latter on a GPU.
         source: the float matrix that ``weight`` was just made from, where it learns; gets the gradient.
 
     Returns:
         ``[..., N]`` in the dtype of x (of autocast, where it is on). Gradients flow to x, bias and ``source``.
     """
     x = autocast_input(x)
+    if exact is None:
+        exact = x.device.type == "cpu"
+    if bias is not None and bias.dtype != x.dtype and not exact:
+        bias = bias.to(x.dtype)
     learns = any(t is not None and t.requires_grad for t in (x, bias, source))
     if torch.is_grad_enabled() and learns:
         y = _LinearInt8.apply(x.reshape(-1, x.shape[-1]), source, weight, SCB, bias, threshold, exact)

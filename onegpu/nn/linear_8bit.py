@@ -106,7 +106,8 @@ class Linear8bitLt(nn.Linear):
         index: accepted for bitsandbytes' signature; unused there too.
         device: where the weight is created.
 
-    On a GPU x is not quantised, so the threshold has no effect there, unless the attribute ``exact`` is set.
+    On a GPU x is not quantised, so the threshold has no effect there, unless the attribute ``exact`` is set. On a CPU
+    that is so in training mode only, as it is in bitsandbytes.
 
     Raises:
         RuntimeError: forward before the weight was quantised. ValueError: negative threshold.
@@ -213,11 +214,12 @@ class Linear8bitLt(nn.Linear):
         bias: torch.Tensor | None = self.bias
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
+        exact = self.exact or (x.device.type == "cpu" and not self.training)
         if self.has_fp16_weights and self.weight.dtype != torch.int8:
             codes, maxima, _ = int8_vectorwise_quant(self.weight.detach().half())
             source = self.weight if self.weight.requires_grad else None
-            return linear_int8(x, codes, maxima, bias, self.threshold, source, self.exact)
-        return linear_int8(x, self.weight.data, self._scales(), bias, self.threshold, exact=self.exact)
+            return linear_int8(x, codes, maxima, bias, self.threshold, source, exact)
+        return linear_int8(x, self.weight.data, self._scales(), bias, self.threshold, exact=exact)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self._notice()

@@ -278,3 +278,11 @@ def test_check_int8_passes_what_fits() -> None:
 def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match=r"threshold=-1 .*6\.0"):
         Linear8bitLt(66, 40, threshold=-1)
+
+
+def test_training_on_a_cpu_rounds_no_activation() -> None:
+    layer, x = make(), activations((5, 66), torch.float32)
+    wanted = torch.nn.functional.linear(x, layer.dequantize(), layer.bias)
+    assert torch.equal(layer.train()(x), wanted) and not torch.equal(layer.eval()(x), wanted)
+    layer.exact = True
+    assert torch.equal(layer.train()(x), layer.eval()(x))
