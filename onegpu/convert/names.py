@@ -46,6 +46,9 @@ def model_names(model: Any, names: Iterable[str]) -> dict[str, Fed]:
             # Our own name for a stack that transformers does not merge: `experts.3.down_proj.weight`.
             head, _, tail = renamed.partition(".experts.")
             renamed = f"{head}.experts.{tail.partition('.')[2].removesuffix('.weight')}"
+            if renamed not in state:  # a base model's checkpoint in the whole model, or the other way round
+                shorter = renamed.removeprefix(f"{prefix}.")
+                renamed = next((n for n in (shorter, f"{prefix}.{renamed}") if n in state), renamed)
         result[name] = Fed(renamed, by_source[source] if source is not None else None)
     return result
 
@@ -77,9 +80,15 @@ def check_expert_names(model: Any, fed: dict[str, Fed], file: str) -> None:
     found: dict[str, set[tuple[int, int]]] = {}
     parts: dict[str, int] = {}
     for name, entry in fed.items():
-        if entry.name not in state or not mergeable(entry.converter):
+        leaf = entry.name.rpartition(".")[2]
+        if entry.name not in state:
             continue
-        patterns = entry.converter._original_source_patterns
+        if mergeable(entry.converter):
+            patterns = entry.converter._original_source_patterns
+        elif leaf != "weight" and name.endswith(".weight") and state[entry.name].dim() == 3:
+            patterns = [f".experts.*.{leaf}.weight"]  # our own names
+        else:
+            continue
         parts[entry.name] = len(patterns)
         for part, pattern in enumerate(patterns):
             match = re.search(re.escape(pattern).replace(r"\*", r"(0|[1-9][0-9]*)") + "$", name)

@@ -30,11 +30,14 @@ def file_targets(
     names = model_names(model, entries)
     check_expert_names(model, names, headers[0].file)
     candidates = {name: (kind, shown) for name, kind, shown in _candidates(model)}
+    same_class = type(model).__name__ in (getattr(model.config, "architectures", None) or ())
     targets: dict[str, Target] = {}
     counts: dict[str, int] = {}
     for entry in entries.values():
         name = names[entry.name].name
         owner = name if candidates.get(name, ("", ""))[0] == "experts" else name.removesuffix(".weight")
+        if owner not in candidates and not same_class and not entry.name.startswith(f"{model.base_model_prefix}."):
+            continue  # a head, and the model was asked for without
         if owner not in candidates:
             raise CheckpointError(
                 file=entry.tensors["weight"].file,

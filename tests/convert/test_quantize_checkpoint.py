@@ -31,7 +31,8 @@ def saved_by_a_load(source: Path, folder: Path, model_type: str, kind: str, **op
         options |= {"load_in_8bit": True}
     else:
         options |= {"load_in_4bit": True, "bnb_4bit_quant_type": to, "bnb_4bit_use_double_quant": double}
-    model = getattr(onegpu, AUTO_CLASS[model_type]).from_pretrained(source, device_map="cpu", **options)
+    options.setdefault("device_map", "cpu")
+    model = getattr(onegpu, AUTO_CLASS[model_type]).from_pretrained(source, **options)
     model.save_pretrained(folder)
     return contents(folder)
 
@@ -110,6 +111,57 @@ def test_experts_stored_in_one_tensor(tiny, tmp_path):
     assert all(torch.equal(a[name.replace("block_sparse_moe", "mlp")], b[name]) for name in b)
     model = onegpu.AutoModelForCausalLM.from_pretrained(tmp_path / "a", device_map="cpu")
     assert "experts" in type(model.model.layers[0].mlp.experts).__name__.lower()
+
+
+def gpt_oss(folder: Path) -> Path:
+    """A mixture whose checkpoints hold all experts of a layer in one tensor."""
+    import transformers
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "head_dim": 16, "vocab_size": 64}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4, "num_experts_per_tok": 2}
+    config = transformers.GptOssConfig(num_hidden_layers=1, **sizes, **heads)
+    transformers.GptOssForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["nf4_double", "int8"])
+def test_experts_that_transformers_never_splits(tmp_path, kind):
+    source = gpt_oss(tmp_path / "model")
+    to, double = KINDS[kind]
+    quantize_checkpoint(source, tmp_path / "ours", to, double_quant=double, device="cpu")
+    ours, loaded = contents(tmp_path / "ours"), saved_by_a_load(source, tmp_path / "loaded", "llama", kind)
+    assert [name for name in loaded if ours.get(name) != loaded[name]] == []
+    tensors = load_file(tmp_path / "ours" / "model.safetensors")
+    assert "model.layers.0.mlp.experts.3.down_proj.weight" in tensors
+    onegpu.AutoModel.from_pretrained(tmp_path / "ours", device_map="cpu")
+    damaged = {name.replace("experts.3.down", "experts.03.down"): tensor for name, tensor in tensors.items()}
+    save_file(damaged, tmp_path / "ours" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="is no name of an expert's matrix"):
+        onegpu.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", device_map="cpu")
+
+
+def test_a_model_without_its_quantised_head(tmp_path):
+    import transformers
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "image_size": 32}
+    config = transformers.ViTConfig(num_hidden_layers=1, **sizes)
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "model")
+    result = quantize_checkpoint(tmp_path / "model", tmp_path / "out", "nf4", device="cpu")
+    assert "classifier" in {change.name for change in result.quantized}
+    assert "AutoModelForImageClassification" in (tmp_path / "out" / "README.md").read_text()
+    onegpu.AutoModelForImageClassification.from_pretrained(tmp_path / "out", device_map="cpu")
+    onegpu.AutoModel.from_pretrained(tmp_path / "out", device_map="cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
+def test_on_a_gpu_the_bytes_of_load_and_save_there(tiny, tmp_path, model_type, kind):
+    to, double = KINDS[kind]
+    quantize_checkpoint(tiny(model_type), tmp_path / "ours", to, double_quant=double, device="cuda")
+    loaded = saved_by_a_load(tiny(model_type), tmp_path / "loaded", model_type, kind, device_map="cuda")
+    ours = contents(tmp_path / "ours")
+    assert [name for name in loaded if ours[name] != loaded[name]] == []
 
 
 def test_what_bitsandbytes_cannot_load_is_left_for_it(tiny, tmp_path):
