@@ -123,12 +123,38 @@ def commands(rows: list[Row]) -> str:
     return markdown(["from a fresh clone", "takes"], lines) + f"\n{measured_on(rows)}"
 
 
+def bnb_suite(rows: list[Row]) -> str:
+    """bitsandbytes' own tests on onegpu: counts a file, then what was different and what was left out."""
+    lines, reasons = [], []
+    for row in rows:
+        ours, theirs = row["ours"], row["theirs"]
+        counts = [ours["passed"], ours["failed"], *(sum(ours[kind].values()) for kind in ("excluded", "skipped"))]
+        lines.append([f"`{row['case']}.py`", *map(str, counts), str(theirs["passed"]) if theirs else "–"])
+    totals = [str(sum(int(line[column]) for line in lines)) for column in range(1, 5)]
+    peer = str(sum(row["theirs"]["passed"] for row in rows)) if all(row["theirs"] for row in rows) else "–"
+    for kind, word in (("different", "fail"), ("excluded", "not run")):
+        counted: dict[str, int] = {}
+        for row in rows:
+            for why, count in row["ours"][kind].items():
+                counted[why] = counted.get(why, 0) + count
+        reasons += [[f"{count} {word}", why] for why, count in counted.items()]
+    unexplained = sum(len(row["ours"]["unexplained"]) for row in rows)
+    if unexplained:
+        reasons.append([f"{unexplained} fail", "not explained: see the stored rows"])
+    head = ["on " + rows[0]["environment"]["device"], "pass", "fail", "not run", "skip themselves", "bitsandbytes passes"]
+    table = markdown(head, [*lines, ["all", *totals, peer]])
+    listed = "".join(f"| {count} | {why} |\n" for count, why in reasons)
+    commit = f"bitsandbytes at {rows[0]['suite_commit'][:7]}; "
+    return f"{table}\n| tests | why |\n| ---: | --- |\n{listed}\n<small>{commit}</small>{measured_on(rows[0])}"
+
+
 # Name in the pages -> results file, and how it reads. A device with no such file has no table.
 TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "fidelity": ("perplexity", fidelity),
     "cpu-decode": ("cpu_decode", cpu_decode),
     "load": ("load", load),
     "timing": ("commands", commands),
+    "bnb_suite": ("bnb_suite", bnb_suite),
 }
 
 
