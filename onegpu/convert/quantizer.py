@@ -26,15 +26,16 @@ from onegpu.convert.prequantized import file_targets
 from onegpu.convert.quantized import Target, default_skips, find_targets, mergeable, quantized_experts, quantized_linear
 from onegpu.convert.report import Change
 from onegpu.convert.session import current
-from onegpu.errors import bad_argument
-from onegpu.formats.bitsandbytes import ENDINGS_4BIT, ENDINGS_8BIT
+from onegpu.errors import CheckpointError, bad_argument
+from onegpu.formats.bitsandbytes import ENDINGS_4BIT, ENDINGS_8BIT, Settings
 from onegpu.formats.checkpoint import read_headers
-from onegpu.nn import Linear4bit, Linear8bitLt
+from onegpu.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from onegpu.nn.experts import ExpertStack
 from onegpu.placement.device_map import Weights, Wish, place
 from onegpu.placement.sizes import stored_sizes
 
 QUANT_METHOD = "onegpu"
+_CODES = (Params4bit, Int8Params)
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -63,6 +64,7 @@ class OneGPUQuantizer(HfQuantizer):
         self.settings, self.config = session.settings, session.config
         self.targets: dict[str, Target] = {}
         self.default_skips: tuple[str, ...] = ()
+        self._shapes: dict[str, torch.Size] = {}
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to ask for: no package is needed."""
@@ -114,8 +116,8 @@ class OneGPUQuantizer(HfQuantizer):
                 module = model.get_submodule(target.name)
                 before = type(module).__name__
                 new = quantized_linear(module, self.settings, "meta")
-                if self.pre_quantized and isinstance(new, Linear8bitLt):
-                    new.weight.data = new.weight.data.to(torch.int8)  # so that the codes are not cast on their way
+                if self.pre_quantized:  # transformers casts what arrives to the dtype that it finds here
+                    new.weight.data = new.weight.data.to(_codes_dtype(self.settings))
                 model.set_submodule(target.name, new)
                 after = f"{self.settings.quant_type} {type(new).__name__}"
             session.report.changes.append(
@@ -125,6 +127,7 @@ class OneGPUQuantizer(HfQuantizer):
             model.config._experts_implementation = "eager"  # the one that takes stack[e], expert by expert
         self._place(model, device_map)
         self._model = model
+        self._shapes = {name: p.shape for name, p in model.named_parameters() if not isinstance(p, _CODES)}
         if torch.cuda.is_available():
             session.prefault.start(checkpoint_files or ())
 
@@ -187,6 +190,15 @@ class OneGPUQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         self._model = None
+        for name, parameter in model.named_parameters():
+            expected = self._shapes.get(name, parameter.shape)
+            if parameter.shape != expected:  # 5.17 looks at shapes only where nobody quantises
+                raise CheckpointError(
+                    file=current().source,
+                    tensor=name,
+                    reason=f"has shape {tuple(parameter.shape)}, the model needs {tuple(expected)}",
+                    fix="correct config.json or the files",
+                )
         finish(model, self)
         return model
 
@@ -201,6 +213,10 @@ class OneGPUQuantizer(HfQuantizer):
         instance.unbind(model)
         model.__dict__.pop("_onegpu", None)  # what optimize() would need to restore: it is no longer so
         return model
+
+
+def _codes_dtype(settings: Settings) -> torch.dtype:
+    return torch.int8 if settings.bits == 8 else settings.quant_storage or torch.uint8
 
 
 def _feeds(conversion: Any, target: Target) -> bool:
