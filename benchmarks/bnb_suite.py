@@ -105,7 +105,16 @@ def run(
         process = subprocess.run(command, cwd=DATA, env={**os.environ, **variables})
         if process.returncode not in (0, 1) or not results.is_file():
             raise SourceError(f"pytest ended with code {process.returncode}: see its output above")
-        return [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+        return merged([json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()])
+
+
+def merged(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One record a test: the first that says "failed" (the test itself, its tear-down, its process), else the last."""
+    tests: dict[str, dict[str, Any]] = {}
+    for record in records:
+        if record["test"] not in tests or tests[record["test"]]["outcome"] != "failed":
+            tests[record["test"]] = record
+    return list(tests.values())
 
 
 def summary(records: list[dict[str, Any]], device: str) -> dict[str, Any]:

@@ -141,7 +141,8 @@ def bnb_suite(rows: list[Row]) -> str:
     unexplained = sum(len(row["ours"]["unexplained"]) for row in rows)
     if unexplained:
         reasons.append([f"{unexplained} fail", "not explained: see the stored rows"])
-    head = ["on " + rows[0]["environment"]["device"], "pass", "fail", "not run", "skip themselves", "bitsandbytes passes"]
+    device = rows[0]["environment"]["device"]
+    head = [f"on {device}", "pass", "fail", "not run", "skip themselves", "bitsandbytes passes"]
     table = markdown(head, [*lines, ["all", *totals, peer]])
     listed = "".join(f"| {count} | {why} |\n" for count, why in reasons)
     commit = f"bitsandbytes at {rows[0]['suite_commit'][:7]}; "

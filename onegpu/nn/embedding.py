@@ -81,7 +81,9 @@ class Embedding4bit(_QuantizedEmbedding):
         assert isinstance(weight, Params4bit)
         if not weight.bnb_quantized:
             moved = fn(weight)  # Params4bit.to quantises where fn names a device
-            return moved if isinstance(moved, Params4bit) else weight._like(moved, None)
+            moved = moved if isinstance(moved, Params4bit) else weight._like(moved, None)
+            self.quant_state = moved.quant_state
+            return moved
         state = copy.copy(self._state(weight))
         absmax = move_as_bytes(state.absmax, fn)
         if not absmax.is_meta:

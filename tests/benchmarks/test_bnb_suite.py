@@ -57,8 +57,9 @@ def test_every_exception_matches_a_test(table: str):
     if not (bnb_suite.DATA / "COMMIT").is_file():
         pytest.skip("bitsandbytes' tests are not here: python -m benchmarks.bnb_suite --source PATH")
     names = [
-        f"tests/{file}.py::{name}[deserialize_before_cuda=T]"
+        f"tests/{file}.py::{name}[{argument}]"
         for file in bnb_suite.FILES
+        for argument in ("deserialize_before_cuda=T", "2.0-cuda")
         for name in re.findall(r"def (test_\w+)", (bnb_suite.DATA / "tests" / f"{file}.py").read_text(encoding="utf-8"))
     ]
     assert len(names) > 40
@@ -96,6 +97,11 @@ def test_counts_of_a_run(monkeypatch: pytest.MonkeyPatch):
     # A listed test that passes is not counted as different.
     (row,) = bnb_suite.rows_of([record("test_modules.py::test_b[x]", "passed")], records, {"driver": None}, "0123")
     assert row["ours"]["different"] == {} and row["theirs"] == {"passed": 1, "failed": 1}
+
+
+def test_a_test_that_fails_twice_is_one():
+    lines = [record("a", "passed"), record("b", "failed", "boom"), record("a", "failed", "at the end")]
+    assert [r["why"] for r in bnb_suite.merged([*lines, record("b", "failed", "again")])] == ["at the end", "boom"]
 
 
 TESTS = """

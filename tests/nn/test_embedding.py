@@ -57,8 +57,9 @@ def test_a_weight_quantised_by_itself_and_one_that_lost_its_state(device: str) -
     module.weight = module.weight.to(device)
     ids = torch.arange(50, device=device)
     wanted = module(ids)
-    module.weight.quant_state = None
-    assert torch.equal(module(ids), wanted) and module.weight.quant_state is not None
+    for other in (module, make(nn.EmbeddingNF4, 64).to(device)):
+        other.weight.quant_state = None
+        assert torch.equal(other(ids), wanted) and other.weight.quant_state is not None
 
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32])
