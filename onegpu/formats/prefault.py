@@ -1,8 +1,8 @@
 """Mapping a checkpoint's pages ahead of the loader.
 
 safetensors maps files into memory, and the thread that copies a tensor to the GPU stops at every page that it touches
-for the first time. A helper thread asks the kernel to fill the page tables ahead of it (``MADV_POPULATE_READ``, Linux 5.14; see
-madvise(2)). That is advice: where the kernel does not know it, nothing happens.
+for the first time. A helper thread asks the kernel to fill the page tables ahead of it (``MADV_POPULATE_READ``, Linux
+5.14; see madvise(2)). That is advice: where the kernel does not know it, nothing happens.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def _check_finite(tensors: Iterable[tuple[str, torch.Tensor]], source: str) -> N
     for (_, flat), group in groups.items():
         values = [tensor for _, tensor in group]
         if flat:
-            extremes = torch.stack([norm.float() for norm in torch._foreach_norm([v.float() for v in values], math.inf)])
+            extremes = torch.stack(torch._foreach_norm([value.float() for value in values], math.inf))
         else:
             extremes = torch.stack([torch.stack(torch.aminmax(v)).float().sum() for v in values])
         finite = torch.isfinite(extremes)

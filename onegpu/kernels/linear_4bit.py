@@ -63,7 +63,7 @@ def _forward_cuda(x: torch.Tensor, *packed_and_bias: Any) -> torch.Tensor:
     matrix = Packed4bit(*packed)
     n, k = matrix.shape
     one_row = x.numel() == k and x.dtype != torch.float32
-    if one_row and has_triton() and k % matrix.blocksize == 0 and matrix.blocksize <= 256:
+    if one_row and has_triton() and matrix.blocksize == 64 and k % 64 == 0:
         from onegpu.kernels import linear_few_rows_triton as few_rows
 
         y = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)

@@ -1,6 +1,7 @@
 """Triton kernels of ``quant_4bit``, imported at the first call on a GPU: the CPU build of torch brings no Triton.
 
-Both are one pass over the weights and bound by bytes. Compiled with Triton 3.6 and 3.7.
+Both are one pass over the weights and bound by bytes. Compiled with Triton 3.6 and 3.7. Bytes are counted as
+``n - n // 2``: ``n + 1`` would be past an int32 for the largest n that is one.
 """
 
 from __future__ import annotations
@@ -12,19 +13,24 @@ import triton.language as tl
 from onegpu.kernels.codebooks import codebook_4bit
 from onegpu.kernels.quant_blockwise_triton import reciprocal
 
-_VALUES = 4096  # weights a program, at least one block
+_BYTES = 1024  # packed bytes a program when dequantising: 2,048 weights, 4 KiB written in 16 bits
+_VALUES = 4096  # weights a program when quantising, at least one block
 
 
 @triton.jit
-def _dequantize_kernel(p_packed, p_absmax, p_code, p_out, n, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    i_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS], blocks of the format
-    b_scale = tl.load(p_absmax + i_row, mask=i_row * BLOCK < n, other=0.0)[:, None]
-    o_byte = i_row[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]  # [ROWS, BLOCK // 2]
-    b_packed = tl.load(p_packed + o_byte, mask=o_byte < (n + 1) // 2, other=0).to(tl.int32)
-    b_high = (tl.load(p_code + (b_packed >> 4)) * b_scale).to(p_out.dtype.element_ty)
-    b_low = (tl.load(p_code + (b_packed & 15)) * b_scale).to(p_out.dtype.element_ty)
-    o_out = i_row[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]  # [ROWS, BLOCK]
-    tl.store(p_out + o_out, tl.interleave(b_high, b_low), mask=o_out < n)
+def _dequantize_kernel(p_packed, p_absmax, p_code, p_out, n_bytes, n, LOG_BLOCK: tl.constexpr, BYTES: tl.constexpr):
+    i_program = tl.program_id(0).to(tl.int64)
+    o_byte = i_program * BYTES + tl.arange(0, BYTES)  # [BYTES]
+    m_byte = o_byte < n_bytes
+    b_packed = tl.load(p_packed + o_byte, mask=m_byte, other=0).to(tl.int32)
+    # Blocks are even: both weights of a byte share their scale. Flat on purpose: as tiles of [blocks, bytes], blocks of
+    # 256 in float16 were compiled to a misaligned access by Triton 3.6.
+    b_scale = tl.load(p_absmax + ((o_byte * 2) >> LOG_BLOCK), mask=m_byte, other=0.0)
+    b_high = tl.load(p_code + (b_packed >> 4)) * b_scale
+    b_low = tl.load(p_code + (b_packed & 15)) * b_scale
+    b_out = tl.interleave(b_high, b_low)  # [2 * BYTES]
+    o_out = i_program * (2 * BYTES) + tl.arange(0, 2 * BYTES)
+    tl.store(p_out + o_out, b_out.to(p_out.dtype.element_ty), mask=o_out < n)
 
 
 @triton.jit
@@ -66,20 +72,21 @@ def _quantize_kernel(p_in, p_packed, p_absmax, n, NF4: tl.constexpr, BLOCK: tl.c
         b_rank += (b_size > 0.8333333).to(tl.int32)
         # By magnitude the codes run 0 1 6 7 4 5 2 3: from the second pair on, pairs descend.
         b_code = tl.where(b_rank < 2, b_rank, (8 - (b_rank & 6)) + (b_rank & 1))
-        b_code += tl.where(b_scaled < 0, 8, 0)
+        b_code += tl.where(b_scaled <= -1.1754943508222875e-38, 8, 0)  # with fast math, what is smaller is zero
     b_pairs = tl.reshape(b_code, [ROWS, BLOCK // 2, 2])
     b_high, b_low = tl.split(b_pairs)  # [ROWS, BLOCK // 2] each
     o_out = i_row[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
-    tl.store(p_packed + o_out, ((b_high << 4) | b_low).to(tl.uint8), mask=o_out < (n + 1) // 2)
+    tl.store(p_packed + o_out, ((b_high << 4) | b_low).to(tl.uint8), mask=o_out < n - n // 2)
 
 
 def dequantize(packed: torch.Tensor, absmax: torch.Tensor, blocksize: int, quant_type: str, out: torch.Tensor) -> None:
     """packed: uint8 ``[(n + 1) // 2]``; absmax: float32 ``[ceil(n / blocksize)]``; out: contiguous, n elements."""
     n = out.numel()
-    rows = max(1, _VALUES // blocksize)
+    n_bytes = (n + 1) // 2
+    code = codebook_4bit(quant_type, out.device)
     with torch.cuda.device(out.device):
-        _dequantize_kernel[(triton.cdiv(n, rows * blocksize),)](
-            packed, absmax, codebook_4bit(quant_type, out.device), out, n, BLOCK=blocksize, ROWS=rows
+        _dequantize_kernel[(triton.cdiv(n_bytes, _BYTES),)](
+            packed, absmax, code, out, n_bytes, n, LOG_BLOCK=blocksize.bit_length() - 1, BYTES=_BYTES
         )
 
 

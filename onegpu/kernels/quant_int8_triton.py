@@ -14,9 +14,9 @@ def _dequantize_kernel(p_codes, p_absmax, p_out, K, BLOCK: tl.constexpr):
     i_row = tl.program_id(0).to(tl.int64)
     o_column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     m_column = o_column < K
-    b_scale = tl.load(p_absmax + i_row) * (1.0 / 127.0)
-    b_codes = tl.load(p_codes + i_row * K + o_column, mask=m_column, other=0)
-    tl.store(p_out + i_row * K + o_column, (b_codes.to(tl.float32) * b_scale).to(p_out.dtype.element_ty), mask=m_column)
+    b_codes = tl.load(p_codes + i_row * K + o_column, mask=m_column, other=0).to(tl.float32)
+    b_out = b_codes * tl.load(p_absmax + i_row) * (1.0 / 127.0)  # in the definition's order: the same last digit
+    tl.store(p_out + i_row * K + o_column, b_out.to(p_out.dtype.element_ty), mask=m_column)
 
 
 def dequantize(codes: torch.Tensor, absmax: torch.Tensor, out: torch.Tensor) -> None:

@@ -172,7 +172,8 @@ class Linear4bit(nn.Linear):
         table = None if self.nested_absmax is None else dynamic_map(self.absmax.device)
         nested = (self.nested_absmax, table, self.nested_offset)
         weight = self.weight
-        if weight.quant_state is None:  # FSDP rebuilds parameters without it; the buffers still know
+        if isinstance(weight, Params4bit) and weight.quant_state is None:
+            # FSDP rebuilds parameters without it; the buffers still know.
             weight.quant_state = self._state_from_buffers()
         return Packed4bit(weight.data, self.absmax, blocksize, quant_type, shape, *nested)
 
