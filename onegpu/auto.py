@@ -22,6 +22,7 @@ from transformers.initialization import no_init_weights
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from onegpu.arguments import Request, check_path, checkpoint_dtype, translate
+from onegpu.convert.dequantize import leave_new_layers
 from onegpu.convert.session import Session, loading
 from onegpu.errors import ArgumentError, CheckpointError, bad_argument
 from onegpu.formats.bitsandbytes import Settings
@@ -103,6 +104,8 @@ def load(from_pretrained: Any, path: Any, model_args: tuple[Any, ...], kwargs: d
         if session is not None and session.errors:
             raise session.errors[0] from error
         raise _explain(error, path) from error
+    if session is not None:
+        session.report.leave(leave_new_layers(model), "new: not in the checkpoint")
     noted = session.scales if session is not None else []
     verify_loaded(model, info, str(path), strict=request.strict, allow_mismatch=wants_mismatch, noted=noted)
     placement = session.placement if session is not None else placement

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from onegpu.convert.quantized import original_linear
+from onegpu.convert.quantized import float_linear, holds_codes, original_linear
 from onegpu.convert.swap import stack_to_parameter, swap_module
 from onegpu.nn import Linear4bit, Linear8bitLt
 from onegpu.nn.experts import ExpertStack
@@ -24,6 +24,28 @@ def dequantize_modules(model: Any, dtype: torch.dtype) -> list[str]:
             stack_to_parameter(model, name, module.dequantize().to(dtype))
             names.append(name)
     return names
+
+
+def leave_new_layers(model: Any) -> list[str]:
+    """Give back the float layers that were to be quantised and of which the checkpoint has no weight. Their names.
+
+    transformers has initialised them (a base model's pooler, where the file is of a model without one): they are there
+    to be trained, and codes cannot be.
+    """
+    new = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (Linear4bit, Linear8bitLt))
+        and not holds_codes(module)
+        and not getattr(module, "has_fp16_weights", False)
+    ]
+    for name in new:
+        swap_module(model, name, float_linear(model.get_submodule(name)))
+    if new and (quantizer := getattr(model, "hf_quantizer", None)) is not None:
+        # Saved, they are floats: the list that config.json gets has to say so, and takes the place of the default one.
+        config = model.config.quantization_config
+        config.llm_int8_skip_modules = [*(config.llm_int8_skip_modules or quantizer.default_skips), *new]
+    return new
 
 
 def compatible_state_dict(model: Any) -> dict[str, Any]:

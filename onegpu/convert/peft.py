@@ -12,6 +12,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
+from onegpu.convert.quantized import holds_codes
 from onegpu.kernels.quant_int8 import dequantize_rows
 from onegpu.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 
@@ -44,7 +45,7 @@ class QuantizedLoraLinear(LoraLinear):  # type: ignore[misc,unused-ignore]  # wh
             ValueError: the sum is not finite. Nothing has changed then.
         """
         base: Any = self.get_base_layer()
-        if not _holds_codes(base):  # floats; also the stand-in below, since PEFT's merging calls itself
+        if not holds_codes(base):  # floats; also the stand-in below, since PEFT's merging calls itself
             super().merge(safe_merge, adapter_names)
             return
         names = [name for name in check_adapters_to_merge(self, adapter_names) or () if name in self.lora_A]
@@ -63,7 +64,7 @@ class QuantizedLoraLinear(LoraLinear):  # type: ignore[misc,unused-ignore]  # wh
     def unmerge(self) -> None:
         """Put the codes and the bias back that were there before the first merge, bit for bit."""
         base: Any = self.get_base_layer()
-        if self._unmerged is None or not _holds_codes(base):
+        if self._unmerged is None or not holds_codes(base):
             super().unmerge()
             return
         _set(base, self._unmerged["weight"].to(base.weight.device), self._unmerged["bias"])
@@ -97,12 +98,6 @@ class QuantizedLoraLinear(LoraLinear):  # type: ignore[misc,unused-ignore]  # wh
                 "cannot hold. Train the adapter again, or merge it into the float model."
             )
         return _quantize(base, weight), None if base.bias is None else stand_in.bias.data
-
-
-def _holds_codes(base: Any) -> bool:
-    if isinstance(base, Linear4bit):
-        return base.weight.bnb_quantized
-    return isinstance(base, Linear8bitLt) and base.weight.dtype == torch.int8
 
 
 def _codes(base: Linear4bit | Linear8bitLt) -> Params4bit | Int8Params:

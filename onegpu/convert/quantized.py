@@ -170,19 +170,34 @@ def quantized_experts(parameter: torch.Tensor, names: tuple[str, ...], settings:
         return ExpertStack4bit(shape, parameter.dtype, names, settings.quant_type, settings.double_quant, storage)
 
 
+def holds_codes(module: object) -> bool:
+    """Whether ``module`` is a quantised layer whose weight is codes: not one that still holds floats."""
+    if isinstance(module, Linear4bit):
+        return bool(getattr(module.weight, "bnb_quantized", False))
+    return isinstance(module, Linear8bitLt) and module.weight.dtype == torch.int8
+
+
 def original_linear(module: Linear4bit | Linear8bitLt, dtype: torch.dtype) -> nn.Module:
     """The float layer again, of the class it was made from: weight dequantised to ``dtype``, bias as it is."""
+    return _as_source(module, module.dequantize(dtype), learns=False)
+
+
+def float_linear(module: Linear4bit | Linear8bitLt) -> nn.Module:
+    """The float layer again, from one that never got codes: with the weight that it holds, to be trained."""
+    return _as_source(module, module.weight.data.as_subclass(torch.Tensor), learns=True)
+
+
+def _as_source(module: Linear4bit | Linear8bitLt, weight: torch.Tensor, learns: bool) -> nn.Module:
     source = getattr(module, "source_cls", nn.Linear)
-    weight = module.dequantize(dtype)
     transposed = not issubclass(source, nn.Linear)
     with torch.device("meta"):
         if transposed:
             new = source(module.out_features, module.in_features)
         else:
             new = source(module.in_features, module.out_features, bias=module.bias is not None)
-    new.weight = nn.Parameter(weight.t().contiguous() if transposed else weight, requires_grad=False)
+    new.weight = nn.Parameter(weight.t().contiguous() if transposed else weight, requires_grad=learns)
     if module.bias is not None:
-        new.bias = nn.Parameter(module.bias.data.to(dtype), requires_grad=module.bias.requires_grad)
+        new.bias = nn.Parameter(module.bias.data.to(weight.dtype), requires_grad=learns or module.bias.requires_grad)
     elif transposed:
-        new.bias = nn.Parameter(torch.zeros(module.out_features, dtype=dtype, device=weight.device))
+        new.bias = nn.Parameter(torch.zeros(module.out_features, dtype=weight.dtype, device=weight.device))
     return new.train(module.training)

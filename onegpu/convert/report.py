@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 
@@ -35,6 +36,11 @@ class Report:
     def left(self) -> list[Change]:
         """What was not, each with the reason."""
         return [change for change in self.changes if change.after is None]
+
+    def leave(self, names: Iterable[str], reason: str) -> None:
+        """Note that what was changed under these ``names`` is what it was again."""
+        gone = set(names)
+        self.changes = [replace(c, after=None, reason=reason) if c.name in gone else c for c in self.changes]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types: action, changes, notes."""

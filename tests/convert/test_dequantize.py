@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from onegpu import optimize
+from onegpu import AutoModel, optimize
 from onegpu.convert.dequantize import (
     compatible_state_dict,
     dequantize_modules,
@@ -55,3 +55,18 @@ def test_the_compatible_state_dict(model_type, some, kind):
     assert (set(state) == floats) == (not some)
     if model_type == "mixtral":
         assert state["model.layers.0.mlp.experts.down_proj"].shape == (4, 64, 112)
+
+
+@pytest.mark.parametrize("options", [{"load_in_4bit": True}, {"load_in_8bit": True}])
+def test_a_layer_that_the_checkpoint_does_not_have_is_made_of_floats(tiny, tmp_path, options):
+    """A base model from the file of one without a pooler: the new layer is there to be trained, as codes cannot be."""
+    model = AutoModel.from_pretrained(tiny("bert"), **options)
+    assert type(model.pooler.dense) is nn.Linear and model.pooler.dense.weight.requires_grad
+    assert model.config.quantization_config.llm_int8_skip_modules[-1] == "pooler.dense"
+    ids = torch.tensor([[5, 6, 7]])
+    output = model(input_ids=ids)
+    assert output.pooler_output.isfinite().all()
+    model.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path)
+    torch.testing.assert_close(again(input_ids=ids).pooler_output, output.pooler_output, rtol=1e-5, atol=1e-5)
+    assert type(again.encoder.layer[0].output.dense) is type(model.encoder.layer[0].output.dense) is not nn.Linear
