@@ -17,6 +17,8 @@ from tests import structure
 ROOT = Path(onegpu.__file__).parents[1]
 Check = Callable[[Path], list[str]]
 
+# The rule asks for a test beside each source, not for a source behind each test: tests/ecosystem/ has none, since what
+# it tests is other people's packages on our models (PEFT, Trainer, sentence-transformers, …), each across many sources.
 # Sources whose tests stand in another file than the mirror's. Each with its reason; new code has no need to be here.
 TESTED_ELSEWHERE: dict[str, str] = {}
 

@@ -210,6 +210,11 @@ def test_olora_changes_the_base_through_its_own_class(kind):
     assert not model(torch.randn(2, 64)).isnan().any()
 
 
+def test_pissa_is_refused_as_on_bitsandbytes():
+    with pytest.raises(TypeError, match="PiSSA"):
+        adapted(layer("nf4"), init_lora_weights="pissa")
+
+
 def test_other_layers_are_left_to_peft():
     from onegpu.convert.peft import QuantizedLoraLinear
 

@@ -1,4 +1,4 @@
-"""sentence-transformers on quantised encoders: the real all-MiniLM-L6-v2, whose embeddings are to stay what they are."""
+"""sentence-transformers on quantised encoders: the real all-MiniLM-L6-v2, whose embeddings must not move."""
 
 from __future__ import annotations
 
