@@ -121,7 +121,7 @@ def test_torch_compile_has_one_graph_and_the_same_logits(tiny, model_type, kind,
 def test_torch_compile_trains_an_adapter(tiny, kind):
     peft = pytest.importorskip("peft")
     torch.compiler.reset()
-    model = load(tiny, "llama", kind)
+    model = onegpu.AutoModelForCausalLM.from_pretrained(tiny("llama", num_hidden_layers=1), **FORMATS[kind])
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     model = peft.get_peft_model(model, config)
 
@@ -131,7 +131,7 @@ def test_torch_compile_trains_an_adapter(tiny, kind):
         return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
     plain, compiled = gradients(model), gradients(torch.compile(model, backend="aot_eager"))
-    assert len(plain) == len(compiled) == 8
+    assert len(plain) == len(compiled) == 4
     for left, right in zip(compiled, plain, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
     torch.compiler.reset()
