@@ -1,0 +1,43 @@
+"""The int8 Triton kernel compiles everywhere within limits and gives the definition's values to the last digit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from onegpu.kernels import quant_int8
+from tests.triton_tools import ARCHITECTURES, SHARED_MEMORY_LIMIT, compiled, interpret, needs_triton
+
+
+@needs_triton
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_compiles_within_the_limits(architecture: int) -> None:
+    from onegpu.kernels import quant_int8_triton as kernels
+
+    arguments = {"p_codes": "*i8", "p_absmax": "*fp32", "p_out": "*bf16", "K": "i32"}
+    kernel = compiled(kernels._dequantize_kernel, arguments, {"BLOCK": 2048}, architecture)
+    assert kernel.metadata.shared <= SHARED_MEMORY_LIMIT
+
+
+@needs_triton
+def test_dequantises_what_the_definition_does() -> None:
+    interpret(
+        """
+        from onegpu.kernels import quant_int8, quant_int8_triton
+        for dtype in (torch.float16, torch.float32):
+            for shape in ((5, 2100), (1, 1), (3, 4, 64)):
+                codes, maxima, _ = quant_int8._quantize(torch.randn(shape).half(), 0.0)
+                maxima = maxima.view(shape[:-1])
+                out = torch.full(shape, float("nan"), dtype=dtype)
+                quant_int8_triton.dequantize(codes, maxima, out)
+                assert torch.equal(out, quant_int8._dequantize(codes, maxima, dtype)), (dtype, shape)
+        """
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_on_a_gpu_it_dequantises_what_the_definition_does(dtype: torch.dtype) -> None:
+    codes, maxima, _ = quant_int8._quantize(torch.randn(300, 2100, device="cuda").half(), 0.0)
+    values = quant_int8.dequantize_rows(codes, maxima, dtype)
+    assert torch.equal(values, quant_int8._dequantize(codes, maxima, dtype))

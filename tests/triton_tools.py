@@ -1,0 +1,39 @@
+"""Triton without a GPU: compile a kernel for an architecture, or run it in the interpreter in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed here")
+ARCHITECTURES = [80, 86, 89, 90, 100]
+SHARED_MEMORY_LIMIT = 99 * 1024  # what a block may have on every one of them
+
+
+def compiled(
+    kernel: Any, arguments: dict[str, str], constants: dict[str, Any], architecture: int, **options: int
+) -> Any:
+    """The compiled kernel; its pointers are taken as 16-byte aligned."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(arguments.values()) if kind.startswith("*")}
+    source = ASTSource(kernel, {**arguments, **dict.fromkeys(constants, "constexpr")}, constants, aligned)
+    return compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+def interpret(snippet: str) -> None:
+    """Run ``snippet`` with Triton's interpreter; it sees ``torch`` and ``F`` (onegpu.functional). Fails as it fails."""
+    code = "import contextlib, torch\ntorch.cuda.device = lambda _: contextlib.nullcontext()\n"
+    code += "import onegpu.functional as F\ntorch.manual_seed(0)\n" + textwrap.dedent(snippet)
+    root = str(Path(__file__).resolve().parent.parent)
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": root}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stderr[-3000:]
