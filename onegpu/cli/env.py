@@ -109,9 +109,9 @@ def page(facts: dict[str, Any]) -> str:
     if not facts["gpus"]:
         lines.append("GPU           none")
     lines += ["", "packages"]
-    lines += [f"  {name:<22}{version or 'not installed'}" for name, version in facts["packages"].items()]
+    lines += [f"  {name:<25}{version or 'not installed'}" for name, version in facts["packages"].items()]
     lines += ["", "kernels"]
-    lines += [f"  {name:<22}{implementation}" for name, implementation in facts["kernels"].items()]
+    lines += [f"  {name:<25}{implementation}" for name, implementation in facts["kernels"].items()]
     lines += ["", "missing"]
     lines += [f"  {sentence}" for sentence in facts["missing"]] or ["  nothing"]
     return "\n".join(lines)
