@@ -95,7 +95,7 @@ def _check_finite(model: Any, targets: list[Target], settings: Settings) -> None
     for target, extreme in zip(targets, extremes, strict=True):
         value = extreme.item()
         if not value <= limit or value == float("inf"):
-            reason = f"past float16's {limit:.0f}" if limit < value < float("inf") else "NaN or infinity"
+            reason = f"values past float16's {limit:.0f}" if limit < value < float("inf") else "NaN or infinity"
             raise bad_argument("model", type(model).__name__, f"has {reason} in {target.name}", "correct its weights")
 
 
