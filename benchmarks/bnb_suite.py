@@ -102,6 +102,8 @@ def run(
         # `tests` is theirs, and onegpu's checkout, which has a folder of that name, comes after it.
         path = os.pathsep.join(map(str, [shim, DATA, ROOT] if ours else [DATA, ROOT]))
         variables = {"PYTHONPATH": path, "BNB_TEST_DEVICE": device, "PYTHONDONTWRITEBYTECODE": "1"}
+        # Each process would start a thread for every core: nine times slower with two of them on two cores.
+        variables["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
         process = subprocess.run(command, cwd=DATA, env={**os.environ, **variables})
         if process.returncode not in (0, 1) or not results.is_file():
             raise SourceError(f"pytest ended with code {process.returncode}: see its output above")

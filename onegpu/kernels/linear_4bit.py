@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from onegpu.kernels.autocast import autocast_input
+from onegpu.kernels.codebooks import dynamic_map
 from onegpu.kernels.library import define, has_triton
 
 from . import quant_4bit, quant_blockwise  # noqa: F401  (the ops that the definition calls)
@@ -25,7 +26,8 @@ class Packed4bit(NamedTuple):
     """A 4-bit matrix as kernels take it.
 
     weight: packed codes, ``[(N*K+1)//2, 1]`` of the storage dtype. absmax: float32 scales, or uint8 codes of them when
-    the last three fields are set. shape: ``(N, K)``.
+    nested_absmax is set. shape: ``(N, K)``. nested_code: their value table; None is the dynamic map, looked up inside
+    the op, where torch.compile does not follow.
     """
 
     weight: torch.Tensor
@@ -42,8 +44,9 @@ class Packed4bit(NamedTuple):
         """The float32 scales, shape ``[ceil(N*K/blocksize)]``."""
         if self.nested_absmax is None:
             return self.absmax
+        code = dynamic_map(self.absmax.device) if self.nested_code is None else self.nested_code
         dequantize = torch.ops.onegpu.dequantize_blockwise
-        plain = dequantize(self.absmax, self.nested_absmax, self.nested_code, self.nested_blocksize, torch.float32)
+        plain = dequantize(self.absmax, self.nested_absmax, code, self.nested_blocksize, torch.float32)
         return plain + self.offset  # type: ignore[no-any-return]
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:

@@ -169,8 +169,7 @@ class Linear4bit(nn.Linear):
         """Codes and scales as kernels take them."""
         blocksize, quant_type, _ = self._facts()
         shape = (self.out_features, self.in_features)
-        table = None if self.nested_absmax is None else dynamic_map(self.absmax.device)
-        nested = (self.nested_absmax, table, self.nested_offset)
+        nested = (self.nested_absmax, None, self.nested_offset)  # the format's own table
         weight = self.weight
         if isinstance(weight, Params4bit) and weight.quant_state is None:
             # FSDP rebuilds parameters without it; the buffers still know.

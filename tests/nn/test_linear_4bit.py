@@ -244,3 +244,12 @@ def test_a_weight_that_lost_its_state_gets_it_back_at_the_next_forward(device: s
     wanted, state = layer(x), layer.weight.quant_state
     layer.weight.quant_state = None
     assert torch.equal(layer(x), wanted) and layer.weight.quant_state == state
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_forward_is_one_graph(device: str, nested: bool) -> None:
+    """No C++ compiler needed: Inductor's own cases are among bitsandbytes' tests (`benchmarks.bnb_suite --compile`)."""
+    layer, x = make(device, nested), activations((3, 66), torch.float32, device)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(x), layer(x))
