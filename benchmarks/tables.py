@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -124,29 +125,31 @@ def commands(rows: list[Row]) -> str:
 
 
 def bnb_suite(rows: list[Row]) -> str:
-    """bitsandbytes' own tests on onegpu: counts a file, then what was different and what was left out."""
-    lines, reasons = [], []
-    for row in rows:
-        ours, theirs = row["ours"], row["theirs"]
-        counts = [ours["passed"], ours["failed"], *(sum(ours[kind].values()) for kind in ("excluded", "skipped"))]
-        lines.append([f"`{row['case']}.py`", *map(str, counts), str(theirs["passed"]) if theirs else "–"])
-    totals = [str(sum(int(line[column]) for line in lines)) for column in range(1, 5)]
-    peer = str(sum(row["theirs"]["passed"] for row in rows)) if all(row["theirs"] for row in rows) else "–"
+    """bitsandbytes' own tests on onegpu: counts by file, then what was different and what was left out."""
+    kinds = ("excluded", "skipped")
+    counts = {
+        f"`{row['case']}.py`": [
+            row["ours"]["passed"],
+            row["ours"]["failed"],
+            *(sum(row["ours"][kind].values()) for kind in kinds),
+            *([row["theirs"]["passed"]] if row["theirs"] else []),
+        ]
+        for row in rows
+    }
+    head = ["on " + rows[0]["environment"]["device"], "pass", "fail", "not run", "skip themselves"]
+    head += ["bitsandbytes passes"] if all(row["theirs"] for row in rows) else []
+    lines = {**counts, "all": [sum(column) for column in zip(*counts.values(), strict=False)]}
+    table = markdown(head, [[name, *(f"{n:,}" for n in numbers[: len(head) - 1])] for name, numbers in lines.items()])
+    reasons = []
     for kind, word in (("different", "fail"), ("excluded", "not run")):
-        counted: dict[str, int] = {}
+        total: Counter[str] = Counter()
         for row in rows:
-            for why, count in row["ours"][kind].items():
-                counted[why] = counted.get(why, 0) + count
-        reasons += [[f"{count} {word}", why] for why, count in counted.items()]
-    unexplained = sum(len(row["ours"]["unexplained"]) for row in rows)
-    if unexplained:
-        reasons.append([f"{unexplained} fail", "not explained: see the stored rows"])
-    device = rows[0]["environment"]["device"]
-    head = [f"on {device}", "pass", "fail", "not run", "skip themselves", "bitsandbytes passes"]
-    table = markdown(head, [*lines, ["all", *totals, peer]])
-    listed = "".join(f"| {count} | {why} |\n" for count, why in reasons)
-    commit = f"bitsandbytes at {rows[0]['suite_commit'][:7]}; "
-    return f"{table}\n| tests | why |\n| ---: | --- |\n{listed}\n<small>{commit}</small>{measured_on(rows[0])}"
+            total.update(row["ours"][kind])
+        reasons += [f"| {count} {word} | {why} |\n" for why, count in total.items()]
+    if unexplained := sum(len(row["ours"]["unexplained"]) for row in rows):
+        reasons.append(f"| {unexplained} fail | not explained: the stored rows have their messages |\n")
+    listed = "".join(["\n| tests | why |\n| ---: | --- |\n", *reasons] if reasons else [])
+    return f"{table}{listed}\nbitsandbytes at {rows[0]['suite_commit'][:7]}; {measured_on(rows)}"
 
 
 # Name in the pages -> results file, and how it reads. A device with no such file has no table.

@@ -47,6 +47,31 @@ def test_a_marked_table_is_replaced_and_the_rest_of_the_page_is_not(tmp_path: Pa
     assert tables.fill(new, tmp_path) == new
 
 
+def suite_row(case: str, theirs: dict[str, int] | None, **ours: object) -> dict[str, object]:
+    counts = {"passed": 1000, "failed": 0, "excluded": {}, "skipped": {}, "different": {}, "unexplained": {}, **ours}
+    row = {"benchmark": "bnb_suite", "case": case, "suite_commit": "abcdef0123", "ours": counts, "theirs": theirs}
+    return {**row, "environment": WHERE}
+
+
+def test_the_suite_is_counted_by_file_and_its_exceptions_by_reason(tmp_path: Path):
+    rows = [
+        suite_row("test_a", None, failed=3, different={"meant": 2}, unexplained={"t": "boom"}, excluded={"no": 4}),
+        suite_row("test_b", {"passed": 7}, failed=1, different={"meant": 1}, skipped={"slow": 5, "other": 6}),
+    ]
+    store_rows(tmp_path / "cpu" / "bnb_suite.jsonl", rows)
+    table = tables.render("bnb_suite", tmp_path)
+    assert (
+        "| `test_a.py` | 1,000 | 3 | 4 | 0 |\n| `test_b.py` | 1,000 | 1 | 0 | 11 |\n| all | 2,000 | 4 | 4 | 11 |"
+        in table
+    )
+    assert (
+        "| 3 fail | meant |\n| 4 not run | no |\n| 1 fail | not explained" in table
+        and "bitsandbytes at abcdef0" in table
+    )
+    store_rows(tmp_path / "cpu" / "bnb_suite.jsonl", [suite_row("test_a", {"passed": 5})])
+    assert "| all | 2,000 | 1 | 0 | 11 | 12 |" in tables.render("bnb_suite", tmp_path)
+
+
 def test_without_a_run_there_is_no_claim(tmp_path: Path):
     for name in tables.TABLES:
         assert tables.render(name, tmp_path) == "*No run is stored yet.*\n"
