@@ -17,10 +17,14 @@ COMPILED = r"torch_compile"
 
 
 class Cases(NamedTuple):
-    """Tests whose id the pattern is found in, on these devices, and why they are listed."""
+    """Tests whose id the pattern is found in, on these devices, and why they are listed.
+
+    message: found in what a test that is meant to fail says; if it fails with other words, it is broken.
+    """
 
     pattern: str
     why: str
+    message: str = ""
     devices: tuple[str, ...] = ("cpu", "cuda")
 
 
@@ -39,31 +43,38 @@ DIFFERENT: tuple[Cases, ...] = (
     Cases(
         r"test_linear8bitlt\.py::test_linear_serialization\[.*deserialize_before_cuda=T",
         "a quantised checkpoint loads into a Linear8bitLt that was not moved to a device yet; bitsandbytes refuses",
+        r"DID NOT RAISE",
     ),
     Cases(
         r"test_linear8bit_load_state_dict_raises_runtime_for_tied_weight",
         "the same error is raised, in other words than the test looks for",
+        r"Regex pattern did not match",
     ),
     Cases(
         r"test_params4bit_torch_chunk_split",
         "torch.chunk and torch.split of a Params4bit give plain tensors: to keep the class, every access to a weight "
         "would have to go through Python; Linear4bit restores class and state when such a tensor becomes its weight",
+        r"should preserve Params4bit",
     ),
     Cases(
         r"test_linear_kbit_fp32_bias",
         "forward casts a float32 bias for the product and leaves the parameter alone; bitsandbytes changes its dtype",
+        r"torch\.float32 == torch\.float16",
     ),
     Cases(
         r"test_4bit_linear_warnings",
         "no warning about a float32 compute dtype: with 16-bit inputs it is not slower here",
+        r"assert False",
     ),
     Cases(
         r"test_4bit_embedding_warnings",
         "no warning about row lengths: no row length makes a 4-bit embedding dequantise its whole table",
+        r"assert False",
     ),
     Cases(
         r"test_linear8bitlt_no_fp16_weights\[2\.0",
         "no list of outlier columns (`state.idx`): on a GPU no activation is rounded, so none is an outlier",
+        r"None is not None",
         ("cuda",),
     ),
 )
@@ -72,9 +83,12 @@ _EXCLUDED = "excluded: "
 _BROKEN = pytest.StashKey[bool]()
 
 
-def find(cases: tuple[Cases, ...], test: str, device: str) -> str | None:
-    """Why ``test`` is among ``cases`` on ``device``; None if it is not."""
-    return next((case.why for case in cases if device in case.devices and re.search(case.pattern, test)), None)
+def find(cases: tuple[Cases, ...], test: str, device: str, message: str = "") -> str | None:
+    """Why ``test`` (that failed with ``message``) is among ``cases`` on ``device``; None if it is not."""
+    for case in cases:
+        if device in case.devices and re.search(case.pattern, test) and re.search(case.message, message):
+            return case.why
+    return None
 
 
 def pytest_addoption(parser: Any) -> None:

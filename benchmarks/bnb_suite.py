@@ -122,7 +122,8 @@ def merged(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def summary(records: list[dict[str, Any]], device: str) -> dict[str, Any]:
     """The counts of one file."""
     by_outcome = Counter(record["outcome"] for record in records)
-    failed = [(record, find(DIFFERENT, record["test"], device)) for record in records if record["outcome"] == "failed"]
+    failures = [record for record in records if record["outcome"] == "failed"]
+    failed = [(record, find(DIFFERENT, record["test"], device, record["why"])) for record in failures]
     return {
         "passed": by_outcome["passed"],
         "failed": by_outcome["failed"],

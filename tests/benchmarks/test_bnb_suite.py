@@ -47,6 +47,7 @@ print(json.dumps([bnb.__file__, bnb.functional.QuantState.__module__, bnb.nn.mod
 def test_every_exception_has_a_reason_and_a_device(table: str):
     cases = TABLES[table]
     assert cases and len({case.pattern for case in cases}) == len(cases)
+    assert all(bool(case.message) == (table == "different") for case in cases)
     for case in cases:
         assert len(case.why) > 20 and case.devices and set(case.devices) <= {"cpu", "cuda"}
         re.compile(case.pattern)
@@ -73,7 +74,7 @@ def record(test: str, outcome: str, why: str = "") -> dict[str, Any]:
 
 
 def test_counts_of_a_run(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(bnb_suite, "DIFFERENT", (bnb_cases.Cases("::test_b", "meant to be so"),))
+    monkeypatch.setattr(bnb_suite, "DIFFERENT", (bnb_cases.Cases("::test_b", "meant to be so", r"1 == 2"),))
     records = [
         record("test_modules.py::test_a", "passed"),
         record("test_modules.py::test_b[x]", "failed", "assert 1 == 2"),
@@ -94,6 +95,11 @@ def test_counts_of_a_run(monkeypatch: pytest.MonkeyPatch):
     assert autograd["ours"]["unexplained"] == {"tests/test_autograd.py::test_e": "boom"}
     text = bnb_suite.report([modules, autograd])
     assert "test_modules: 1 passed, 1 failed, 1 excluded, 1 skipped" in text and "UNEXPLAINED" in text
+    # A listed test that fails in another way is not explained by the list.
+    (row,) = bnb_suite.rows_of(
+        [record("test_modules.py::test_b[x]", "failed", "a crash")], None, {"driver": None}, "0123"
+    )
+    assert list(row["ours"]["unexplained"].values()) == ["a crash"] and not row["passed"]
     # A listed test that passes is not counted as different.
     (row,) = bnb_suite.rows_of([record("test_modules.py::test_b[x]", "passed")], records, {"driver": None}, "0123")
     assert row["ours"]["different"] == {} and row["theirs"] == {"passed": 1, "failed": 1}
