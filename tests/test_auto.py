@@ -63,10 +63,10 @@ def test_every_auto_class_of_transformers_is_here():
         if isinstance(theirs, type) and issubclass(theirs, _BaseAutoModelClass):
             assert issubclass(ours, theirs) and ours is not theirs and ours is getattr(onegpu, name)
             assert "load_in_4bit" in ours.from_pretrained.__doc__ and ours.__name__ == name
-        elif theirs is getattr(transformers, name):
+        elif "Placeholder" in repr(theirs):  # transformers' own for a package that is not installed, made anew at times
+            assert repr(ours) == repr(theirs)
+        else:
             assert ours is theirs
-        else:  # made anew at each look: a placeholder for what needs a package that is not installed
-            assert (ours.__name__, ours.__module__) == (theirs.__name__, theirs.__module__)
     assert onegpu.BitsAndBytesConfig is transformers.BitsAndBytesConfig
 
 
