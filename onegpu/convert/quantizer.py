@@ -29,6 +29,7 @@ from onegpu.convert.session import current
 from onegpu.errors import CheckpointError, bad_argument
 from onegpu.formats.bitsandbytes import ENDINGS_4BIT, ENDINGS_8BIT, Settings
 from onegpu.formats.checkpoint import read_headers
+from onegpu.hardware import free_host_bytes
 from onegpu.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from onegpu.nn.experts import ExpertStack
 from onegpu.placement.device_map import Weights, Wish, place
@@ -129,7 +130,7 @@ class OneGPUQuantizer(HfQuantizer):
         self._model = model
         self._shapes = {name: p.shape for name, p in model.named_parameters() if not isinstance(p, _CODES)}
         if torch.cuda.is_available():
-            session.prefault.start(checkpoint_files or ())
+            session.prefault.start(checkpoint_files or (), free_host_bytes())
 
     def _place(self, model: Any, device_map: Any) -> None:
         """Decide where everything goes, and write it into the map that transformers already holds."""

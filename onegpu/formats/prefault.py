@@ -26,11 +26,16 @@ class Prefault:
         self._thread: threading.Thread | None = None
         self.populated = 0  # bytes, for tests
 
-    def start(self, files: Iterable[str | Path]) -> None:
-        """Begin to watch for mappings of ``files``."""
+    def start(self, files: Iterable[str | Path], room: int | None = None) -> None:
+        """Begin to watch for mappings of ``files``, if half of ``room`` bytes of memory (None: no limit) holds them.
+
+        Of files larger than memory, pages filled ahead would be dropped again before the loader comes to them.
+        """
         if not sys.platform.startswith("linux") or self._thread is not None:
             return
         paths = {str(Path(file).resolve()) for file in files}
+        if room is not None and sum(Path(path).stat().st_size for path in paths) > room // 2:
+            return
         self._thread = threading.Thread(target=self._run, args=(paths,), name="onegpu-prefault", daemon=True)
         self._thread.start()
 

@@ -62,3 +62,13 @@ def test_files_of_others_are_left_alone(tmp_path: Path) -> None:
         prefault.start([ours])
         time.sleep(0.1)
     assert prefault.populated == 0
+
+
+def test_files_that_memory_does_not_hold_twice_are_left_to_the_loader(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(1 << 20))
+    with Prefault() as prefault:
+        prefault.start([path], room=(2 << 20) - 2)
+        assert not any(thread.name == "onegpu-prefault" for thread in threading.enumerate())
+        prefault.start([path], room=2 << 20)
+        assert any(thread.name == "onegpu-prefault" for thread in threading.enumerate())
