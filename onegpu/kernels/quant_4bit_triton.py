@@ -24,7 +24,7 @@ def _dequantize_kernel(p_packed, p_absmax, p_code, p_out, n_bytes, n, LOG_BLOCK:
     m_byte = o_byte < n_bytes
     b_packed = tl.load(p_packed + o_byte, mask=m_byte, other=0).to(tl.int32)
     # Blocks are even: both weights of a byte share their scale. Flat on purpose: as tiles of [blocks, bytes], blocks of
-    # 256 in float16 were compiled to a misaligned access by Triton 3.6.
+    # 256 in float16 ended in a misaligned access on an H200 with Triton 3.6 (docs/worklog.md).
     b_scale = tl.load(p_absmax + ((o_byte * 2) >> LOG_BLOCK), mask=m_byte, other=0.0)
     b_high = tl.load(p_code + (b_packed >> 4)) * b_scale
     b_low = tl.load(p_code + (b_packed & 15)) * b_scale
