@@ -23,9 +23,11 @@ from torch.autograd.function import once_differentiable
 
 from onegpu.errors import bad_argument
 from onegpu.kernels.autocast import autocast_dtype
-from onegpu.kernels.library import define
+from onegpu.kernels.library import define, has_triton
 
-IMPLEMENTATIONS = ("auto", "definition", "portable", "hopper")
+IMPLEMENTATIONS = ("auto", "definition", "portable")
+_KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_MAX_HEAD_DIM = 256  # of the kernels
 
 
 class Options(NamedTuple):
@@ -154,18 +156,70 @@ def _backward_fake(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+def _implementation(q: torch.Tensor, v: torch.Tensor, options: Options) -> str:
+    """What serves these inputs on a GPU: the name that was asked for, or the best for "auto"."""
+    kernel = has_triton() and q.dtype in _KERNEL_DTYPES and max(q.shape[-1], v.shape[-1]) <= _MAX_HEAD_DIM
+    kernel = kernel and options.scale > 0 and q.numel() > 0 and v.numel() > 0
+    if options.implementation == "auto":
+        return "portable" if kernel else "definition"
+    if options.implementation != "definition" and not kernel:
+        fix = "Use float16, bfloat16 or float32, head dims up to 256 and a positive scale, or leave it out"
+        raise bad_argument("implementation", options.implementation, "cannot serve these inputs", fix)
+    return options.implementation
+
+
+def _readable(x: torch.Tensor) -> torch.Tensor:
+    """What the kernels read: the head dim side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _forward_cuda(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    options = Options(*rest)
+    if _implementation(q, v, options) == "definition":
+        return _forward(q, k, v, *rest)
+    from onegpu.kernels import attention_triton
+
+    out, lse = _forward_fake(q, k, v, *rest)
+    attention_triton.forward(_readable(q), _readable(k), _readable(v), out, lse, *rest[:-2])
+    return out, lse
+
+
+def _backward_cuda(
+    grad: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    out: torch.Tensor, lse: torch.Tensor, deterministic: bool, *rest: Any,
+) -> _Gradients:  # fmt: skip
+    options = Options(*rest)
+    if _implementation(q, v, options) == "definition":
+        return _backward(grad, grad_lse, q, k, v, out, lse, deterministic, *rest)
+    from onegpu.kernels import attention_triton_backward
+
+    gradients = _backward_fake(grad, grad_lse, q, k, v)
+    if options.cu_seqlens_q is not None:  # the kernels write the rows of sequences only
+        for x in gradients:
+            x.zero_()
+    if grad_lse is not None:
+        grad_lse = grad_lse.contiguous()
+    grad, q, k, v = (_readable(x) for x in (grad, q, k, v))
+    attention_triton_backward.backward(grad, grad_lse, q, k, v, out, lse, gradients, *rest[:-1])
+    return gradients
+
+
 _OPTIONS = (
     "float scale, SymInt left, SymInt right, Tensor? q_range, Tensor? k_range, Tensor? cu_seqlens_q, "
     "Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, str implementation"
 )
 define(
-    f"attention_forward(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor out, Tensor lse)", _forward, _forward_fake
+    f"attention_forward(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor out, Tensor lse)",
+    _forward,
+    _forward_fake,
+    cuda=_forward_cuda,
 )
 define(
     "attention_backward(Tensor grad, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     f"bool deterministic, {_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv)",
     _backward,
     _backward_fake,
+    cuda=_backward_cuda,
 )
 
 
