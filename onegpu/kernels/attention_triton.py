@@ -173,9 +173,8 @@ def forward_kernel(p_q, p_k, p_v, p_o, p_lse, p_q_range, p_k_range, p_cu_q, p_cu
                 tl.store(p_lse + i_h.to(tl.int64) * S_q + o_s, tl.full([BM], -float("inf"), tl.float32), mask=m_s)
             return
     i_q, n_q, i_k, n_k = lengths(p_q_range, p_k_range, p_cu_q, p_cu_k, i_b, S_q, S_k)
-    if PACKED:
-        if i_m >= n_q:
-            return
+    if PACKED and i_m >= n_q:
+        return
     o_s, m_store = positions(o_m, i_q, n_q, S_q, PACKED)
     o_s = o_s.to(tl.int64)
     m_m = o_m < n_q
@@ -253,6 +252,6 @@ def forward(
         )  # fmt: skip
 
 
-def strides(x: torch.Tensor) -> tuple[int, int, int]:
+def strides(x: torch.Tensor) -> tuple[int, ...]:
     """(batch, row, head) strides; the batch stride of a packed tensor is 0."""
     return (0, *x.stride()[:2]) if x.ndim == 3 else x.stride()[:3]

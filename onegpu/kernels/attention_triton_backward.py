@@ -1,9 +1,9 @@
 """The portable attention backward, in Triton: three kernels without atomics, so the same bits on every run.
 
-`rows_kernel` makes of each row its log-sum-exp in base 2 and ``delta = rowsum(O * dO)``; `keys_kernel` walks the queries
-that see a block of keys and sums dK and dV, over the query heads of a group too; `queries_kernel` walks the keys that a
-block of queries sees and sums dQ. All sums are float32. The scores are made twice: 7 products for 5, and nothing is
-added up in memory. Compiled with Triton 3.6 and 3.7.
+`rows_kernel` makes of each row its log-sum-exp in base 2 and ``delta = rowsum(O * dO)``; `keys_kernel` walks the
+queries that see a block of keys and sums dK and dV, over the query heads of a group too; `queries_kernel` walks the
+keys that a block of queries sees and sums dQ. All sums are float32. The scores are made twice: 7 products for 5, and
+nothing is added up in memory. Compiled with Triton 3.6 and 3.7.
 """
 
 from __future__ import annotations
@@ -136,9 +136,8 @@ def keys_kernel(p_q, p_k, p_v, p_do, p_rows, p_dk, p_dv, p_q_range, p_k_range, p
     i_b = tl.program_id(0) // n_m // HK
     i_row = i_b.to(tl.int64) * (0 if PACKED else 1)
     i_q, n_q, i_k, n_k = lengths(p_q_range, p_k_range, p_cu_q, p_cu_k, i_b, S_q, S_k)
-    if PACKED:
-        if i_n >= n_k:
-            return
+    if PACKED and i_n >= n_k:
+        return
     o_n = i_n + tl.arange(0, BN)
     m_n = o_n < n_k
     o_s, m_store = positions(o_n, i_k, n_k, S_k, PACKED)
@@ -165,14 +164,14 @@ def keys_kernel(p_q, p_k, p_v, p_do, p_rows, p_dk, p_dv, p_q_range, p_k_range, p
         p_doh = p_do + i_row * do_b + i_h * do_h + i_q * do_s
         p_rowsh = p_rows + (i_row * H + i_h) * S_q + i_q
         b_dk, b_dk2, b_dv, b_dv2 = _queries(
-            b_dk, b_dk2, b_dv, b_dv2, b_k, b_k2, b_v, b_v2, p_qh, p_doh, p_rowsh, n, q_s, do_s, i_lo, i_a, n_q, n_k, o_n,
-            n_k - n_q, scale_log2, left, right, True, LEFT, RIGHT, D, D1, D2, DV, DV1, DV2, BM)  # fmt: skip
+            b_dk, b_dk2, b_dv, b_dv2, b_k, b_k2, b_v, b_v2, p_qh, p_doh, p_rowsh, n, q_s, do_s, i_lo, i_a, n_q, n_k,
+            o_n, n_k - n_q, scale_log2, left, right, True, LEFT, RIGHT, D, D1, D2, DV, DV1, DV2, BM)  # fmt: skip
         b_dk, b_dk2, b_dv, b_dv2 = _queries(
             b_dk, b_dk2, b_dv, b_dv2, b_k, b_k2, b_v, b_v2, p_qh, p_doh, p_rowsh, n, q_s, do_s, i_a, i_z, n_q, n_k, o_n,
             n_k - n_q, scale_log2, left, right, False, LEFT, RIGHT, D, D1, D2, DV, DV1, DV2, BM)  # fmt: skip
         b_dk, b_dk2, b_dv, b_dv2 = _queries(
-            b_dk, b_dk2, b_dv, b_dv2, b_k, b_k2, b_v, b_v2, p_qh, p_doh, p_rowsh, n, q_s, do_s, i_z, i_hi, n_q, n_k, o_n,
-            n_k - n_q, scale_log2, left, right, True, LEFT, RIGHT, D, D1, D2, DV, DV1, DV2, BM)  # fmt: skip
+            b_dk, b_dk2, b_dv, b_dv2, b_k, b_k2, b_v, b_v2, p_qh, p_doh, p_rowsh, n, q_s, do_s, i_z, i_hi, n_q, n_k,
+            o_n, n_k - n_q, scale_log2, left, right, True, LEFT, RIGHT, D, D1, D2, DV, DV1, DV2, BM)  # fmt: skip
     p_dk += (i_row * S_k * HK + i_hk) * D
     p_dv += (i_row * S_k * HK + i_hk) * DV
     store(p_dk, o_s, HK * D, m_store, b_dk * scale, b_dk2 * scale, D, D1, D2)
@@ -211,8 +210,8 @@ def _keys(b_dq, b_dq2, b_q, b_q2, b_do, b_do2, b_lse, b_delta, p_k, p_v, k_s, v_
 
 
 @triton.jit(do_not_specialize=[*_COUNTS, "n"])
-def queries_kernel(p_q, p_k, p_v, p_do, p_rows, p_dq, p_q_range, p_k_range, p_cu_q, p_cu_k, q_b, q_s, q_h, k_b, k_s, k_h,
-                   v_b, v_s, v_h, do_b, do_s, do_h, B, H, G, S_q, S_k, n_m, n, scale, scale_log2, left, right,
+def queries_kernel(p_q, p_k, p_v, p_do, p_rows, p_dq, p_q_range, p_k_range, p_cu_q, p_cu_k, q_b, q_s, q_h, k_b, k_s,
+                   k_h, v_b, v_s, v_h, do_b, do_s, do_h, B, H, G, S_q, S_k, n_m, n, scale, scale_log2, left, right,
                    LEFT: tl.constexpr, RIGHT: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
                    DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, BM: tl.constexpr,
                    BN: tl.constexpr):  # fmt: skip
@@ -225,9 +224,8 @@ def queries_kernel(p_q, p_k, p_v, p_do, p_rows, p_dq, p_q_range, p_k_range, p_cu
     i_b = tl.program_id(0) // n_m // H
     i_row = i_b.to(tl.int64) * (0 if PACKED else 1)
     i_q, n_q, i_k, n_k = lengths(p_q_range, p_k_range, p_cu_q, p_cu_k, i_b, S_q, S_k)
-    if PACKED:
-        if i_m >= n_q:
-            return
+    if PACKED and i_m >= n_q:
+        return
     o_m = i_m + tl.arange(0, BM)
     m_m = o_m < n_q
     o_s, m_store = positions(o_m, i_q, n_q, S_q, PACKED)
@@ -252,8 +250,8 @@ def queries_kernel(p_q, p_k, p_v, p_do, p_rows, p_dq, p_q_range, p_k_range, p_cu
     o_i = o_m + (n_k - n_q)
     i_lo, i_a, i_z, i_hi = key_bounds(i_m, n_q, n_k, left, right, LEFT, RIGHT, BM, BN)
     if LEFT:
-        b_dq, b_dq2 = _keys(b_dq, b_dq2, b_q, b_q2, b_do, b_do2, b_lse, b_delta, p_k, p_v, k_s, v_s, i_lo, i_a, n_k, o_i,
-                            scale_log2, left, right, True, LEFT, RIGHT, D, D1, D2, DV, DV1, DV2, BN)  # fmt: skip
+        b_dq, b_dq2 = _keys(b_dq, b_dq2, b_q, b_q2, b_do, b_do2, b_lse, b_delta, p_k, p_v, k_s, v_s, i_lo, i_a, n_k,
+                            o_i, scale_log2, left, right, True, LEFT, RIGHT, D, D1, D2, DV, DV1, DV2, BN)  # fmt: skip
     b_dq, b_dq2 = _keys(b_dq, b_dq2, b_q, b_q2, b_do, b_do2, b_lse, b_delta, p_k, p_v, k_s, v_s, i_a, i_z, n_k, o_i,
                         scale_log2, left, right, False, LEFT, RIGHT, D, D1, D2, DV, DV1, DV2, BN)  # fmt: skip
     b_dq, b_dq2 = _keys(b_dq, b_dq2, b_q, b_q2, b_do, b_do2, b_lse, b_delta, p_k, p_v, k_s, v_s, i_z, i_hi, n_k, o_i,

@@ -1,4 +1,4 @@
-"""The portable attention kernels: they compile everywhere within limits, and the interpreter agrees with the definition.
+"""The portable attention: it compiles everywhere within limits, and the interpreter agrees with the definition.
 
 The backward's file has its tests in test_attention_triton_backward.py; what runs on a GPU stands in test_attention.py.
 """
@@ -116,7 +116,8 @@ def test_forward_is_that_of_the_definition() -> None:
         expected, expected_lse = torch.ops.onegpu.attention_forward(q, k, v, *rest)
         out, lse = torch.full_like(expected, math.nan), torch.full_like(expected_lse, math.nan)
         attention_triton.forward(q, k, v, out, lse, *rest[:-2], config=(16, 16, 4, 1))
-        torch.testing.assert_close(out, expected, rtol=0, atol=3e-3 if q.dtype == torch.float16 else 1e-5, msg=str(what))
+        atol = 3e-3 if q.dtype == torch.float16 else 1e-5
+        torch.testing.assert_close(out, expected, rtol=0, atol=atol, msg=str(what))
         torch.testing.assert_close(lse, expected_lse, rtol=1e-4, atol=1e-4, msg=str(what))
         """
     )

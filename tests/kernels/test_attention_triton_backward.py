@@ -1,4 +1,4 @@
-"""The portable attention backward: it compiles everywhere within limits, and the interpreter agrees with the definition."""
+"""The portable backward: it compiles everywhere within limits, and the interpreter agrees with the definition."""
 
 from __future__ import annotations
 
