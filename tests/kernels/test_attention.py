@@ -164,7 +164,7 @@ def test_cost():
     assert cost(1, 4, 4, 2, 1, 8, 8, 2, backward=True)[1] == 2.5 * cost(1, 4, 4, 2, 1, 8, 8, 2)[1]
 
 
-# On a GPU: every kernel against PyTorch's own operations, in float32 and, in another order, in the dtype of the inputs.
+# On a GPU: every kernel against PyTorch's own operations, in float64 and, in another order, in the dtype of the inputs.
 
 IMPLEMENTATIONS = ["portable", None]
 
@@ -191,14 +191,14 @@ def plain(q, k, v, causal=False, window=(-1, -1)):
 def check_on_gpu(q, k, v, implementation, gradients=True, **mask):
     tensors = [x.detach().requires_grad_() for x in (q, k, v)]
     out = attention(*tensors, implementation=implementation, **mask)
-    wide = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
     other = [x.detach().clone().requires_grad_() for x in (q, k, v)]
     reference, reordered = plain(*wide, **mask), plain(*other, **mask)
     assert_close(out, reference, reordered, what="out")
     if gradients:
         upstream = torch.randn_like(out)
         got = torch.autograd.grad(out, tensors, upstream)
-        expected = torch.autograd.grad(reference, wide, upstream.float())
+        expected = torch.autograd.grad(reference, wide, upstream.double())
         allowed = torch.autograd.grad(reordered, other, upstream)
         for name, x, y, z in zip(("dq", "dk", "dv"), got, expected, allowed, strict=True):
             assert_close(x, y, z, what=name)
