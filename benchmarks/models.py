@@ -134,4 +134,4 @@ def parameters(model: Any) -> int:
     """Number of weights that a token is multiplied with: all but the embedding table, unless it is also the head."""
     total = sum(p.numel() for p in model.parameters())
     table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    return total if table.data_ptr() == head.data_ptr() else total - table.numel()
+    return total if table is head else total - table.numel()
