@@ -47,7 +47,7 @@ def load(folder: Path, **arguments: Any) -> Any:
 
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
-        return model(PROMPT).logits[0].float().cpu()
+        return model(PROMPT.to(model.device)).logits[0].float().cpu()
 
 
 def measure(name: str, folder: Path) -> dict[str, Any]:
