@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from onegpu.errors import KernelError
+from onegpu.kernels import launch
 from onegpu.kernels.driver import KINDS
 from onegpu.kernels.launch import triton_launch
 from tests.fake_driver import FakeDriver, on_gpu
