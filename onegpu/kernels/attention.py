@@ -25,7 +25,7 @@ from onegpu.errors import bad_argument
 from onegpu.kernels.autocast import autocast_dtype
 from onegpu.kernels.library import define, has_triton
 
-IMPLEMENTATIONS = ("auto", "definition", "portable")
+IMPLEMENTATIONS = ("auto", "definition", "portable", "hopper")
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_HEAD_DIM = 256  # of the kernels
 
@@ -156,16 +156,24 @@ def _backward_fake(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _implementation(q: torch.Tensor, v: torch.Tensor, options: Options) -> str:
+def _implementation(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options, backward: bool = False) -> str:
     """What serves these inputs on a GPU: the name that was asked for, or the best for "auto"."""
-    kernel = has_triton() and q.dtype in _KERNEL_DTYPES and max(q.shape[-1], v.shape[-1]) <= _MAX_HEAD_DIM
-    kernel = kernel and options.scale > 0 and q.numel() > 0 and v.numel() > 0
-    if options.implementation == "auto":
-        return "portable" if kernel else "definition"
-    if options.implementation != "definition" and not kernel:
-        fix = "Use float16, bfloat16 or float32, head dims up to 256 and a positive scale, or leave it out"
-        raise bad_argument("implementation", options.implementation, "cannot serve these inputs", fix)
-    return options.implementation
+    name = options.implementation
+    kernels = has_triton() and q.dtype in _KERNEL_DTYPES and max(q.shape[-1], v.shape[-1]) <= _MAX_HEAD_DIM
+    kernels = kernels and options.scale > 0 and q.numel() > 0 and v.numel() > 0
+    if name == "definition" or (name == "auto" and not kernels):
+        return "definition"
+    hopper = False
+    if kernels and name != "portable":
+        from onegpu.kernels import attention_hopper
+
+        hopper = attention_hopper.serves(q, k, v, backward=backward)
+    if name == "auto":
+        return "hopper" if hopper else "portable"
+    if not kernels or (name == "hopper" and not hopper):
+        fix = "Leave it out. Kernels take 16-bit (portable also float32) inputs, head dims to 256 and a positive scale"
+        raise bad_argument("implementation", name, "cannot serve these inputs", fix)
+    return name
 
 
 def _readable(x: torch.Tensor) -> torch.Tensor:
@@ -174,13 +182,19 @@ def _readable(x: torch.Tensor) -> torch.Tensor:
 
 
 def _forward_cuda(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    options = Options(*rest)
-    if _implementation(q, v, options) == "definition":
+    q, k, v = _readable(q), _readable(k), _readable(v)
+    name = _implementation(q, k, v, Options(*rest))
+    if name == "definition":
         return _forward(q, k, v, *rest)
-    from onegpu.kernels import attention_triton
-
     out, lse = _forward_fake(q, k, v, *rest)
-    attention_triton.forward(_readable(q), _readable(k), _readable(v), out, lse, *rest[:-2])
+    if name == "hopper":
+        from onegpu.kernels import attention_hopper
+
+        attention_hopper.forward(q, k, v, out, lse, *rest[:-2])
+    else:
+        from onegpu.kernels import attention_triton
+
+        attention_triton.forward(q, k, v, out, lse, *rest[:-2])
     return out, lse
 
 
@@ -189,17 +203,18 @@ def _backward_cuda(
     out: torch.Tensor, lse: torch.Tensor, deterministic: bool, *rest: Any,
 ) -> _Gradients:  # fmt: skip
     options = Options(*rest)
-    if _implementation(q, v, options) == "definition":
+    grad, q, k, v = _readable(grad), _readable(q), _readable(k), _readable(v)
+    name = _implementation(q, k, v, options)
+    if name == "definition":
         return _backward(grad, grad_lse, q, k, v, out, lse, deterministic, *rest)
-    from onegpu.kernels import attention_triton_backward
-
     gradients = _backward_fake(grad, grad_lse, q, k, v)
     if options.cu_seqlens_q is not None:  # the kernels write the rows of sequences only
         for x in gradients:
             x.zero_()
     if grad_lse is not None:
         grad_lse = grad_lse.contiguous()
-    grad, q, k, v = (_readable(x) for x in (grad, q, k, v))
+    from onegpu.kernels import attention_triton_backward
+
     attention_triton_backward.backward(grad, grad_lse, q, k, v, out, lse, gradients, *rest[:-1])
     return gradients
 
@@ -291,7 +306,7 @@ def attention(
         right = 0 if right < 0 else min(right, 0)
     options = Options(
         q.shape[-1] ** -0.5 if scale is None else scale, left, right, q_range, k_range, cu_seqlens_q, cu_seqlens_k,
-        q.shape[-3] if max_seqlen_q is None else max_seqlen_q, k.shape[-3] if max_seqlen_k is None else max_seqlen_k,
+        max_seqlen_q or q.shape[-3], max_seqlen_k or k.shape[-3],
         "auto" if implementation is None else implementation,
     )  # fmt: skip
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):

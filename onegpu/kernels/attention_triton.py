@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from onegpu.kernels.launch import triton_launch
+
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -244,12 +246,11 @@ def forward(
     batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.numel() - 1
     n_m = triton.cdiv(s_q if cu_seqlens_q is None else max_seqlen_q, bm)
     programs = n_m * heads * (batch + (cu_seqlens_q is not None))
-    with torch.cuda.device(q.device):
-        forward_kernel[(programs,)](
-            q, k, v, out, lse, q_range, k_range, cu_seqlens_q, cu_seqlens_k, *strides(q), *strides(k), *strides(v),
-            batch, heads, heads // heads_kv, s_q, s_k, n_m, scale * LOG2E.value, left, right, **made, BM=bm, BN=bn,
-            num_warps=warps, num_stages=stages,
-        )  # fmt: skip
+    triton_launch(
+        forward_kernel, (programs,), q, k, v, out, lse, q_range, k_range, cu_seqlens_q, cu_seqlens_k, *strides(q),
+        *strides(k), *strides(v), batch, heads, heads // heads_kv, s_q, s_k, n_m, scale * LOG2E.value, left, right,
+        **made, BM=bm, BN=bn, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
 
 
 def strides(x: torch.Tensor) -> tuple[int, ...]:

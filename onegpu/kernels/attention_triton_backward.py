@@ -24,6 +24,7 @@ from onegpu.kernels.attention_triton import (
     strides,
     visible,
 )
+from onegpu.kernels.launch import triton_launch
 
 
 @triton.jit
@@ -290,16 +291,15 @@ def backward(
     tensors = q_range, k_range, cu_seqlens_q, cu_seqlens_k, *(s for x in (q, k, v, grad) for s in strides(x))
     counts = batch, heads, heads // heads_kv, s_q, s_k
     numbers = lse.numel(), scale, scale * LOG2E.value, left, right
-    with torch.cuda.device(q.device):
-        rows_kernel[(triton.cdiv(s_q, 64) * (lse.numel() // s_q),)](
-            out, grad, lse, grad_lse, rows, *strides(grad), heads, s_q, lse.numel(), DV=d_v,
-            D1=triton.next_power_of_2(d_v), BM=64, num_warps=4,
+    triton_launch(
+        rows_kernel, (triton.cdiv(s_q, 64) * (lse.numel() // s_q),), out, grad, lse, grad_lse, rows, *strides(grad),
+        heads, s_q, lse.numel(), DV=d_v, D1=triton.next_power_of_2(d_v), BM=64, num_warps=4,
+    )  # fmt: skip
+    for kernel, outputs, (bm, bn, warps, stages), n_m, n_h in (
+        (keys_kernel, (dk, dv), configs[0], triton.cdiv(max_seqlen_k if packed else s_k, configs[0][1]), heads_kv),
+        (queries_kernel, (dq,), configs[1], triton.cdiv(max_seqlen_q if packed else s_q, configs[1][0]), heads),
+    ):
+        triton_launch(
+            kernel, (n_m * n_h * batch,), q, k, v, grad, rows, *outputs, *tensors, *counts, n_m, *numbers, **made,
+            BM=bm, BN=bn, num_warps=warps, num_stages=stages,
         )  # fmt: skip
-        for kernel, outputs, (bm, bn, warps, stages), n_m, n_h in (
-            (keys_kernel, (dk, dv), configs[0], triton.cdiv(max_seqlen_k if packed else s_k, configs[0][1]), heads_kv),
-            (queries_kernel, (dq,), configs[1], triton.cdiv(max_seqlen_q if packed else s_q, configs[1][0]), heads),
-        ):
-            kernel[(n_m * n_h * batch,)](
-                q, k, v, grad, rows, *outputs, *tensors, *counts, n_m, *numbers, **made, BM=bm, BN=bn, num_warps=warps,
-                num_stages=stages,
-            )  # fmt: skip
