@@ -170,6 +170,8 @@ def _implementation(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: 
         hopper = attention_hopper.serves(q, k, v, backward=backward)
     if name == "auto":
         return "hopper" if hopper else "portable"
+    if name == "hopper" and backward and not hopper:
+        return "portable"  # head dims past 128
     if not kernels or (name == "hopper" and not hopper):
         fix = "Leave it out. Kernels take 16-bit (portable also float32) inputs, head dims to 256 and a positive scale"
         raise bad_argument("implementation", name, "cannot serve these inputs", fix)
@@ -204,7 +206,7 @@ def _backward_cuda(
 ) -> _Gradients:  # fmt: skip
     options = Options(*rest)
     grad, q, k, v = _readable(grad), _readable(q), _readable(k), _readable(v)
-    name = _implementation(q, k, v, options)
+    name = _implementation(q, k, v, options, backward=True)
     if name == "definition":
         return _backward(grad, grad_lse, q, k, v, out, lse, deterministic, *rest)
     gradients = _backward_fake(grad, grad_lse, q, k, v)
@@ -213,9 +215,14 @@ def _backward_cuda(
             x.zero_()
     if grad_lse is not None:
         grad_lse = grad_lse.contiguous()
-    from onegpu.kernels import attention_triton_backward
+    if name == "hopper" and not deterministic:
+        from onegpu.kernels import attention_hopper
 
-    attention_triton_backward.backward(grad, grad_lse, q, k, v, out, lse, gradients, *rest[:-1])
+        attention_hopper.backward(grad, grad_lse, q, k, v, out, lse, gradients, *rest[:-1])
+    else:
+        from onegpu.kernels import attention_triton_backward
+
+        attention_triton_backward.backward(grad, grad_lse, q, k, v, out, lse, gradients, *rest[:-1])
     return gradients
 
 

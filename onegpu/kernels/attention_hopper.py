@@ -10,7 +10,7 @@ import triton
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from onegpu.kernels import attention_sm90
+from onegpu.kernels import attention_sm90, attention_sm90_backward, attention_sm90_rows
 from onegpu.kernels.hopper import LOG2E
 from onegpu.kernels.launch import triton_launch
 
@@ -21,8 +21,10 @@ _SMALLEST = 32  # head dim from which on padding it to 64 pays
 
 
 def serves(*tensors: torch.Tensor, backward: bool = False) -> bool:
-    """Whether the kernels take these q, k, v: Hopper, 16 bits, aligned for TMA."""
+    """Whether the kernels take these q, k, v: Hopper, 16 bits, aligned for TMA; the backward, head dims up to 128."""
     if not triton.__version__.startswith(TRITON_VERSIONS) or tensors[0].dtype not in _DTYPES:
+        return False
+    if backward and not boxed(tensors[0].shape[-1]) == boxed(tensors[2].shape[-1]) <= 128:
         return False
     return _is_hopper(tensors[0].get_device()) and all(map(_for_tma, tensors))
 
@@ -105,9 +107,72 @@ def forward(
     constants = {
         "HEAD": d_v, "BN": bn, "ST": 2, "LEFT": left >= 0, "RIGHT": right >= 0, "ALIGNED": aligned, "RQ": how_q,
         "RK": how_k, "DRAW": drawn is not None, "CARRY": 0, "POLY": 0, "ALIAS": boxed(d) == boxed(d_v) == 256,
-    }  # fmt: skip
+    } | options  # fmt: skip
     triton_launch(
         attention_sm90.forward_kernel, (blocks,), descriptor(q, 64), descriptor(k, bn), descriptor(v, bn),
         descriptor(out, 64), out, lse, q_rows, k_rows, lse if drawn is None else drawn, batch, heads, group, s_q, s_k,
-        n_m, section, scale * LOG2E.value, left, right, **constants, **options, num_warps=4,
+        n_m, section, scale * LOG2E.value, left, right, **constants, num_warps=4,
+    )  # fmt: skip
+
+
+def backward(
+    grad: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    out: torch.Tensor, lse: torch.Tensor, gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor], scale: float,
+    left: int, right: int, q_range: torch.Tensor | None, k_range: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor | None, cu_seqlens_k: torch.Tensor | None, max_seqlen_q: int, max_seqlen_k: int,
+    **options: Any,
+) -> None:  # fmt: skip
+    """As the op, for what `serves`; out and the gradients (dq, dk, dv) contiguous.
+
+    Of packed ones, rows of no sequence are not written. options: constants of the main kernel.
+    """
+    (s_q, heads, d), (s_k, heads_kv, d_v) = q.shape[-3:], v.shape[-3:]
+    dq, dk, dv = gradients
+    if not _for_tma(grad):
+        grad = grad.contiguous()
+    q_rows, how_q = rows_of(q_range, cu_seqlens_q, lse)
+    k_rows, how_k = rows_of(k_range, cu_seqlens_k, lse)
+    packed = cu_seqlens_q is not None
+    batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.numel() - 1
+    wide = boxed(d)
+    m = 8192 // wide  # queries of a step
+    n_m, n_n = triton.cdiv(max_seqlen_q if packed else s_q, m), triton.cdiv(max_seqlen_k if packed else s_k, 128)
+    # Scratch memory in blocks of m queries: a packed sequence begins a block of its own, at cu_seqlens[b] // m + b.
+    n_b = s_q // m + batch if packed else n_m
+    blocks = n_b * heads * (1 if packed else batch)
+    total = torch.empty((blocks * m, wide), dtype=torch.float32, device=q.device)
+    rows = torch.empty((blocks, 2 * m), dtype=torch.float32, device=q.device)
+    rows_desc = object.__new__(TensorDescriptor)
+    rows_desc.base, rows_desc.padding, rows_desc.block_shape = rows, "zero", [1, 2 * m]
+    rows_desc.shape, rows_desc.strides = [blocks, 2 * m], [2 * m, 1]
+    rows_desc.layout = gl.NVMMASharedLayout(0, 32, rank=2)
+    strides = (0, *grad.stride()[:2]) if packed else grad.stride()[:3]
+    total_desc = object.__new__(TensorDescriptor)
+    total_desc.base, total_desc.padding, total_desc.block_shape = total, "zero", [64, 64]
+    total_desc.shape, total_desc.strides = [blocks * m, wide], [wide, 1]
+    total_desc.layout = gl.NVMMASharedLayout(128, 32, rank=2)
+    sizes = {"D": wide, "M": m, "RQ": how_q}
+    triton_launch(
+        attention_sm90_rows.before_kernel, (n_m * heads * batch,), out, grad, lse, grad_lse, rows, total, q_rows,
+        *strides, heads, s_q, n_b, n_m, HEAD=d_v, **sizes, num_warps=4,
+    )  # fmt: skip
+    tiles = n_n * heads_kv * batch
+    started = min(tiles, processors(q.get_device()))
+    drawn = counter(q.device, tiles, started)
+    section = max(1, min(batch * heads_kv, _L2_BYTES // (heads // heads_kv * s_q * wide * 8)))
+    constants = {
+        "HEAD": d, "HEAD_V": d_v, "ST": 2, "LEFT": left >= 0, "RIGHT": right >= 0,
+        "EVEN": not how_k and s_k % 128 == 0, "RQ": how_q, "RK": how_k, "DRAW": drawn is not None, "SWAP": False,
+        "TMA_DQ": False,
+    } | options  # fmt: skip
+    triton_launch(
+        attention_sm90_backward.backward_kernel, (started,), descriptor(q, m), descriptor(k, 64), descriptor(v, 64),
+        descriptor(grad, m), descriptor(dk, 64), descriptor(dv, 64), rows_desc, total_desc, total, dk, dv, q_rows,
+        k_rows, lse if drawn is None else drawn, batch, heads, heads_kv, s_q, s_k, n_b, n_n, section, scale,
+        scale * LOG2E.value, left, right, **constants, num_warps=4,
+    )  # fmt: skip
+    tiles_q = triton.cdiv(max_seqlen_q if packed else s_q, 64) * (wide // 64)
+    triton_launch(
+        attention_sm90_rows.after_kernel, (tiles_q * heads * batch,), total, dq, q_rows, heads, s_q, n_b, tiles_q,
+        scale, HEAD=d, **sizes, FRAGMENTS=not constants["TMA_DQ"], num_warps=4,
     )  # fmt: skip

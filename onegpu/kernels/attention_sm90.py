@@ -22,7 +22,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.core import _aggregate as aggregate
 
-from onegpu.kernels.hopper import LOG2E, advance, bar_arrive, bar_sync, exp2, fetch_next, publish_next, sequence
+from onegpu.kernels.hopper import (
+    LOG2E,
+    advance,
+    bar_arrive,
+    bar_sync,
+    clear_rows,
+    exp2,
+    fetch_next,
+    publish_next,
+    sequence,
+    tile_of,
+)
 
 # Named hardware barriers, of which the compiler takes the lowest: 5 + 2 * stage (+ 1 for V), a buffer is free again.
 FREE = gl.constexpr(5)
@@ -55,26 +66,6 @@ class _Args:
 
 
 Args = aggregate(_Args)
-
-
-@gluon.jit
-def tile_of(a, tile):
-    """(query block, head, batch) of a tile.
-
-    Heads come in sections whose keys and values fit in the L2 cache; the blocks that the diagonal makes the longest
-    come first in a section.
-    """
-    if a.RIGHT:
-        per_section = a.section * a.NM
-        first = tile // per_section * a.section
-        width = gl.minimum(a.section, a.B * a.H - first)
-        rest = tile % per_section
-        m = a.NM - 1 - rest // width
-        bh = first + rest % width
-    else:
-        m = tile % a.NM
-        bh = tile // a.NM
-    return m, bh % a.H, bh // a.H
 
 
 @gluon.jit
@@ -159,20 +150,6 @@ def _carry(p, a, layout: gl.constexpr):
 @gluon.jit
 def _operand(c, a, layout: gl.constexpr):
     return c if a.CARRY else gl.convert_layout(c.to(a.k_bufs.dtype), layout)
-
-
-@gluon.jit
-def _clear_values(a, stage, n):
-    """Zeros in the rows from n on of a buffer of V; both consumers may do it at once."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // a.DV, a.DV // 8], [4, 1], [1, 0])
-    v = a.v_bufs.index(stage).reshape([a.BN, a.DV])
-    for i in gl.static_range(0, a.BN, 16):
-        if i + 16 > n:
-            rows = v.slice(i, 16)
-            o = i + gl.arange(0, 16, layout=gl.SliceLayout(1, layout))
-            x = rows.load(layout)
-            rows.store(gl.where((o < n)[:, None], x, gl.zeros_like(x)))
-    fence_async_shared()
 
 
 @gluon.jit
@@ -276,7 +253,7 @@ def _tile(a, m, h, b, stage, phase, q_phase, WG: gl.constexpr):
         o = gl.full([64, a.DV], 0.0, gl.float32, o_layout)
         if a.RK and n0 + BN > n_k:
             mbarrier.wait(a.v_full.index(stage), phase)
-            _clear_values(a, stage, n_k - n0)
+            clear_rows(a.v_bufs.index(stage).reshape([BN, a.DV]), n_k - n0)
         if n > 1:
             k_stage, k_phase = advance(stage, phase, a.ST)
             mbarrier.wait(a.k_full.index(k_stage), k_phase)
@@ -376,9 +353,9 @@ COUNTS = ["B", "H", "G", "SQ", "SK", "NM", "section", "left", "right"]
 
 @gluon.jit(do_not_specialize=COUNTS)
 def forward_kernel(q_desc, k_desc, v_desc, o_desc, p_o, p_lse, p_q_rows, p_k_rows, p_counter, B, H, G, SQ, SK, NM,
-                   section, scale_log2, left, right, HEAD: gl.constexpr, BN: gl.constexpr, ST: gl.constexpr, LEFT: gl.constexpr,
-                   RIGHT: gl.constexpr, ALIGNED: gl.constexpr, RQ: gl.constexpr, RK: gl.constexpr, DRAW: gl.constexpr,
-                   CARRY: gl.constexpr, POLY: gl.constexpr, ALIAS: gl.constexpr):  # fmt: skip
+                   section, scale_log2, left, right, HEAD: gl.constexpr, BN: gl.constexpr, ST: gl.constexpr,
+                   LEFT: gl.constexpr, RIGHT: gl.constexpr, ALIGNED: gl.constexpr, RQ: gl.constexpr, RK: gl.constexpr,
+                   DRAW: gl.constexpr, CARRY: gl.constexpr, POLY: gl.constexpr, ALIAS: gl.constexpr):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     D: gl.constexpr = q_desc.block_shape[3]
     DV: gl.constexpr = v_desc.block_shape[3]

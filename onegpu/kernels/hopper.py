@@ -4,9 +4,11 @@
 """
 
 import triton.language as tl
+from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 LOG2E = gl.constexpr(1.4426950408889634)
 
@@ -45,6 +47,26 @@ def sequence(p_rows, b, S, HOW: gl.constexpr):
         first = gl.load(p_rows + b)
         n = gl.load(p_rows + b + 1) - first
     return first, n
+
+
+@gluon.jit
+def tile_of(a, tile):
+    """(query block, head, batch) of a tile.
+
+    Heads come in sections whose keys and values fit in the L2 cache; the blocks that the diagonal makes the longest
+    come first in a section.
+    """
+    if a.RIGHT:
+        per_section = a.section * a.NM
+        first = tile // per_section * a.section
+        width = gl.minimum(a.section, a.B * a.H - first)
+        rest = tile % per_section
+        m = a.NM - 1 - rest // width
+        bh = first + rest % width
+    else:
+        m = tile % a.NM
+        bh = tile // a.NM
+    return m, bh % a.H, bh // a.H
 
 
 @gluon.jit
@@ -112,3 +134,48 @@ def exp2(x, POLY: gl.constexpr):
         return gl.convert_layout(y, x.type.layout, assert_trivial=True)
     else:
         return gl.exp2(x)
+
+
+@gluon.jit
+def clear_rows(buf, n):
+    """Zeros in the rows from n on of a 16-bit buffer [rows, columns]; two partitions may do it at once."""
+    ROWS: gl.constexpr = buf.shape[0]
+    COLUMNS: gl.constexpr = buf.shape[1]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLUMNS, COLUMNS // 8], [4, 1], [1, 0])
+    for i in gl.static_range(0, ROWS, 16):
+        if i + 16 > n:
+            rows = buf.slice(i, 16)
+            o = i + gl.arange(0, 16, layout=gl.SliceLayout(1, layout))
+            x = rows.load(layout)
+            rows.store(gl.where((o < n)[:, None], x, gl.zeros_like(x)))
+    fence_async_shared()
+
+
+@gluon.jit
+def add_fragments(p, x):
+    """Add a 64 x 64 accumulator to float32 memory in the order of the fragments, by vector reductions."""
+    # Four registers in a row hold columns 8 g + 2 q, + 1 of the rows r and r + 8; they are float4 128 g + thread.
+    layout: gl.constexpr = x.type.layout
+    rows = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+    cols = gl.arange(0, 64, layout=gl.SliceLayout(0, layout))
+    thread = ((rows & 7) * 4 + (rows >> 4) * 32)[:, None] + ((cols & 7) >> 1)[None, :]
+    address = p.to(gl.int64) + thread.to(gl.int64) * 16
+    # one byte an element, so that the group reaches the assembly as one packed constant
+    group = (gl.full([64, 64], 0, gl.int32, layout) + (cols >> 3)[None, :]).to(gl.int8)
+    gl.inline_asm_elementwise(
+        """{
+        .reg .b32 g;
+        .reg .b64 p;
+        and.b32 g, $9, 255;
+        mul.wide.u32 p, g, 2048;
+        add.s64 p, p, $5;
+        red.relaxed.gpu.global.add.v4.f32 [p], {$1, $2, $3, $4};
+        mov.u32 $0, 0;
+        }""", "=r,f,f,f,f,l,l,l,l,r", [x, address, group], dtype=gl.int8, is_pure=False, pack=4)  # fmt: skip
+
+
+@builtin
+def tma_add(desc, coord, src, _semantic=None):
+    """Add a tile of shared memory to the tensor, asynchronously; Gluon has only loads and stores."""
+    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, desc.handle, coord, src.handle)
