@@ -53,3 +53,17 @@ def ptx_parameter_bytes(ptx: str) -> list[int]:
         assert found is not None, line
         sizes.append(_PTX_BYTES.get(found[1], 1) * int(found[2] or 1))
     return sizes
+
+
+def spills(made: Any) -> int:
+    """Bytes of registers that ptxas moves to memory, stores and loads together, in a compiled kernel."""
+    import triton.backends.nvidia
+
+    target = re.search(r"\.target (sm_\w+)", made.asm["ptx"])
+    assert target is not None
+    program = Path(triton.backends.nvidia.__file__).parent / "bin" / "ptxas"
+    command = [program, "-v", f"--gpu-name={target[1]}", "-", "-o", os.devnull]
+    run = subprocess.run(command, input=made.asm["ptx"], capture_output=True, text=True, timeout=240)
+    found = re.findall(r"(\d+) bytes spill (?:stores|loads)", run.stderr)
+    assert run.returncode == 0 and found, run.stderr[-3000:]
+    return sum(map(int, found))

@@ -72,6 +72,23 @@ def descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
     return made
 
 
+def scratch(rows: torch.Tensor, total: torch.Tensor) -> list[TensorDescriptor]:
+    """Descriptors of the backward's float32 scratch memory: a block's (lse, delta), and a 64 x 64 tile of dQ."""
+    made = []
+    for x, box, swizzle in ((rows, [1, rows.shape[1]], 0), (total, [64, 64], 128)):
+        one = object.__new__(TensorDescriptor)
+        one.base, one.padding, one.block_shape = x, "zero", box
+        one.shape, one.strides = list(x.shape), list(x.stride())
+        one.layout = _scratch_layout(swizzle)
+        made.append(one)
+    return made
+
+
+@lru_cache
+def _scratch_layout(swizzle: int) -> Any:
+    return gl.NVMMASharedLayout(swizzle, 32, rank=2)
+
+
 def rows_of(
     rows: torch.Tensor | None, cu_seqlens: torch.Tensor | None, unused: torch.Tensor
 ) -> tuple[torch.Tensor, int]:
@@ -142,15 +159,7 @@ def backward(
     blocks = n_b * heads * (1 if packed else batch)
     total = torch.empty((blocks * m, wide), dtype=torch.float32, device=q.device)
     rows = torch.empty((blocks, 2 * m), dtype=torch.float32, device=q.device)
-    rows_desc = object.__new__(TensorDescriptor)
-    rows_desc.base, rows_desc.padding, rows_desc.block_shape = rows, "zero", [1, 2 * m]
-    rows_desc.shape, rows_desc.strides = [blocks, 2 * m], [2 * m, 1]
-    rows_desc.layout = gl.NVMMASharedLayout(0, 32, rank=2)
     strides = (0, *grad.stride()[:2]) if packed else grad.stride()[:3]
-    total_desc = object.__new__(TensorDescriptor)
-    total_desc.base, total_desc.padding, total_desc.block_shape = total, "zero", [64, 64]
-    total_desc.shape, total_desc.strides = [blocks * m, wide], [wide, 1]
-    total_desc.layout = gl.NVMMASharedLayout(128, 32, rank=2)
     sizes = {"D": wide, "M": m, "RQ": how_q}
     triton_launch(
         attention_sm90_rows.before_kernel, (n_m * heads * batch,), out, grad, lse, grad_lse, rows, total, q_rows,
@@ -167,7 +176,7 @@ def backward(
     } | options  # fmt: skip
     triton_launch(
         attention_sm90_backward.backward_kernel, (started,), descriptor(q, m), descriptor(k, 64), descriptor(v, 64),
-        descriptor(grad, m), descriptor(dk, 64), descriptor(dv, 64), rows_desc, total_desc, total, dk, dv, q_rows,
+        descriptor(grad, m), descriptor(dk, 64), descriptor(dv, 64), *scratch(rows, total), total, dk, dv, q_rows,
         k_rows, lse if drawn is None else drawn, batch, heads, heads_kv, s_q, s_k, n_b, n_n, section, scale,
         scale * LOG2E.value, left, right, **constants, num_warps=4,
     )  # fmt: skip
