@@ -152,6 +152,24 @@ def bnb_suite(rows: list[Row]) -> str:
     return f"{table}{listed}\nbitsandbytes at {rows[0]['suite_commit'][:7]}; {measured_on(rows)}"
 
 
+def two_gpus(rows: list[Row]) -> str:
+    """How full two budgets are that do not hold the model."""
+    lines = []
+    for row in rows:
+        ours, budgets = row["ours"], row["arguments"]["max_memory"]
+        lines.append(
+            [
+                f"{row['case']}: `max_memory={{0: \"{budgets['0']}\", 1: \"{budgets['1']}\"}}`",
+                *(f"{share:.0%}" for share in ours["share"]),
+                f"{ours['cpu_bytes'] / 1e9:.2f} GB",
+                f"{ours['load_s']:.1f} s",
+                f"{ours['s_per_token']:.2f} s",
+            ]
+        )
+    head = ["bloom-3b's shape", "GPU 0 full", "GPU 1 full", "in CPU memory", "load", "a token"]
+    return markdown(head, lines) + f"\n{measured_on(rows)}"
+
+
 # Name in the pages -> results file, and how it reads. A device with no such file has no table.
 TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "fidelity": ("perplexity", fidelity),
@@ -159,6 +177,7 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "load": ("load", load),
     "timing": ("commands", commands),
     "bnb_suite": ("bnb_suite", bnb_suite),
+    "two-gpus": ("two_gpus", two_gpus),
 }
 
 
