@@ -130,17 +130,23 @@ def test_the_same_tokens_as_transformers(words: list[str], shape: list[str], do_
 
 def test_a_common_setting_looks_at_candidates_only():
     usual = [SHAPE["temperature"], SHAPE["top_k"], SHAPE["top_p"]]
-    assert _plan(usual)._narrow_from == 0
-    assert _plan([TEXT["ngram"], *usual])._narrow_from == 1
-    assert _plan([SHAPE["min_p"], *usual])._narrow_from == 1
+
+    def whole(processors: list[Any], **changed: Any) -> tuple[int, int]:
+        sampler = _plan(processors, **changed)
+        return len(sampler._before), sampler._candidates
+
+    assert whole(usual) == whole([SHAPE["top_k"], SHAPE["min_p"]]) == (0, 128)
+    assert whole([TEXT["ngram"], *usual, SHAPE["min_p"]]) == whole([SHAPE["min_p"], *usual]) == (1, 128)
+    assert whole([TEXT["ngram"], SHAPE["temperature"]]) == (1, 0)
     for processors, why in (
         ([*usual, SHAPE["typical"]], "needs every token"),
+        ([*usual[:2], SHAPE["min_p"], SHAPE["top_p"]], "not the order of the kernel"),
         ([SHAPE["temperature"], SHAPE["top_p"]], "no top-k"),
         ([hf.TopKLogitsWarper(300)], "nearly the whole vocabulary"),
         ([hf.TopKLogitsWarper(20, filter_value=-5.0)], "filtered tokens stay possible"),
     ):
-        assert _plan(processors)._narrow_from is None, why
-    assert _plan(usual, scores=True)._narrow_from is None
+        assert whole(processors) == (len(processors), 0), why
+    assert whole(usual, scores=True) == (3, 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -268,7 +274,7 @@ def test_a_step_past_the_end_stays_inside():
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_scores_that_cannot_be_sampled_from(value: float, narrow: bool, device: str):
     sampler = _plan([SHAPE["top_k"]] if narrow else [], device)
-    assert (sampler._narrow_from is not None) == narrow
+    assert (sampler._candidates > 0) == narrow
     history, lengths = _prompt(4, device)
     sampler.begin(2)
     logits = torch.randn(4, VOCAB, device=device)
