@@ -102,19 +102,23 @@ class Sampler:
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         frame = Frame(batch, rows, vocab_size, max_length, device)
-        steps = translate_all(processors, frame)
-        if isinstance(steps, Unsupported):
-            return steps
-        eos = torch.tensor(list(eos_token_ids), dtype=torch.int64, device=device)
-        pad = None if pad_token_id is None else torch.tensor(pad_token_id, dtype=torch.int64, device=device)
-        return cls(steps, frame, eos, pad, do_sample=do_sample, scores=scores)
+        with torch.inference_mode(False):  # else a later request without inference mode could not write to the tensors
+            steps = translate_all(processors, frame)
+            if isinstance(steps, Unsupported):
+                return steps
+            eos = torch.tensor(list(eos_token_ids), dtype=torch.int64, device=device)
+            pad = None if pad_token_id is None else torch.tensor(pad_token_id, dtype=torch.int64, device=device)
+            return cls(steps, frame, eos, pad, do_sample=do_sample, scores=scores)
 
     def copy_from(self, other: Sampler) -> None:
-        """Takes over the values of a sampler with the same `key`, in the memory that a graph has captured."""
+        """Takes over a sampler with the same `key`, and its place in a request, in the memory that a graph captured."""
         assert self.key == other.key
         for mine, its in zip(self._steps, other._steps, strict=True):
             mine.copy_from(its)
-        self._rows = other._rows
+        self._rows, self._start, self._reserved = other._rows, other._start, other._reserved
+        self.out.copy_(other.out)
+        if self.generator is not None and other.generator is not None:
+            self.generator.set_state(other.generator.get_state())
         self._eos.copy_(other._eos)
         if self._pad is not None and other._pad is not None:
             self._pad.copy_(other._pad)

@@ -147,7 +147,7 @@ def keep_above_epsilon(scores: Tensor, text: Text, *, epsilon: float, filter_val
 
 def _eta(processor: Any, frame: Frame) -> Translated:
     numbers = {"filter_value": processor.filter_value, "least": processor.min_tokens_to_keep}
-    return Step(keep_above_eta, numbers, {"epsilon": processor.epsilon.to(frame.device)})
+    return Step(keep_above_eta, numbers, {"epsilon": processor.epsilon.to(frame.device, copy=True)})
 
 
 def keep_above_eta(scores: Tensor, text: Text, *, epsilon: Tensor, filter_value: float, least: int) -> Tensor:

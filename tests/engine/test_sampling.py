@@ -313,7 +313,12 @@ SETTINGS: dict[str, tuple[list[str], bool]] = {
 
 
 def _named(names: list[str]) -> list[Any]:
-    return [{**TEXT, **SHAPE}[name] for name in names]
+    on_cuda = {
+        "min new": hf.MinNewTokensLengthLogitsProcessor(2, 4, EOS, device="cuda"),
+        "forced eos": hf.ForcedEOSTokenLogitsProcessor(LENGTH, 5, device="cuda"),
+        "eta": hf.EtaLogitsWarper(0.02, device="cuda"),
+    }
+    return [{**TEXT, **SHAPE, **on_cuda}[name] for name in names]
 
 
 @pytest.mark.gpu
@@ -402,6 +407,33 @@ def test_a_graph_serves_requests_with_the_same_key():
         torch.manual_seed(8)
         texts.append(_ours(sampler, 4, 3)[0])
     assert torch.equal(*texts)
+
+
+def test_a_sampler_made_in_inference_mode_serves_outside_and_leaves_the_processors_alone():
+    warper = hf.EtaLogitsWarper(0.02)
+    with torch.inference_mode():
+        old = _plan([TEXT["min new"], warper])
+        _ours(old, 4, 3)
+    new = _plan([TEXT["min new"], hf.EtaLogitsWarper(0.5)])
+    torch.manual_seed(8)
+    wanted = _ours(new, 4, 3)[0]
+    old.copy_from(new)
+    torch.manual_seed(8)
+    assert torch.equal(_ours(old, 4, 3)[0], wanted) and float(warper.epsilon) == pytest.approx(0.02)
+
+
+def test_a_sampler_is_replaced_within_a_request(device: str):
+    first, second = (_plan([SHAPE["temperature"]], device, eos_token_ids=[9]) for _ in range(2))
+    history, lengths = _prompt(4, device)
+    torch.manual_seed(10)
+    wanted = _ours(first, 4, 3, device)[0]
+    torch.manual_seed(10)
+    first.begin(LENGTH - 2)
+    first.step(_model(history, lengths, 3), history, lengths)
+    second.copy_from(first)
+    for _ in range(wanted.shape[1] - 3):
+        second.step(_model(history, lengths, 3), history, lengths)
+    assert torch.equal(history[:, : wanted.shape[1]], wanted)
 
 
 def test_what_needs_the_host_is_reported():
