@@ -14,7 +14,10 @@ import triton.language as tl
 from onegpu.kernels.next_token import Shape, State
 
 _BLOCK = 1024
-_PROGRAMS = 512  # so many keep the memory of any GPU busy
+_PROGRAMS = 512  # so many keep the memory of any GPU busy; a power of two
+# Numbers that differ between requests: one compiled kernel serves all.
+_ANY = ["n_eos", "n_rows", "L", "parts", "span", "top_k", "least_top_p", "least_min_p"]
+_FEW_EOS = 16  # one kernel for up to so many
 _LOWEST = tl.constexpr(-(1 << 63))
 _NAN = tl.constexpr(0x7FFFFFFF)
 _INF = tl.constexpr(0x7F800000)
@@ -49,16 +52,14 @@ def _record(
     tl.store(p_lengths + i_row, length + 1)
 
 
-@triton.jit
-def _best_kernel(
-    p_scores, p_noise, p_best, V, stride, scale, SPAN: tl.constexpr, BLOCK: tl.constexpr, RACE: tl.constexpr
-):  # fmt: skip
+@triton.jit(do_not_specialize=_ANY)
+def _best_kernel(p_scores, p_noise, p_best, V, stride, scale, span, BLOCK: tl.constexpr, RACE: tl.constexpr):
     """The best key of each span of a row. Reads each score once, in parts that fill the GPU."""
     i_row = tl.program_id(0).to(tl.int64)
     i_part = tl.program_id(1)
     b_best = tl.full([BLOCK], _LOWEST, tl.int64)  # [BLOCK]
-    for start in range(0, SPAN, BLOCK):
-        o_token = i_part * SPAN + start + tl.arange(0, BLOCK)  # [BLOCK]
+    for start in range(0, span, BLOCK):
+        o_token = i_part * span + start + tl.arange(0, BLOCK)  # [BLOCK]
         m_token = o_token < V
         b_x = tl.load(p_scores + i_row * stride + o_token, mask=m_token, other=0.0).to(tl.float32)
         if RACE:
@@ -68,7 +69,7 @@ def _best_kernel(
     tl.store(p_best + i_row * tl.num_programs(1) + i_part, tl.max(b_best, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY)
 def _take_kernel(
     p_best, parts, p_eos, n_eos, p_pad, p_out, n_rows, p_history, L, p_lengths,
     PARTS: tl.constexpr, RACE: tl.constexpr, EOS: tl.constexpr, PAD: tl.constexpr,
@@ -85,7 +86,7 @@ def _take_kernel(
     _record(i_row, token, invalid, p_eos, n_eos, p_pad, p_out, n_rows, p_history, L, p_lengths, EOS, PAD)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY)
 def _candidates_kernel(
     p_values, p_ids, p_noise, V, scale, top_k, cut, least_top_p, min_p, least_min_p,
     p_eos, n_eos, p_pad, p_out, n_rows, p_history, L, p_lengths,
@@ -128,12 +129,11 @@ def take(scores: torch.Tensor, noise: torch.Tensor | None, temperature: float, s
     race = noise is not None
     with torch.cuda.device(scores.device):
         _best_kernel[(rows, parts)](
-            scores, noise if race else scores, best, vocab, scores.stride(0), 1.0 / temperature,
-            SPAN=span, BLOCK=_BLOCK, RACE=race,
+            scores, noise if race else scores, best, vocab, scores.stride(0), 1.0 / temperature, span,
+            BLOCK=_BLOCK, RACE=race,
         )  # fmt: skip
         _take_kernel[(rows,)](
-            best, parts, *_pointers(state),
-            PARTS=triton.next_power_of_2(parts), RACE=race, **_constants(state), num_warps=1,
+            best, parts, *_pointers(state), PARTS=_PROGRAMS, RACE=race, **_constants(state), num_warps=1
         )  # fmt: skip
 
 
@@ -154,4 +154,4 @@ def _pointers(state: State) -> tuple[torch.Tensor | int, ...]:
 
 
 def _constants(state: State) -> dict[str, int | bool]:
-    return {"EOS": triton.next_power_of_2(max(1, len(state.eos))), "PAD": state.pad is not None}
+    return {"EOS": triton.next_power_of_2(max(_FEW_EOS, len(state.eos))), "PAD": state.pad is not None}

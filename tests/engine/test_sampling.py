@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from transformers.generation import logits_process as hf
 from transformers.generation.logits_process import LogitsProcessorList
 
+from onegpu.engine import sampling
 from onegpu.engine.sampling import Sampler, Unsupported
 from onegpu.errors import SamplingError
 
@@ -434,6 +435,51 @@ def test_a_sampler_is_replaced_within_a_request(device: str):
     for _ in range(wanted.shape[1] - 3):
         second.step(_model(history, lengths, 3), history, lengths)
     assert torch.equal(history[:, : wanted.shape[1]], wanted)
+
+
+class _Stream:
+    """A CUDA generator as far as a sampler uses it: a seed and a place."""
+
+    device = "cuda:0"
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed, self.offset = seed, 0
+
+    def manual_seed(self, seed: int) -> None:
+        self.seed, self.offset = seed, 0
+
+    def initial_seed(self) -> int:
+        return self.seed
+
+    def get_offset(self) -> int:
+        return self.offset
+
+    def set_offset(self, offset: int) -> None:
+        self.offset = offset
+
+
+def test_a_request_reserves_its_part_of_the_stream(monkeypatch: pytest.MonkeyPatch):
+    default = _Stream(seed=77)
+    default.offset = 100
+    monkeypatch.setattr(sampling, "_default_generator", lambda device: default)
+    one, two = (_plan([]) for _ in range(2))
+    for sampler in (one, two):
+        sampler.generator, sampler._advance = _Stream(), 4
+    one.begin(10)
+    assert (one.generator.seed, one.generator.offset, default.offset) == (77, 100, 140)
+    one.end(3)
+    assert default.offset == 112  # where three steps of transformers' loop would have left it
+    one.begin(10)
+    two.begin(5)
+    assert (one.generator.offset, two.generator.offset, default.offset) == (112, 152, 172)
+    one.end(2)
+    assert default.offset == 172  # the second request has begun behind
+    two.end(1)
+    assert default.offset == 156
+    one.begin(10)
+    default.manual_seed(78)
+    one.end(1)
+    assert (default.seed, default.offset) == (78, 0)
 
 
 def test_what_needs_the_host_is_reported():

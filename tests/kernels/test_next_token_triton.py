@@ -24,16 +24,17 @@ def test_compiles_within_the_limits(architecture: int) -> None:
     from onegpu.kernels import next_token_triton as kernels
 
     best = {"p_scores": "*bf16", "p_noise": "*fp32", "p_best": "*i64", "V": "i32", "stride": "i32", "scale": "fp32"}
-    constants: dict[str, Any] = {"SPAN": 4096, "BLOCK": 1024, "RACE": True}
+    best["span"] = "i32"
+    constants: dict[str, Any] = {"BLOCK": 1024, "RACE": True}
     _fits(kernels._best_kernel, best, constants, architecture)
     _fits(kernels._best_kernel, best, {**constants, "RACE": False}, architecture)
-    constants = {"PARTS": 128, "RACE": True, "EOS": 2, "PAD": True}
+    constants = {"PARTS": 512, "RACE": True, "EOS": 16, "PAD": True}
     _fits(kernels._take_kernel, {"p_best": "*i64", "parts": "i32", **_STATE}, constants, architecture, num_warps=1)
     names = ("p_values", "p_ids", "p_noise", "V", "scale", "top_k", "cut", "least_top_p", "min_p", "least_min_p")
     kinds = ("*bf16", "*i64", "*fp32", "i32", "fp32", "i32", "fp32", "i32", "fp32", "i32")
     arguments = {**dict(zip(names, kinds, strict=True)), **_STATE}
     for count in (128, MOST_CANDIDATES) if architecture in (80, 90) else (128,):
-        constants = {"K": count, "TOP_P": True, "MIN_P": True, "EOS": 1, "PAD": True}
+        constants = {"K": count, "TOP_P": True, "MIN_P": True, "EOS": 16, "PAD": True}
         _fits(kernels._candidates_kernel, arguments, constants, architecture, num_warps=4)
 
 
