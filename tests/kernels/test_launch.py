@@ -12,7 +12,7 @@ import torch
 
 from onegpu.errors import KernelError
 from onegpu.kernels import launch
-from onegpu.kernels.launch import triton_launch
+from onegpu.kernels.launch import CudaKernel, triton_launch
 from tests.fake_driver import FakeDriver, on_gpu
 from tests.nvrtc_tools import CHAIN, needs_nvrtc, scale_kernel
 
