@@ -68,6 +68,9 @@ def attention_function(
         _check(others)
         if others.get("output_attentions"):
             _say_no_weights()
+        positions = others.get("position_ids")
+        if positions is not None and type(attention_mask) is AttentionMask:
+            attention_mask.consider(positions)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
 
     def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, causal: bool) -> torch.Tensor:

@@ -18,7 +18,7 @@ import torch
 class DecodeStep(NamedTuple):
     """One step against a static cache: ``first`` and ``length``, int32 ``[B]`` on the device of the cache.
 
-    The real keys of row b are ``first[b] <= j < first[b] + length[b]``, those that this step writes among them.
+    The real keys of row b are ``first[b] <= j < length[b]``, those that this step writes among them.
     """
 
     first: torch.Tensor
@@ -39,6 +39,7 @@ class _Local(threading.local):
     def __init__(self) -> None:
         self.step: DecodeStep | None = None
         self.open: list[ref[Question]] = []
+        self.positions: tuple[ref[torch.Tensor], int, torch.Tensor] | None = None
 
 
 _local = _Local()
@@ -47,7 +48,7 @@ _MOST_OPEN = 64  # of masks that nobody came to use
 
 @contextlib.contextmanager
 def decode_step(first: torch.Tensor, length: torch.Tensor) -> Iterator[None]:
-    """Causal self-attention inside reads its keys between ``first`` and ``first + length``, and no mask is made.
+    """Causal self-attention inside reads its keys from ``first`` up to ``length``, and no mask is made.
 
     Nothing inside waits for the device, so a step can be captured in a CUDA graph: it is replayed after the two
     tensors were changed in place. Attention that is not causal (to an encoder) is served as always.
@@ -83,6 +84,24 @@ def answer_all(needed: Question) -> None:
         there = [(q, vector) for q, vector in asked if vector.device == device]
         values = torch.cat([vector for _, vector in there]).cpu()
         _distribute(there, values)
+
+
+def restarts(positions: torch.Tensor) -> torch.Tensor:
+    """Where positions ``[B, S]`` start again from the row's first one: boolean ``[B * S]``, on the host.
+
+    Each row begins with a start. Positions that jump to anywhere else are no packed sequences, and have no other start.
+    All layers of a forward ask this of the same tensor; it waits for the device once.
+    """
+    known = _local.positions
+    if known is not None and known[0]() is positions and known[1] == positions._version:
+        return known[2]
+    first = positions[:, :1]
+    starts = torch.diff(positions, dim=-1, prepend=first - 2) != 1
+    elsewhere = (starts & (positions != first)).any()
+    starts = starts & (~elsewhere | (torch.arange(positions.shape[1], device=positions.device) == 0))
+    found = starts.flatten().cpu()
+    _local.positions = (ref(positions), positions._version, found)
+    return found
 
 
 def _distribute(asked: Sequence[tuple[Question, torch.Tensor]], values: torch.Tensor) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from onegpu.errors import bad_argument
-from onegpu.nn.attention_context import answer_all, enqueue
+from onegpu.nn.attention_context import answer_all, enqueue, restarts
 
 _ARITHMETIC = ("add", "sub", "rsub", "mul", "baddbmm")
 _CASTS = ("_to_copy", "detach", "alias")
@@ -77,7 +77,7 @@ class AttentionMask(torch.Tensor):
             cls, (batch, 1, queries, keys), dtype=torch.bool, device=device
         )
         mask.rule, mask.matrix = rule, matrix
-        mask._reading = None
+        mask._reading, mask._considered = None, False
         if _open(rule):
             enqueue(mask)
         return mask
@@ -101,6 +101,26 @@ class AttentionMask(torch.Tensor):
             )
         args, kwargs = tree_map_only(cls, lambda mask: mask.dense(), (args, kwargs))
         return func(*args, **kwargs)
+
+    def consider(self, positions: torch.Tensor) -> None:
+        """Take positions ``[B or 1, S]`` that start again as packed sequences, where the mask says nothing of it.
+
+        Not in a graph that is being captured: the positions cannot be read there.
+        """
+        rule, (batch, _, queries, keys) = self.rule, self.shape
+        first = type(rule.q_offset) is int and rule.q_offset == rule.k_offset == 0 and 1 < queries == keys
+        plain = rule.causal and rule.sequences is None and rule.padding is None and first
+        if self._considered or not plain or positions.shape not in ((batch, keys), (1, keys)):
+            return
+        if _capturing(self.device) or torch.compiler.is_compiling():
+            return
+        self._considered, starts = True, restarts(positions)
+        if starts.sum() == positions.shape[0]:
+            return
+        numbers = starts.view(positions.shape).cumsum(-1).expand(batch, keys).to(self.device)
+        self.rule, self._reading = replace(rule, sequences=numbers), (_packed(rule, starts, batch * keys, self.device),)
+        causal = self.matrix
+        self.matrix = lambda: causal() & (numbers[:, None, :, None] == numbers[:, None, None, :])
 
     def _moved(self, device: torch.device | None) -> AttentionMask:
         """The same mask, a new object, on ``device``."""
@@ -150,7 +170,7 @@ class AttentionMask(torch.Tensor):
         """See :class:`onegpu.nn.attention_context.Question`."""
         rule = self.rule
         if rule.sequences is not None:
-            self._reading = (_packed(rule, values),)
+            self._reading = (_packed(rule, values, self.shape[0] * self.shape[2], self.device),)
             return
         gaps, padded = values.tolist()
         if gaps:
@@ -233,9 +253,9 @@ def _starts(sequences: torch.Tensor) -> torch.Tensor:
     return torch.diff(sequences, dim=-1, prepend=sequences[:, :1] - 1) != 0
 
 
-def _packed(rule: Rule, starts: torch.Tensor) -> Plan:
-    assert rule.sequences is not None
-    device = rule.sequences.device
-    ends = torch.cat([starts.nonzero().flatten(), torch.tensor([starts.numel()])]).to(torch.int32)
+def _packed(rule: Rule, starts: torch.Tensor, tokens: int, device: torch.device) -> Plan:
+    """starts: on the host, where sequences begin in the rows one after the other, or in one row that all are like."""
+    starts = starts.repeat(tokens // max(starts.numel(), 1))
+    ends = torch.cat([starts.nonzero().flatten(), torch.tensor([tokens])])
     longest = int(ends.diff().max()) if ends.numel() > 1 else 0
-    return Plan(rule.causal, _window(rule), cu_seqlens=ends.to(device), max_seqlen=longest)
+    return Plan(rule.causal, _window(rule), cu_seqlens=ends.to(device, torch.int32), max_seqlen=longest)
