@@ -78,8 +78,8 @@ def load(from_pretrained: Any, path: Any, model_args: tuple[Any, ...], kwargs: d
         quantization_config: a ``BitsAndBytesConfig`` (or dict) served by onegpu; another one goes to transformers.
         bnb_4bit_*, llm_int8_*: fields of ``BitsAndBytesConfig``, beside ``load_in_…bit``.
         replace_default_skips: ``llm_int8_skip_modules`` replaces the default skip list instead of adding to it.
-        use_flash_attention_2: the same as ``attn_implementation="flash_attention_2"`` and ``"onegpu"``: FlashAttention of
-            onegpu, no package needed. Parts of a model that it does not serve keep their own attention, and it says so.
+        use_flash_attention_2: the same as ``attn_implementation="flash_attention_2"`` and ``"onegpu"``: FlashAttention,
+            no package needed. Parts of a model that it does not serve keep their own attention, and it says so.
         torch_dtype, dtype: dtype of the float weights; the checkpoint's by default.
         device_map: "auto", "balanced", "balanced_low_0", "sequential", a device, or a dict from parts to devices. What
             does not fit on GPUs goes to CPU memory, quantised weights as they are.

@@ -53,7 +53,11 @@ MORE: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gemma": ("GemmaConfig", "GemmaForCausalLM", {**_GROUPED, "num_key_value_heads": 1, "head_dim": 24}),
     "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", {**_GROUPED, "head_dim": 24, "sliding_window": 16}),
     "phi": ("PhiConfig", "PhiForCausalLM", {**_DECODER, "resid_pdrop": 0.0, "embd_pdrop": 0.0}),
-    "phi3": ("Phi3Config", "Phi3ForCausalLM", {**_GROUPED, "sliding_window": 7, "original_max_position_embeddings": 256}),
+    "phi3": (
+        "Phi3Config",
+        "Phi3ForCausalLM",
+        {**_GROUPED, "sliding_window": 7, "original_max_position_embeddings": 256},
+    ),
     "olmo": ("OlmoConfig", "OlmoForCausalLM", _DECODER),
     "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", _GROUPED),
     "smollm3": ("SmolLM3Config", "SmolLM3ForCausalLM", {**_GROUPED, "no_rope_layers": [1, 0]}),
@@ -139,6 +143,8 @@ MORE: dict[str, tuple[str, str, dict[str, Any]]] = {
         {
             **_DECODER,
             "local_attention": 8,
+            "cls_token_id": 1,
+            "sep_token_id": 2,
             "num_hidden_layers": 3,
             "initializer_cutoff_factor": 2.0,
         },
@@ -148,12 +154,19 @@ MORE: dict[str, tuple[str, str, dict[str, Any]]] = {
     "clip": (
         "CLIPConfig",
         "CLIPModel",
-        {"text_config": {**_TOWER, "vocab_size": 128, "eos_token_id": 2}, "vision_config": _TOWER, "projection_dim": 64},
+        {
+            "text_config": {**_TOWER, "vocab_size": 128, "bos_token_id": 1, "eos_token_id": 2},
+            "vision_config": _TOWER,
+            "projection_dim": 64,
+        },
     ),
     "siglip": (
         "SiglipConfig",
         "SiglipModel",
-        {"text_config": {**_DECODER, "vocab_size": 128}, "vision_config": {**_DECODER, "image_size": 32, "patch_size": 8}},
+        {
+            "text_config": {**_DECODER, "vocab_size": 128, "bos_token_id": 1, "eos_token_id": 2},
+            "vision_config": {**_DECODER, "image_size": 32, "patch_size": 8},
+        },
     ),
     "whisper": (
         "WhisperConfig",

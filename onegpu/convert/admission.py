@@ -117,7 +117,9 @@ def _unserved(module: nn.Module) -> Iterator[str]:
             continue
         path = value.split(".")
         if path[0] == "self" and all(part.isidentifier() for part in path):
-            held = functools.reduce(lambda at, part: getattr(at, part, None), path[1:], module)  # type: ignore[arg-type]
+            held: Any = module
+            for part in path[1:]:
+                held = getattr(held, part, None)
             if held is None:
                 continue
         yield f"{type(module).__name__} passes {keyword}"
@@ -129,7 +131,7 @@ def _attends_by_itself(name: str, module: nn.Module, calling: dict[str, nn.Modul
     if name in calling or "attention" not in type(module).__name__.lower():
         return False
     weights = [child for child in module.children() if getattr(child, "weight", None) is not None]
-    matrices = [child for child in weights if child.weight.dim() >= 2]  # type: ignore[union-attr, operator]
+    matrices = [child for child in weights if child.weight.dim() >= 2]  # type: ignore[operator]
     return len(matrices) >= 2 and not any(inner.startswith(f"{name}.") for inner in calling)
 
 

@@ -1,9 +1,9 @@
 """transformers' two attention interfaces under the name "onegpu", and which models may use it.
 
-A model asks the first for its mask (:func:`mask_function`) and the second for the attention (:func:`attention_function`).
+A model asks one for its mask (:func:`mask_function`) and the other for its attention (:func:`attention_function`).
 Nobody else validates that name: a model that looks masks up by it but attends by itself would answer wrongly. So models
-are admitted by what their classes do (``convert/admission.py``), the mask refuses to be added to scores, and the attention
-refuses tensors that it does not know.
+are admitted by what their classes do (``convert/admission.py``), the mask refuses to be added to scores, and the
+attention refuses tensors that it does not know.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def attention_function(
     """What a transformers attention module calls, see ``transformers.AttentionInterface``.
 
     Args:
-        module: the caller. query: ``[B, H, S_q, D]``. key, value: ``[B, H_kv, S_k, D]`` (value D_v), the cache included.
+        module: the caller. query: ``[B, H, S_q, D]``. key, value: ``[B, H_kv, S_k, D]`` (value D_v), with the cache.
         attention_mask: as :func:`onegpu.nn.attention.attend` takes it.
         others: ``cu_seq_lens_q``, ``cu_seq_lens_k``, ``max_length_q``, ``max_length_k`` of a packed batch, and what
             does not matter.
@@ -101,13 +101,11 @@ def _say_no_weights() -> None:
 def _check(others: dict[str, Any]) -> None:
     for name, value in others.items():
         if isinstance(value, torch.Tensor) and name not in _NO_MATTER and name not in _PACKING:
-            raise bad_argument(
-                name, list(value.shape), "is a tensor that this attention does not know", "use attn_implementation='sdpa'"
-            )
+            why = "is a tensor that this attention does not know"
+            raise bad_argument(name, list(value.shape), why, "use attn_implementation='sdpa'")
         if name in ("softcap", "s_aux", "position_bias", "cache") and value is not None:
-            raise bad_argument(
-                name, value, "changes attention in a way that this one does not serve", "use attn_implementation='eager'"
-            )
+            why = "changes attention in a way that this one does not serve"
+            raise bad_argument(name, value, why, "use attn_implementation='eager'")
 
 
 _PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -149,7 +147,7 @@ def mask_function(
         q_offset = q_offset.clone()  # the cache counts on in place, and the mask may be read after that
 
     def matrix() -> torch.Tensor:
-        made: torch.Tensor = sdpa_mask(
+        made = sdpa_mask(
             batch_size=batch_size,
             q_length=q_length,
             kv_length=kv_length,
@@ -159,6 +157,7 @@ def mask_function(
             attention_mask=attention_mask,
             **{**others, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False, "device": device},
         )
+        assert made is not None  # no skip is allowed
         return made
 
     rule, device = _rule_of(pattern), torch.device(device)

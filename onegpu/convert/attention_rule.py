@@ -50,7 +50,8 @@ class UseAttention:
                 report.changes.append(Change(config.model_type, f"{NAME} attention", str(before), "as it was"))
         state.attention.clear()
         for name in exceptions.restore(model):
-            report.changes.append(Change(name, f"{NAME} attention", type(model.get_submodule(name)).__name__, "as it was"))
+            kind = type(model.get_submodule(name)).__name__
+            report.changes.append(Change(name, f"{NAME} attention", kind, "as it was"))
 
 
 def take_attention(config: Any) -> bool:

@@ -66,6 +66,7 @@ def _falcon_forward(
     fused = self.query_key_value(hidden_states).view(batch, length, groups, -1, size)
     query = fused[..., :-2, :].reshape(batch, length, self.num_heads, size).transpose(1, 2)
     key, value = fused[..., -2, :].transpose(1, 2), fused[..., -1, :].transpose(1, 2)
+    assert position_embeddings is not None
     query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
     if layer_past is not None:
         key, value = layer_past.update(key, value, self.layer_idx)

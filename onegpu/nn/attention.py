@@ -80,7 +80,7 @@ def attend(
         return _kernel(query, key, value, plan, scale, packed)
     if reason is not None:
         _check_allowed(query, reason)
-    if plan is not None and plan.window is plan.k_range is plan.cu_seqlens is None:
+    if plan is not None and plan.window is None and plan.k_range is None and plan.cu_seqlens is None:
         keys = key.shape[-2] if plan.keys is None else plan.keys
         if not plan.causal or keys == query.shape[-2]:
             return sdpa(query, key[:, :, :keys], value[:, :, :keys], None, plan.causal)
@@ -140,7 +140,7 @@ def _kernel(
         *flat, scale=scale, causal=plan.causal, window=plan.window, cu_seqlens_q=packed.cu_seqlens_q,
         cu_seqlens_k=packed.cu_seqlens_k, max_seqlen_q=packed.max_seqlen_q, max_seqlen_k=packed.max_seqlen_k,
     )  # fmt: skip
-    return out.unflatten(0, q.shape[:2])  # type: ignore[union-attr]
+    return out.unflatten(0, q.shape[:2])  # type: ignore[union-attr, no-any-return]
 
 
 def _decode(
@@ -225,7 +225,7 @@ def _packed_matrix(packed: Packed, query: torch.Tensor, key: torch.Tensor, plan:
     places = []
     for ends, rows in ((packed.cu_seqlens_q, query), (packed.cu_seqlens_k, key)):
         at = torch.arange(rows.shape[-2], device=ends.device)
-        number = torch.searchsorted(ends, at, right=True)  # of the sequence, from 1; one more in padding behind the last
+        number = torch.searchsorted(ends, at, right=True)  # of the sequence, from 1; padding behind them: one more
         places.append((number, at - ends[number.clamp(max=ends.numel() - 1)]))
     (sequence_q, i), (sequence_k, j) = places
     distance = j[None, :] - i[:, None]  # from the ends, which are aligned

@@ -105,5 +105,5 @@ def restarts(positions: torch.Tensor) -> torch.Tensor:
 
 
 def _distribute(asked: Sequence[tuple[Question, torch.Tensor]], values: torch.Tensor) -> None:
-    for (question, vector), part in zip(asked, values.split([v.numel() for _, v in asked]), strict=True):
+    for (question, _), part in zip(asked, values.split([v.numel() for _, v in asked]), strict=True):
         question.answer(part)

@@ -67,13 +67,16 @@ class AttentionMask(torch.Tensor):
 
     rule: Rule
     matrix: Callable[[], torch.Tensor]
+    _reading: tuple[Plan | None] | None  # the plan, once it was read
+    _bounds: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    _considered: bool
 
     @staticmethod
     def __new__(
         cls: Any, rule: Rule, shape: tuple[int, int, int], matrix: Callable[[], torch.Tensor], device: torch.device
     ) -> AttentionMask:
         batch, queries, keys = shape
-        mask: AttentionMask = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        mask: AttentionMask = torch.Tensor._make_wrapper_subclass(
             cls, (batch, 1, queries, keys), dtype=torch.bool, device=device
         )
         mask.rule, mask.matrix = rule, matrix
@@ -88,7 +91,7 @@ class AttentionMask(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         name, kwargs = func.overloadpacket.__name__.rstrip("_"), kwargs or {}
         if name in _CASTS and kwargs.get("dtype") in (None, torch.bool):
             return args[0]._moved(kwargs.get("device"))
@@ -126,7 +129,7 @@ class AttentionMask(torch.Tensor):
         """The same mask, a new object, on ``device``."""
         device = self.device if device is None else torch.device(device)
         rule, source = self.rule, self
-        tensors = {
+        tensors: dict[str, Any] = {
             name: value.to(device)
             for name, value in vars(rule).items()
             if isinstance(value, torch.Tensor) and value.device != device
@@ -143,17 +146,16 @@ class AttentionMask(torch.Tensor):
         made = self.__dict__.get("_dense")
         if made is None:
             made = self.__dict__["_dense"] = self.matrix()
-        return made  # type: ignore[no-any-return]
+        return made
 
     def plan(self) -> Plan | None:
         """The rule for the kernel; None where it takes the matrix. Waits for the device at most once."""
+        if self._reading is None and _open(self.rule):
+            if _capturing(self.device):
+                return None  # nothing can be read there: the matrix needs no reading
+            answer_all(self)
         if self._reading is None:
-            if _open(self.rule):
-                if _capturing(self.device):
-                    return None  # nothing can be read there: the matrix needs no reading
-                answer_all(self)
-            else:
-                self._reading = (_settled(self.rule, self.shape),)
+            self._reading = (_settled(self.rule, self.shape),)
         return self._reading[0]
 
     def ask(self) -> torch.Tensor | None:
@@ -163,7 +165,7 @@ class AttentionMask(torch.Tensor):
         if self.rule.sequences is not None:
             return _starts(self.rule.sequences).flatten()
         self._bounds = _bounds(self._padding())
-        first, length, gaps = self._bounds
+        _, length, gaps = self._bounds
         return torch.stack([gaps.any(), (length < self.shape[-1]).any()])
 
     def answer(self, values: torch.Tensor) -> None:
@@ -178,7 +180,7 @@ class AttentionMask(torch.Tensor):
         elif not padded:
             self._reading = (_settled(replace(rule, padding=None), self.shape),)
         else:
-            self._reading = (_padded(rule, *self._bounds[:2], self.shape),)
+            self._reading = (_padded(rule, self._bounds[0], self._bounds[1], self.shape),)
 
     def _padding(self) -> torch.Tensor:
         """``[B, S_k]``: which keys are real. The 2-D mask begins at position 0, and ends where real keys end."""

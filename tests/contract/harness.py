@@ -18,8 +18,8 @@ import onegpu
 from tests.tiny import PAD, tiny_model
 
 CAUSAL = (
-    "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "gemma", "gemma3_text", "phi", "phi3", "olmo", "olmo2",
-    "smollm3", "stablelm", "starcoder2", "gpt_neox", "gpt2", "gpt_bigcode", "opt", "cohere", "glm", "granite",
+    "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "gemma", "gemma3_text", "phi", "phi3", "olmo",
+    "olmo2", "smollm3", "stablelm", "starcoder2", "gpt_neox", "gpt2", "gpt_bigcode", "opt", "cohere", "glm", "granite",
     "deepseek_v3", "falcon_old", "falcon_new",
 )  # fmt: skip
 ENCODERS = ("bert", "roberta", "distilbert", "electra", "albert", "modernbert")
@@ -138,7 +138,7 @@ def probe(outputs: list[torch.Tensor]) -> torch.Tensor:
     """A loss that every output moves in its own way."""
     generator = torch.Generator().manual_seed(3)
     weights = [torch.randn(out.shape, generator=generator).to(out.device) for out in outputs]
-    return sum(((out.float() * weight).mean() for out, weight in zip(outputs, weights, strict=True)), torch.zeros(()).to(outputs[0].device))
+    return torch.stack([(out.float() * weight).mean() for out, weight in zip(outputs, weights, strict=True)]).sum()
 
 
 def assert_near(actual: torch.Tensor, expected: torch.Tensor, what: str = "", limit: float = 1e-4) -> None:

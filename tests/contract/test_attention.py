@@ -1,4 +1,4 @@
-"""Every model type with our attention: the answers, gradients and tokens of eager attention, and padding that is free."""
+"""Every model type with our attention: the answers, gradients and tokens of eager attention, padding or not."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_packed_sequences_are_separate_ones(name, monkeypatch):
     if name == "gpt_bigcode":
         del spellings["position_ids, cache"]  # tells its attention of no positions
     if name == "opt":
-        del spellings["position_ids"], spellings["position_ids, cache"]  # makes its own mask of ones, and positions from that
+        del spellings["position_ids"], spellings["position_ids, cache"]  # makes positions from a mask of ones
     for spelling, arguments in spellings.items():
         with harness.counted(monkeypatch) as calls:
             out = both.ours(ids, position_ids=places, **arguments).logits
