@@ -51,6 +51,10 @@ class MemoryBudgetError(OneGPUError, MemoryError):
     """The model, or one layer of it, does not fit in the memory allowed. The message says by how many bytes."""
 
 
+class KernelError(OneGPUError, RuntimeError):
+    """A GPU kernel cannot be compiled, loaded or launched. The message names the op and the reason that was given."""
+
+
 def bad_argument(name: str, value: object, why: str, fix: str) -> ArgumentError:
     """Returns (does not raise) the error for one argument: `raise bad_argument(...)`.
 
