@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import logging
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -74,7 +73,7 @@ def attention_function(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
 
     def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, causal: bool) -> torch.Tensor:
-        caller: Any = SimpleNamespace(num_key_value_groups=q.shape[1] // k.shape[1])  # not every module counts them
+        caller: Any = _Caller(q.shape[1] // k.shape[1])
         out, _ = sdpa_attention_forward(caller, q, k, v, mask, dropout=dropout, scaling=scaling, is_causal=causal)
         return out
 
@@ -91,6 +90,13 @@ def attention_function(
         packed=_packed(others),
     )
     return out, None
+
+
+class _Caller:
+    """What transformers' function asks of a module; not every module has it."""
+
+    def __init__(self, groups: int) -> None:
+        self.num_key_value_groups = groups
 
 
 @functools.cache
@@ -161,9 +167,8 @@ def mask_function(
         return made
 
     rule, device = _rule_of(pattern), torch.device(device)
-    if current_step() is not None and rule is not None and rule.causal:
-        return AttentionMask(Rule(causal=True), (batch_size, q_length, kv_length), matrix, device)  # nobody reads it
-    static = isinstance(q_offset, torch.Tensor) and q_length == 1  # a step that generate() may have compiled
+    # A step of a static cache, which generate() may have compiled: it takes tensors. One of our engine's does not look.
+    static = isinstance(q_offset, torch.Tensor) and q_length == 1 and current_step() is None
     numbered = isinstance(kv_offset, int) and (rule is None or rule.sequences is None or attention_mask is None)
     if rule is None or static or not numbered or torch.compiler.is_compiling():
         return matrix()

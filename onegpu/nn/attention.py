@@ -14,11 +14,11 @@ import torch
 
 from onegpu.kernels.attention import attention
 from onegpu.kernels.autocast import autocast_dtype
+from onegpu.kernels.decode_attention import MAX_QUERIES, decode_attention
 from onegpu.nn.attention_context import DecodeStep, current_step
-from onegpu.nn.attention_mask import AttentionMask, Plan, Rule
+from onegpu.nn.attention_mask import AttentionMask, Plan, Rule, matrix
 
 _LARGEST_HEAD = 256
-_MOST_NEW = 8  # queries that the kernel for a decode step takes
 
 
 class Packed(NamedTuple):
@@ -64,7 +64,7 @@ def attend(
         RuntimeError: "No available kernel", where the backends that are allowed cannot serve this.
     """
     step = current_step()
-    if step is not None and causal and not dropout:
+    if step is not None and causal and not dropout and step.keys in (None, key.shape[-2]):
         return _decode(query, key, value, step, scale, window)
     if torch.compiler.is_compiling():
         return sdpa(query, key, value, _matrix(mask, query, key, causal, window), False)
@@ -148,15 +148,20 @@ def _decode(
     window: int | None,
 ) -> torch.Tensor:  # fmt: skip
     queries = query.shape[-2]
+    if queries <= MAX_QUERIES and not (torch.is_grad_enabled() and query.requires_grad):
+        return decode_attention(
+            query.to(key.dtype), key, value, step.length, first=step.first, scale=scale, window=window or 0
+        ).transpose(1, 2)
     # The queries are the last ones of each row; where a row has fewer real ones, the others are padding before them.
-    first = (queries - step.length).clamp(min=0)
+    held = step.length - step.first
+    first = (queries - held).clamp(min=0)
     return attention(  # type: ignore[return-value]
         *(x.transpose(1, 2) for x in (query, key, value)),
         scale=scale,
         causal=True,
         window=None if window is None else (window - 1, 0),
         q_range=torch.stack([first, queries - first], dim=1).to(torch.int32),
-        k_range=torch.stack([step.first, step.length], dim=1).to(torch.int32),
+        k_range=torch.stack([step.first, held], dim=1).to(torch.int32),
     )
 
 
@@ -183,25 +188,6 @@ def _from_2d(
     rule = Rule(causal, left, -1 if causal else left, padding=mask, q_offset=keys - queries)
     shape = (query.shape[0], queries, keys)
     return AttentionMask(rule, shape, lambda: matrix(rule, shape, query.device), query.device)
-
-
-def matrix(rule: Rule, shape: tuple[int, int, int], device: torch.device) -> torch.Tensor:
-    """``rule`` as a boolean ``[B, 1, S_q, S_k]``, from :class:`Rule`'s definition."""
-    batch, queries, keys = shape
-    i = (torch.arange(queries, device=device) + rule.q_offset)[:, None]
-    j = torch.arange(keys, device=device) + rule.k_offset
-    seen = torch.ones(batch, 1, queries, keys, dtype=torch.bool, device=device)
-    if rule.causal:
-        seen &= j <= i
-    if rule.left >= 0:
-        seen &= j >= i - rule.left
-    if rule.right >= 0:
-        seen &= j <= i + rule.right
-    if rule.sequences is not None:
-        seen &= (rule.sequences[:, :, None] == rule.sequences[:, None, :])[:, None]
-    if rule.padding is not None:
-        seen &= rule.padding[:, None, None, rule.k_offset : rule.k_offset + keys]
-    return seen
 
 
 def _matrix(

@@ -18,11 +18,13 @@ import torch
 class DecodeStep(NamedTuple):
     """One step against a static cache: ``first`` and ``length``, int32 ``[B]`` on the device of the cache.
 
-    The real keys of row b are ``first[b] <= j < length[b]``, those that this step writes among them.
+    The real keys of row b are ``first[b] <= j < length[b]``, those that this step writes among them. It is for caches
+    of ``keys`` positions; None: for all.
     """
 
     first: torch.Tensor
     length: torch.Tensor
+    keys: int | None = None
 
 
 class Question(Protocol):
@@ -47,16 +49,17 @@ _MOST_OPEN = 64  # of masks that nobody came to use
 
 
 @contextlib.contextmanager
-def decode_step(first: torch.Tensor, length: torch.Tensor) -> Iterator[None]:
-    """Causal self-attention inside reads its keys from ``first`` up to ``length``, and no mask is made.
+def decode_step(first: torch.Tensor, length: torch.Tensor, keys: int | None = None) -> Iterator[None]:
+    """Causal self-attention inside reads its keys from ``first`` up to ``length``, whatever mask it is given.
 
-    Nothing inside waits for the device, so a step can be captured in a CUDA graph: it is replayed after the two
-    tensors were changed in place. Attention that is not causal (to an encoder) is served as always.
+    Nothing of it waits for the device, so a step can be captured in a CUDA graph: it is replayed after the two tensors
+    were changed in place. Attention that is not causal (to an encoder), or over another number of keys than ``keys``
+    (a ring of one window), is served by its mask as always.
 
     Args:
-        first, length: int32 ``[B]``, see :class:`DecodeStep`.
+        first, length: int32 ``[B]``. keys: positions of the caches that this is about. See :class:`DecodeStep`.
     """
-    before, _local.step = _local.step, DecodeStep(first, length)
+    before, _local.step = _local.step, DecodeStep(first, length, keys)
     try:
         yield
     finally:

@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_map_only
 from onegpu.errors import bad_argument
 from onegpu.nn.attention_context import answer_all, enqueue, restarts
 
-_ARITHMETIC = ("add", "sub", "rsub", "mul", "baddbmm")
+# With scores, where True stands for what is seen, none of these is right.
+_ARITHMETIC = ("add", "sub", "rsub", "mul", "baddbmm", "masked_fill")
 _CASTS = ("_to_copy", "detach", "alias")
 
 
@@ -81,7 +82,7 @@ class AttentionMask(torch.Tensor):
         )
         mask.rule, mask.matrix = rule, matrix
         mask._reading, mask._considered = None, False
-        if _open(rule):
+        if _open(rule) and not _capturing(device):
             enqueue(mask)
         return mask
 
@@ -99,7 +100,7 @@ class AttentionMask(torch.Tensor):
             raise bad_argument(
                 "attn_implementation",
                 "onegpu",
-                "is set for a model that adds masks to its scores by itself instead of calling the attention named",
+                "is set for a model that applies masks to its scores by itself instead of calling the attention named",
                 "load it without, or call onegpu.optimize(model), which changes what it can",
             )
         args, kwargs = tree_map_only(cls, lambda mask: mask.dense(), (args, kwargs))
@@ -164,7 +165,7 @@ class AttentionMask(torch.Tensor):
             return None
         if self.rule.sequences is not None:
             return _starts(self.rule.sequences).flatten()
-        self._bounds = _bounds(self._padding())
+        self._bounds = _bounds(_real(self.rule, self.shape[-1]))
         _, length, gaps = self._bounds
         return torch.stack([gaps.any(), (length < self.shape[-1]).any()])
 
@@ -182,12 +183,31 @@ class AttentionMask(torch.Tensor):
         else:
             self._reading = (_padded(rule, self._bounds[0], self._bounds[1], self.shape),)
 
-    def _padding(self) -> torch.Tensor:
-        """``[B, S_k]``: which keys are real. The 2-D mask begins at position 0, and ends where real keys end."""
-        padding, keys = self.rule.padding, self.shape[-1]
-        assert padding is not None
-        padding = padding[:, self.rule.k_offset : self.rule.k_offset + keys]
-        return torch.nn.functional.pad(padding, (0, keys - padding.shape[-1]))
+
+def matrix(rule: Rule, shape: tuple[int, int, int], device: torch.device) -> torch.Tensor:
+    """``rule`` as a boolean ``[B, 1, S_q, S_k]``, from :class:`Rule`'s definition."""
+    batch, queries, keys = shape
+    i = (torch.arange(queries, device=device) + rule.q_offset)[:, None]
+    j = torch.arange(keys, device=device) + rule.k_offset
+    seen = torch.ones(batch, 1, queries, keys, dtype=torch.bool, device=device)
+    if rule.causal:
+        seen &= j <= i
+    if rule.left >= 0:
+        seen &= j >= i - rule.left
+    if rule.right >= 0:
+        seen &= j <= i + rule.right
+    if rule.sequences is not None:
+        seen &= (rule.sequences[:, :, None] == rule.sequences[:, None, :])[:, None]
+    if rule.padding is not None:
+        seen &= _real(rule, keys)[:, None, None]
+    return seen
+
+
+def _real(rule: Rule, keys: int) -> torch.Tensor:
+    """``[B, S_k]``: which keys are real. The 2-D mask begins at position 0, and ends where real keys end."""
+    assert rule.padding is not None
+    padding = rule.padding[:, rule.k_offset : rule.k_offset + keys]
+    return torch.nn.functional.pad(padding, (0, keys - padding.shape[-1]))
 
 
 def _capturing(device: torch.device) -> bool:
