@@ -167,7 +167,9 @@ def test_sequences_longer_than_the_window(name, padding, monkeypatch):
                 parts.append(ours(**inputs, past_key_values=cache).logits)
                 start += size
     assert calls.ours == 2 * 7 and not calls.sdpa
-    assert_near(torch.cat(parts, 1)[real], eager(**batch, position_ids=(real.long().cumsum(-1) - 1).clamp(min=0)).logits[real])
+    assert_near(
+        torch.cat(parts, 1)[real], eager(**batch, position_ids=(real.long().cumsum(-1) - 1).clamp(min=0)).logits[real]
+    )
     assert padding or torch.equal(expected.argmax(-1), torch.cat(parts, 1).argmax(-1))
 
 
@@ -189,12 +191,18 @@ def test_a_forward_waits_for_the_device_once(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: waits.append(self.shape) or cpu(self))
     for name in ("llama", "gemma3_text"):
         model = tiny_model(name, attn_implementation="onegpu")
-        for arguments in (harness.text(padding="left"), harness.text(), {"input_ids": torch.ones(1, 9, dtype=torch.long)}):
+        for arguments in (
+            harness.text(padding="left"),
+            harness.text(),
+            {"input_ids": torch.ones(1, 9, dtype=torch.long)},
+        ):
             waits.clear()
             model(**arguments)
             assert len(waits) == 1, (name, list(arguments))
         waits.clear()
-        model(input_ids=torch.ones(1, 5, dtype=torch.long), position_ids=torch.tensor([[0, 1, 0, 1, 2]]), use_cache=False)
+        model(
+            input_ids=torch.ones(1, 5, dtype=torch.long), position_ids=torch.tensor([[0, 1, 0, 1, 2]]), use_cache=False
+        )
         assert len(waits) == 1
 
 

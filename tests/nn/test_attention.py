@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 
 import pytest
@@ -51,7 +52,9 @@ def test_without_a_mask_the_last_query_sees_the_last_key(queries):
     seen = causal(queries, 6)
     torch.testing.assert_close(attend(q, k, v, None, sdpa=refuse), exact(q, k, v, seen))
     torch.testing.assert_close(attend(q, k, v, None, sdpa=refuse, causal=False), exact(q, k, v))
-    torch.testing.assert_close(attend(q, k, v, None, sdpa=refuse, window=2), exact(q, k, v, seen & ~seen.tril(4 - queries)))
+    torch.testing.assert_close(
+        attend(q, k, v, None, sdpa=refuse, window=2), exact(q, k, v, seen & ~seen.tril(4 - queries))
+    )
 
 
 @pytest.mark.parametrize("left", [True, False])
@@ -105,7 +108,7 @@ def test_the_backends_that_the_caller_allows(spelling, monkeypatch):
         with BOTH[spelling](flash=True):
             flash = attend(q, k, v, None, sdpa=refuse)
             assert calls == [True]
-            with pytest.raises(RuntimeError, match="^No available kernel.*its mask is more than padding"):
+            with pytest.raises(RuntimeError, match=r"^No available kernel.*its mask is more than padding"):
                 attend(q, k, v, bias, sdpa=refuse)
             with pytest.raises(RuntimeError, match=r"^No available kernel.*dropout=0.5"):
                 attend(q, k, v, None, sdpa=refuse, dropout=0.5)
@@ -143,7 +146,7 @@ def test_packed_sequences(ends, window):
     q, k, v = tensors(9, 9, batch=1)
     packed = Packed(torch.tensor(ends, dtype=torch.int32), torch.tensor(ends, dtype=torch.int32), 9, 9)
     out = attend(q, k, v, None, sdpa=refuse, packed=packed, window=window)
-    for start, end in zip(ends, ends[1:], strict=False):
+    for start, end in itertools.pairwise(ends):
         part = [x[:, :, start:end] for x in (q, k, v)]
         torch.testing.assert_close(out[:, start:end], attend(*part, None, sdpa=refuse, window=window))
     with sdpa_kernel(SDPBackend.MATH):
@@ -202,7 +205,7 @@ def test_autocast():
 @pytest.mark.gpu
 def test_on_a_gpu_float32_is_pytorchs():
     q, k, v = tensors(dtype=torch.float32, device="cuda")
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), pytest.raises(RuntimeError, match="^No available kernel.*float32"):
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), pytest.raises(RuntimeError, match=r"^No available kernel.*float32"):
         attend(q, k, v, None, sdpa=refuse)
     seen = causal(6, 6).cuda()
     wide = exact(*(x.double() for x in (q, k, v)), seen)

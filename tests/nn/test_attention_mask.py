@@ -150,7 +150,10 @@ def test_scores_to_which_it_is_added_are_of_a_model_that_must_not_have_it(add):
 def test_all_masks_of_a_forward_are_read_at_once(monkeypatch):
     waits = []
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: waits.append(self.numel()) or self)
-    masks = [mask_of(Rule(True, padding=padded("left", 6)), 6, 6), mask_of(Rule(True, 2, padding=padded("left", 6)), 6, 6)]
+    masks = [
+        mask_of(Rule(True, padding=padded("left", 6)), 6, 6),
+        mask_of(Rule(True, 2, padding=padded("left", 6)), 6, 6),
+    ]
     masks.append(mask_of(Rule(True, sequences=torch.tensor([[0, 0, 1, 1, 1, 1]] * BATCH)), 6, 6))
     forgotten = mask_of(Rule(True, padding=padded("right", 6)), 6, 6)
     del forgotten
@@ -180,7 +183,11 @@ def test_other_positions_are_one_sequence():
         mask.consider(torch.tensor([positions]))
         assert mask.plan().cu_seqlens is None, positions
     again = torch.tensor([[0, 1, 0, 1]])
-    for rule in (Rule(), Rule(True, q_offset=torch.tensor(0)), Rule(True, padding=torch.ones(BATCH, 4, dtype=torch.bool))):
+    for rule in (
+        Rule(),
+        Rule(True, q_offset=torch.tensor(0)),
+        Rule(True, padding=torch.ones(BATCH, 4, dtype=torch.bool)),
+    ):
         mask = mask_of(rule, 4, 4)
         mask.consider(again)
         assert mask.plan().cu_seqlens is None
