@@ -28,7 +28,17 @@ IMAGES = ("vit", "dinov2")
 PAIRS = ("clip", "siglip")
 SPEECH = ("whisper", "wav2vec2")
 SERVED = (*CAUSAL, *ENCODERS, *SEQ2SEQ, *IMAGES, *PAIRS, *SPEECH)
+PADDED = (*CAUSAL, *ENCODERS, *SEQ2SEQ, *PAIRS)  # of text, which is padded
 LEFT = ("falcon_alibi", "bloom", "mpt", "gptj", "codegen", "t5", "gemma2", "gpt_oss")
+# How a packed batch may be told to a causal type, beside restarting positions without a cache ("position_ids") with one.
+_SPELLINGS = ("position_ids", "position_ids with a cache", "cu_seq_lens")
+PACKED = dict.fromkeys(CAUSAL, _SPELLINGS) | {
+    "stablelm": ("position_ids", "position_ids with a cache"),  # hands no cu_seq_lens on to its layers
+    "falcon_old": ("position_ids", "position_ids with a cache"),
+    "falcon_new": ("position_ids", "position_ids with a cache"),
+    "gpt_bigcode": ("position_ids", "cu_seq_lens"),  # hands its layers no positions
+    "opt": ("cu_seq_lens",),  # makes positions from a mask of ones
+}
 # Padding reaches their answers on other ways than attention: position embeddings that count it.
 ABSOLUTE = ("gpt2", "gpt_bigcode")
 

@@ -7,9 +7,8 @@ import torch
 
 import onegpu
 from tests.contract import harness
-from tests.contract.harness import ABSOLUTE, CAUSAL, ENCODERS, LEFT, PAIRS, SEQ2SEQ, SERVED, answers, assert_near, pair
+from tests.contract.harness import ABSOLUTE, CAUSAL, ENCODERS, LEFT, PACKED, PADDED, SERVED, answers, assert_near, pair
 
-PADDED = (*CAUSAL, *ENCODERS, *SEQ2SEQ, *PAIRS)
 
 
 def paddings(name: str) -> list[str | None]:
@@ -82,14 +81,9 @@ def test_packed_sequences_are_separate_ones(name, monkeypatch):
     with torch.no_grad():
         alone = torch.cat([both.ours(part).logits for part in ids.split(lengths, dim=1)], dim=1)
     packed = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 9, "max_length_k": 9}
-    spellings = {"position_ids": {"use_cache": False}, "position_ids, cache": {}, "cu_seq_lens": packed}
-    if name.startswith("falcon"):
-        spellings.pop("cu_seq_lens")  # its ForCausalLM drops them
-    if name == "gpt_bigcode":
-        del spellings["position_ids, cache"]  # tells its attention of no positions
-    if name == "opt":
-        del spellings["position_ids"], spellings["position_ids, cache"]  # makes positions from a mask of ones
-    for spelling, arguments in spellings.items():
+    spellings = {"position_ids": {"use_cache": False}, "position_ids with a cache": {}, "cu_seq_lens": packed}
+    for spelling in PACKED[name]:
+        arguments = spellings[spelling]
         with harness.counted(monkeypatch) as calls:
             out = both.ours(ids, position_ids=places, **arguments).logits
         assert calls.ours == 2 and not calls.sdpa
