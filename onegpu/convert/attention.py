@@ -61,8 +61,6 @@ def attention_function(
     Raises:
         ArgumentError: a tensor or a setting that changes attention in a way unknown here.
     """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     if others:
         _check(others)
         if others.get("output_attentions"):
@@ -73,6 +71,8 @@ def attention_function(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
 
     def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, causal: bool) -> torch.Tensor:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
         caller: Any = _Caller(q.shape[1] // k.shape[1])
         out, _ = sdpa_attention_forward(caller, q, k, v, mask, dropout=dropout, scaling=scaling, is_causal=causal)
         return out
