@@ -14,8 +14,11 @@ from torch import nn
 
 # What a call of the interface may name; anything else must be None in the module that calls it.
 _UNDERSTOOD = frozenset(
-    {"dropout", "scaling", "is_causal", "sliding_window", "output_attentions", "position_ids", "deterministic"}
-)
+    (
+        "query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal", "sliding_window", "position_ids",
+        "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "output_attentions", "deterministic",
+    )
+)  # fmt: skip
 
 
 @dataclass

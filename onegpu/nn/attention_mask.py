@@ -127,19 +127,17 @@ class AttentionMask(torch.Tensor):
         self.matrix = lambda: causal() & (numbers[:, None, :, None] == numbers[:, None, None, :])
 
     def _moved(self, device: torch.device | None) -> AttentionMask:
-        """The same mask, a new object, on ``device``."""
+        """The same mask, another object, on ``device``. It is read before it leaves: each layer there asks for it."""
         device = self.device if device is None else torch.device(device)
-        rule, source = self.rule, self
-        tensors: dict[str, Any] = {
-            name: value.to(device)
-            for name, value in vars(rule).items()
-            if isinstance(value, torch.Tensor) and value.device != device
-        }
-        batch, _, queries, keys = self.shape
-        moved = AttentionMask(
-            replace(rule, **tensors), (batch, queries, keys), lambda: source.dense().to(device), device
-        )
-        moved._reading = self._reading if not tensors else None
+        if device != self.device:
+            self.plan()
+        (batch, _, queries, keys), source = self.shape, self
+        rule = replace(self.rule, **_on(device, vars(self.rule)))
+        moved = AttentionMask(rule, (batch, queries, keys), lambda: source.dense().to(device), device)
+        moved._considered = self._considered
+        if self._reading is not None:
+            plan = self._reading[0]
+            moved._reading = (None if plan is None else plan._replace(**_on(device, plan._asdict())),)
         return moved
 
     def dense(self) -> torch.Tensor:
@@ -208,6 +206,11 @@ def _real(rule: Rule, keys: int) -> torch.Tensor:
     assert rule.padding is not None
     padding = rule.padding[:, rule.k_offset : rule.k_offset + keys]
     return torch.nn.functional.pad(padding, (0, keys - padding.shape[-1]))
+
+
+def _on(device: torch.device, fields: dict[str, Any]) -> dict[str, Any]:
+    """The tensors among these, on ``device``."""
+    return {name: value.to(device) for name, value in fields.items() if isinstance(value, torch.Tensor)}
 
 
 def _capturing(device: torch.device) -> bool:

@@ -30,7 +30,7 @@ SPEECH = ("whisper", "wav2vec2")
 SERVED = (*CAUSAL, *ENCODERS, *SEQ2SEQ, *IMAGES, *PAIRS, *SPEECH)
 PADDED = (*CAUSAL, *ENCODERS, *SEQ2SEQ, *PAIRS)  # of text, which is padded
 LEFT = ("falcon_alibi", "bloom", "mpt", "gptj", "codegen", "t5", "gemma2", "gpt_oss")
-# How a packed batch may be told to a causal type, beside restarting positions without a cache ("position_ids") with one.
+# How a causal type may be told of a packed batch: positions that start again, without a cache or with one, or ends.
 _SPELLINGS = ("position_ids", "position_ids with a cache", "cu_seq_lens")
 PACKED = dict.fromkeys(CAUSAL, _SPELLINGS) | {
     "stablelm": ("position_ids", "position_ids with a cache"),  # hands no cu_seq_lens on to its layers

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import onegpu
+from tests.compare import assert_close
 from tests.contract import harness
 from tests.contract.harness import ABSOLUTE, CAUSAL, ENCODERS, LEFT, PACKED, PADDED, SERVED, answers, assert_near, pair
-
+from tests.tiny import tiny_model
 
 
 def paddings(name: str) -> list[str | None]:
@@ -98,6 +99,36 @@ def test_packed_sequences_are_separate_ones(name, monkeypatch):
                 error = (gradients[key] - p.grad).abs().max().item()
                 assert error <= 1e-4 * max(p.grad.abs().max().item(), 1e-2 * size), f"{name} {key}: {error:.2e}"
         both.eager.zero_grad()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", SERVED)
+def test_on_a_gpu_in_16_bits(name, dtype, monkeypatch):
+    """At most twice as far from eager float32 as eager attention in 16 bits is; gradients too, as a norm."""
+    both, wide = pair(name, device="cuda", dtype=dtype), tiny_model(name, attn_implementation="eager").cuda()
+    with torch.no_grad():
+        for exact, parameter in zip(wide.parameters(), both.ours.parameters(), strict=True):
+            exact.copy_(parameter)
+    for padding in paddings(name):
+        arguments, real = harness.inputs_of(both, padding)
+        up = {key: value.float() if value.is_floating_point() else value for key, value in arguments.items()}
+        expected, rounded = answers(wide, up, real), answers(both.eager, arguments, real)
+        with harness.counted(monkeypatch) as calls:
+            actual = answers(both.ours, arguments, real)
+        assert calls.ours and not calls.sdpa
+        for one, exact, other in zip(actual, expected, rounded, strict=True):
+            assert_close(one, exact, other, what=f"{name}, padding {padding}")
+        for outputs in (expected, actual, rounded):
+            harness.probe(outputs).backward()
+        size = max(p.grad.norm().item() for p in wide.parameters() if p.grad is not None)
+        for (key, exact), one, other in zip(
+            wide.named_parameters(), both.ours.parameters(), both.eager.parameters(), strict=True
+        ):
+            if exact.grad is not None:
+                error, allowed = ((x.grad.float() - exact.grad).norm().item() for x in (one, other))
+                assert error <= 2 * allowed + 2e-3 * size, f"{name} {key}: {error:.2e}, eager's {allowed:.2e}"
+            exact.grad = one.grad = other.grad = None
 
 
 @pytest.mark.parametrize("name", LEFT)

@@ -309,6 +309,25 @@ def test_adapters_learn_under_autocast_with_checkpointing(kind):
     torch.testing.assert_close(losses["onegpu"], losses["eager"], rtol=2e-2, atol=0)
 
 
+@pytest.mark.gpu
+def test_memory_is_linear_in_the_length_of_a_sequence():
+    """Forward and backward of a padded batch, above the model; eager attention's grows with the square."""
+    model = tiny_model("llama", dtype=torch.bfloat16, attn_implementation="onegpu", max_position_embeddings=8192).cuda()
+    peaks = []
+    for length in (2048, 8192):
+        ids = torch.randint(4, 120, (2, length), device="cuda")
+        mask = torch.ones_like(ids)
+        mask[1, : length // 3] = 0
+        for _ in range(2):
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            model(ids, attention_mask=mask, use_cache=False).logits.float().mean().backward()
+            peak = torch.cuda.max_memory_allocated() - before
+            model.zero_grad()
+        peaks.append(peak)
+    assert peaks[1] < 5 * peaks[0]
+
+
 def test_dropout_in_training_is_pytorchs():
     model = tiny_model("gpt2", attn_implementation="onegpu", attn_pdrop=0.5, resid_pdrop=0.0, embd_pdrop=0.0)
     batch = harness.text(padding="left")

@@ -130,6 +130,15 @@ def test_everything_else_sees_the_matrix():
     assert torch.equal(mask.to(torch.float32), seen.float()) and mask.sum() == seen.sum()
 
 
+def test_what_was_read_is_not_read_on_another_device(monkeypatch):
+    mask, waits = mask_of(Rule(True, padding=padded("left", 5)), 5, 5), []
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: waits.append(self) or self)
+    for _ in range(3):
+        plan = mask.to("meta").plan()
+        assert plan.k_range.is_meta and plan.k_range.shape == mask.plan().k_range.shape
+    assert len(waits) == 1
+
+
 def test_moves_keep_the_rule():
     mask = mask_of(Rule(True, padding=padded("left", 5)), 5, 5)
     assert mask.to("cpu") is mask
