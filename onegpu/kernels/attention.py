@@ -23,9 +23,11 @@ from torch.autograd.function import once_differentiable
 
 from onegpu.errors import bad_argument
 from onegpu.kernels.autocast import autocast_dtype
-from onegpu.kernels.library import define
+from onegpu.kernels.library import define, has_triton
 
 IMPLEMENTATIONS = ("auto", "definition", "portable", "hopper")
+_KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_MAX_HEAD_DIM = 256  # of the kernels
 
 
 class Options(NamedTuple):
@@ -154,18 +156,92 @@ def _backward_fake(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+def _implementation(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options, backward: bool = False) -> str:
+    """What serves these inputs on a GPU: the name that was asked for, or the best for "auto"."""
+    name = options.implementation
+    kernels = has_triton() and q.dtype in _KERNEL_DTYPES and max(q.shape[-1], v.shape[-1]) <= _MAX_HEAD_DIM
+    kernels = kernels and options.scale > 0 and q.numel() > 0 and v.numel() > 0
+    if name == "definition" or (name == "auto" and not kernels):
+        return "definition"
+    hopper = False
+    if kernels and name != "portable":
+        from onegpu.kernels import attention_hopper
+
+        hopper = attention_hopper.serves(q, k, v, backward=backward)
+    if name == "auto":
+        return "hopper" if hopper else "portable"
+    if name == "hopper" and backward and not hopper:
+        return "portable"  # head dims past 128
+    if not kernels or (name == "hopper" and not hopper):
+        fix = "Leave it out. Kernels take 16-bit (portable also float32) inputs, head dims to 256 and a positive scale"
+        raise bad_argument("implementation", name, "cannot serve these inputs", fix)
+    return name
+
+
+def _readable(x: torch.Tensor) -> torch.Tensor:
+    """What the kernels read: the head dim side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _forward_cuda(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    q, k, v = _readable(q), _readable(k), _readable(v)
+    name = _implementation(q, k, v, Options(*rest))
+    if name == "definition":
+        return _forward(q, k, v, *rest)
+    out, lse = _forward_fake(q, k, v, *rest)
+    if name == "hopper":
+        from onegpu.kernels import attention_hopper
+
+        attention_hopper.forward(q, k, v, out, lse, *rest[:-2])
+    else:
+        from onegpu.kernels import attention_triton
+
+        attention_triton.forward(q, k, v, out, lse, *rest[:-2])
+    return out, lse
+
+
+def _backward_cuda(
+    grad: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    out: torch.Tensor, lse: torch.Tensor, deterministic: bool, *rest: Any,
+) -> _Gradients:  # fmt: skip
+    options = Options(*rest)
+    grad, q, k, v = _readable(grad), _readable(q), _readable(k), _readable(v)
+    name = _implementation(q, k, v, options, backward=True)
+    if name == "definition":
+        return _backward(grad, grad_lse, q, k, v, out, lse, deterministic, *rest)
+    gradients = _backward_fake(grad, grad_lse, q, k, v)
+    if options.cu_seqlens_q is not None:  # the kernels write the rows of sequences only
+        for x in gradients:
+            x.zero_()
+    if grad_lse is not None:
+        grad_lse = grad_lse.contiguous()
+    if name == "hopper" and not deterministic:
+        from onegpu.kernels import attention_hopper
+
+        attention_hopper.backward(grad, grad_lse, q, k, v, out, lse, gradients, *rest[:-1])
+    else:
+        from onegpu.kernels import attention_triton_backward
+
+        attention_triton_backward.backward(grad, grad_lse, q, k, v, out, lse, gradients, *rest[:-1])
+    return gradients
+
+
 _OPTIONS = (
     "float scale, SymInt left, SymInt right, Tensor? q_range, Tensor? k_range, Tensor? cu_seqlens_q, "
     "Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, str implementation"
 )
 define(
-    f"attention_forward(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor out, Tensor lse)", _forward, _forward_fake
+    f"attention_forward(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor out, Tensor lse)",
+    _forward,
+    _forward_fake,
+    cuda=_forward_cuda,
 )
 define(
     "attention_backward(Tensor grad, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     f"bool deterministic, {_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv)",
     _backward,
     _backward_fake,
+    cuda=_backward_cuda,
 )
 
 
@@ -237,7 +313,7 @@ def attention(
         right = 0 if right < 0 else min(right, 0)
     options = Options(
         q.shape[-1] ** -0.5 if scale is None else scale, left, right, q_range, k_range, cu_seqlens_q, cu_seqlens_k,
-        q.shape[-3] if max_seqlen_q is None else max_seqlen_q, k.shape[-3] if max_seqlen_k is None else max_seqlen_k,
+        max_seqlen_q or q.shape[-3], max_seqlen_k or k.shape[-3],
         "auto" if implementation is None else implementation,
     )  # fmt: skip
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):

@@ -74,7 +74,7 @@ def attend(
         mask = None
     else:
         packed = None
-    reason = _refusal(query, plan, dropout)
+    reason = _refusal(query, value, plan, dropout)
     if reason is None and torch.backends.cuda.flash_sdp_enabled():
         assert plan is not None
         return _kernel(query, key, value, plan, scale, packed)
@@ -90,14 +90,14 @@ def attend(
     return sdpa(query, key, value, _matrix(mask, query, key, causal, window), False)
 
 
-def _refusal(query: torch.Tensor, plan: Plan | None, dropout: float) -> str | None:
+def _refusal(query: torch.Tensor, value: torch.Tensor, plan: Plan | None, dropout: float) -> str | None:
     """Why the kernel cannot serve; None if it can."""
     if plan is None:
         return "its mask is more than padding, causality and a window"
     if dropout:
         return f"dropout={dropout}"
-    if query.shape[-1] > _LARGEST_HEAD:
-        return f"a head dimension of {query.shape[-1]}, more than {_LARGEST_HEAD}"
+    if (size := max(query.shape[-1], value.shape[-1])) > _LARGEST_HEAD:
+        return f"a head dimension of {size}, more than {_LARGEST_HEAD}"
     dtype = autocast_dtype(query.device.type) or query.dtype
     if query.device.type == "cuda" and dtype not in (torch.float16, torch.bfloat16):
         return f"{str(dtype).removeprefix('torch.')} on a GPU, it takes float16 and bfloat16"

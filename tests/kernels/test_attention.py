@@ -10,6 +10,7 @@ import torch
 
 from onegpu.errors import ArgumentError
 from onegpu.kernels.attention import attention, cost
+from tests.compare import assert_close
 
 SHAPES = [(5, 7, 4, 2, 8, 8), (7, 5, 2, 2, 8, 6), (1, 1, 3, 1, 4, 4), (6, 6, 4, 1, 6, 10)]  # S_q, S_k, H, H_kv, D, D_v
 MASKS: list[dict[str, Any]] = [{}, {"causal": True}, {"window": (2, 1)}, {"causal": True, "window": (1, -1)}]
@@ -161,3 +162,201 @@ def test_cost():
     assert cost(1, 4, 6, 1, 1, 8, 8, 2, causal=True)[1] == 4 * (3 + 4 + 5 + 6) * 8
     assert cost(1, 6, 4, 1, 1, 8, 8, 2, causal=True)[1] == 4 * (1 + 2 + 3 + 4) * 8
     assert cost(1, 4, 4, 2, 1, 8, 8, 2, backward=True)[1] == 2.5 * cost(1, 4, 4, 2, 1, 8, 8, 2)[1]
+
+
+# On a GPU: every kernel against PyTorch's own operations, in float64 and, in another order, in the dtype of the inputs.
+
+IMPLEMENTATIONS = ["portable", None]
+
+
+def plain(q, k, v, causal=False, window=(-1, -1)):
+    """(B, S, H, D) in whatever dtype, through one matrix of scores; rows that see nothing give zeros."""
+    group, (s_q, s_k) = q.shape[2] // k.shape[2], (q.shape[1], k.shape[1])
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    at = torch.arange(s_k, device=q.device) - torch.arange(s_k - s_q, s_k, device=q.device)[:, None]
+    seen = torch.ones_like(at, dtype=torch.bool)
+    if causal:
+        seen &= at <= 0
+    if window[0] >= 0:
+        seen &= at >= -window[0]
+    if window[1] >= 0:
+        seen &= at <= window[1]
+    scores = (q @ k.transpose(-1, -2)) / math.sqrt(q.shape[-1])
+    empty = ~seen.any(-1, keepdim=True)
+    p = scores.masked_fill(~seen & ~empty, -math.inf).softmax(-1).masked_fill(empty, 0)
+    return (p @ v).transpose(1, 2)
+
+
+def check_on_gpu(q, k, v, implementation, gradients=True, **mask):
+    tensors = [x.detach().requires_grad_() for x in (q, k, v)]
+    out = attention(*tensors, implementation=implementation, **mask)
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    other = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    reference, reordered = plain(*wide, **mask), plain(*other, **mask)
+    assert_close(out, reference, reordered, what="out")
+    if gradients:
+        upstream = torch.randn_like(out)
+        got = torch.autograd.grad(out, tensors, upstream)
+        expected = torch.autograd.grad(reference, wide, upstream.double())
+        allowed = torch.autograd.grad(reordered, other, upstream)
+        for name, x, y, z in zip(("dq", "dk", "dv"), got, expected, allowed, strict=True):
+            assert_close(x, y, z, what=name)
+    return out
+
+
+GPU_LENGTHS = [(113, 203), (1, 1), (1023, 1024), (203, 113), (1, 300), (300, 1), (256, 256), (64, 2048)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("lengths", GPU_LENGTHS)
+@pytest.mark.parametrize("d", [64, 128])
+def test_lengths_on_gpu(d: int, lengths: tuple[int, int], dtype: torch.dtype, implementation: str | None):
+    for heads, heads_kv in ((2, 2), (4, 1), (6, 2)):
+        q, k, v = inputs(*lengths, heads, heads_kv, d, d, device="cuda", dtype=dtype)
+        for mask in ({}, {"causal": True}, {"window": (100, 7)}, {"causal": True, "window": (70, -1)}):
+            check_on_gpu(q, k, v, implementation, **mask)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dims", [(8, 8), (59, 59), (72, 72), (80, 80), (96, 96), (112, 112), (192, 128), (192, 192),
+                                  (256, 256), (64, 128), (128, 64), (40, 200)])  # fmt: skip
+def test_head_dims_on_gpu(dims: tuple[int, int], dtype: torch.dtype, implementation: str | None):
+    q, k, v = inputs(213, 303, 4, 2, *dims, device="cuda", dtype=dtype)
+    for mask in ({}, {"causal": True}, {"causal": True, "window": (70, -1)}):
+        check_on_gpu(q, k, v, implementation, **mask)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("d", [64, 80, 128])
+def test_padded_and_packed_are_unpadded_on_gpu(d: int, implementation: str | None):
+    """Bit for bit, whatever the padding holds, and the same on every run."""
+    ranges = [((100, 200), (50, 250)), ((0, 300), (0, 300)), ((299, 1), (37, 100)), ((7, 150), (8, 150))]
+    sides = 0, 1, 1
+    q_range, k_range = (int32(*(r[side] for r in ranges), device="cuda") for side in (0, 1))
+    for mask in ({}, {"causal": True}, {"window": (64, 10)}):
+        tensors = inputs(300, 310, 4, 2, d, d, batch=4, device="cuda", dtype=torch.bfloat16)
+        for x, side in zip(tensors, sides, strict=True):
+            for b, r in enumerate(ranges):
+                x[b, : r[side][0]] = x[b, sum(r[side]) :] = math.nan
+        real = [[x[b : b + 1, r[s][0] : sum(r[s])] for x, s in zip(tensors, sides, strict=True)]
+                for b, r in enumerate(ranges)]  # fmt: skip
+        packed = [torch.cat([row[i][0] for row in real]).requires_grad_() for i in range(3)]
+        ends = [int32(0, *torch.tensor([r[s][1] for r in ranges]).cumsum(0), device="cuda") for s in (0, 1)]
+        padded = [x.requires_grad_() for x in tensors]
+        for deterministic in (True, False):
+            options = {"implementation": implementation, "deterministic": deterministic, "return_lse": True, **mask}
+            out, lse = attention(*padded, q_range=q_range, k_range=k_range, **options)
+            out_packed, _ = attention(*packed, cu_seqlens_q=ends[0], cu_seqlens_k=ends[1], **options)
+            assert not out.isnan().any() and not lse.isnan().any()
+            upstream = torch.randn_like(out)
+            upstream_packed = torch.cat([upstream[b, r[0][0] : sum(r[0])] for b, r in enumerate(ranges)])
+            got = torch.autograd.grad(out, padded, upstream)
+            got_packed = torch.autograd.grad(out_packed, packed, upstream_packed)
+            first = 0, 0
+            for b, r in enumerate(ranges):
+                alone = [x.detach().requires_grad_() for x in real[b]]
+                out_alone, _ = attention(*alone, **options)
+                rows = slice(r[0][0], sum(r[0]))
+                stop = first[0] + r[0][1], first[1] + r[1][1]
+                assert torch.equal(out[b, rows], out_alone[0]) and torch.equal(
+                    out_packed[first[0] : stop[0]], out_alone[0]
+                )
+                assert not out[b, : rows.start].any() and not out[b, rows.stop :].any()
+                grads = torch.autograd.grad(out_alone, alone, upstream[b : b + 1, rows])
+                for i, s in enumerate(sides):
+                    at = slice(r[s][0], sum(r[s]))
+                    same = torch.equal if deterministic or i else lambda x, y: torch.allclose(x, y, 2e-2, 2e-2)
+                    assert same(got[i][b, at], grads[i][0]) and same(got_packed[i][first[s] : stop[s]], grads[i][0])
+                    assert not got[i][b, : at.start].any() and not got[i][b, at.stop :].any()
+                first = stop
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_strides_on_gpu(implementation: str | None):
+    q, k, v = inputs(130, 140, 4, 2, 64, 64, device="cuda", dtype=torch.float16)
+    expected = attention(q, k, v, implementation=implementation, causal=True)
+    fused = torch.cat((k, v), 2)  # views of a projection of k and v together
+    turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    apart = [torch.stack((x, x), -1)[..., 0] for x in (q, k, v)]  # head dim not side by side
+    odd = [torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape) for x in (q, k, v)]  # base off by one element
+    for case in ((q, fused[:, :, :2], fused[:, :, 2:]), turned, apart, odd, (q[:, :, :1].expand_as(q), k, v)):
+        out = attention(*case, implementation=implementation, causal=True)
+        if case[0].stride(2):
+            assert_close(out, expected.float(), expected)
+        else:
+            assert_close(out, plain(*(x.float() for x in case), causal=True), plain(*case, causal=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_same_bits_on_every_run(implementation: str | None):
+    q, k, v = inputs(517, 517, 4, 2, 128, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    upstream = torch.randn_like(q)
+
+    def once():
+        out = attention(q, k, v, causal=True, deterministic=True, implementation=implementation)
+        return out, *torch.autograd.grad(out, (q, k, v), upstream)
+
+    first = once()
+    for _ in range(200):
+        assert all(map(torch.equal, once(), first))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_nothing_is_left_unwritten(implementation: str | None):
+    q, k, v = inputs(100, 90, 2, 1, 80, 80, device="cuda", dtype=torch.float16)
+    q_range, ends = int32((3, 50), (0, 0), device="cuda"), int32(5, 40, 40, 170, device="cuda")
+    ends_k = int32(0, 20, 60, 180, device="cuda")
+    for shape in ({"q_range": q_range}, {"cu_seqlens_q": ends, "cu_seqlens_k": ends_k}):
+        case = [x.flatten(0, 1) if "cu_seqlens_q" in shape else x for x in (q, k, v)]
+        case = [x.requires_grad_() for x in case]
+        torch.empty(1 << 24, device="cuda").fill_(math.nan)  # what the allocator gives next
+        out, lse = attention(*case, return_lse=True, implementation=implementation, **shape)
+        assert out.isfinite().all() and not lse.isnan().any() and (lse == -math.inf).any()
+        for x in torch.autograd.grad(out, case, torch.ones_like(out)):
+            assert x.isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_past_two_to_the_31_elements(implementation: str | None):
+    """1.2 million rows of 16 heads of 128 (5 GB), 12 packed sequences of which only the last matters here."""
+    rows, tail = 1_200_000, 200
+    q = torch.zeros(rows, 16, 128, device="cuda", dtype=torch.bfloat16)
+    q[-tail:] = torch.randn(tail, 16, 128, device="cuda")
+    ends = int32(0, rows - tail, rows, device="cuda")
+    options = {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "window": (3, 0), "implementation": implementation}
+    out = attention(q, q, q, **options)
+    alone = attention(q[None, -tail:], q[None, -tail:], q[None, -tail:], window=(3, 0), implementation=implementation)
+    assert torch.equal(out[-tail:], alone[0]) and not out[:-tail].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_graph_captured_twice_on_one_stream(implementation: str | None):
+    q, k, v = inputs(500, 500, 8, 8, 128, 128, device="cuda", dtype=torch.bfloat16)
+    expected = attention(q, k, v, causal=True, implementation=implementation)
+    stream, graphs, outs = torch.cuda.Stream(), [], []
+    stream.wait_stream(torch.cuda.current_stream())
+    for _ in range(2):
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1], stream=stream):
+            outs.append(attention(q, k, v, causal=True, implementation=implementation))
+    streams = torch.cuda.Stream(), torch.cuda.Stream()
+    for _ in range(20):
+        for out in outs:
+            out.fill_(math.nan)
+        torch.cuda.synchronize()
+        for graph, at in zip(graphs, streams, strict=True):  # at the same time
+            with torch.cuda.stream(at):
+                graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(out, expected) for out in outs)
