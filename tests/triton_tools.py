@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import textwrap
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,6 +41,16 @@ def interpret(snippet: str) -> None:
     assert run.returncode == 0, run.stderr[-3000:]
 
 
+def stack_bytes(kernel: Any) -> int:
+    """Bytes of local memory that each thread of a compiled kernel has, which is where registers spill to."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(kernel.asm["cubin"])
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    (stack, local) = re.findall(r" STACK:(\d+) .* LOCAL:(\d+)", text.stdout)[0]
+    return int(stack) + int(local)
 _PTX_BYTES = {"u64": 8, "b64": 8, "s64": 8, "f64": 8, "u32": 4, "b32": 4, "s32": 4, "f32": 4, "u16": 2, "b16": 2}
 
 
