@@ -21,8 +21,12 @@ class FullLayer(DynamicLayer):
     """transformers' growing layer, in memory of a known size; beyond that size it grows as its base class does.
 
     Args:
-        allocate: called once with the first keys and values [B, H, T, D]; gives the memory of both, [B, H, capacity, D].
+        allocate: called once with the first keys and values [B, H, T, D]; gives the memory of both,
+            [B, H, capacity, D].
     """
+
+    keys: Any
+    values: Any
 
     def __init__(self, allocate: Callable[[torch.Tensor, torch.Tensor], Pair]) -> None:
         super().__init__()
@@ -83,6 +87,8 @@ class StepLayer(CacheLayerMixin):
     """
 
     is_compileable = True
+    keys: Any
+    values: Any
 
     def __init__(
         self, keys: torch.Tensor, values: torch.Tensor, position: torch.Tensor, slot: torch.Tensor, is_sliding: bool
@@ -98,14 +104,12 @@ class StepLayer(CacheLayerMixin):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Pair:
         """Write keys and values [B, H, 1, D]; returns the whole memory."""
-        assert self.keys is not None and self.values is not None
         self.keys.index_copy_(2, self.slot, key_states)
         self.values.index_copy_(2, self.slot, value_states)
         return self.keys, self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(keys, offset of the first one)."""
-        assert self.keys is not None
         return self.keys.shape[2], 0
 
     def get_seq_length(self) -> Any:
@@ -114,14 +118,15 @@ class StepLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         """Positions that the memory has."""
-        assert self.keys is not None
-        return self.keys.shape[2]
+        return int(self.keys.shape[2])
 
 
 class StepCache(Cache):
     """The cache that a captured step is given: one :class:`StepLayer` for each layer."""
 
-    def __init__(self, layers: list[StepLayer]) -> None:
+    layers: list[Any]
+
+    def __init__(self, layers: list[Any]) -> None:
         super().__init__(layers=layers)
 
 
@@ -141,7 +146,7 @@ def unsupported(cache: Any) -> str | None:
     return None if cache.layers else "the configuration does not say which layers the cache has"
 
 
-def fill_ring(ring: Pair, layer: DynamicSlidingWindowLayer) -> None:
+def fill_ring(ring: Pair, layer: Any) -> None:
     """Put the tokens that a sliding layer holds where a ring has them: position ``p`` at ``p % length``."""
     if not layer.is_initialized or layer.keys.numel() == 0:
         return
@@ -151,7 +156,7 @@ def fill_ring(ring: Pair, layer: DynamicSlidingWindowLayer) -> None:
         target[: source.shape[0]].index_copy_(2, slots, source)
 
 
-def read_ring(ring: Pair, layer: DynamicSlidingWindowLayer, length: int, batch: int) -> None:
+def read_ring(ring: Pair, layer: Any, length: int, batch: int) -> None:
     """The other way round: give a sliding layer the last ``window - 1`` tokens of a sequence of ``length``."""
     size = ring[0].shape[2]
     held = min(length, layer.sliding_window - 1)

@@ -61,7 +61,14 @@ class NoHostSync(TorchDispatchMode):
 class Graph:
     """``run`` captured; calling it replays. Its memory comes from ``pool``."""
 
-    def __init__(self, run: Callable[[], None], device: torch.device, pool: Any, generators: tuple[Any, ...] = (), warm: bool = False) -> None:
+    def __init__(
+        self,
+        run: Callable[[], None],
+        device: torch.device,
+        pool: Any,
+        generators: tuple[Any, ...] = (),
+        warm: bool = False,
+    ) -> None:
         """Captures ``run``.
 
         Args:

@@ -73,16 +73,17 @@ class Decoding:
                 slot.history = torch.zeros(slot.batch, slot.capacity + 1, dtype=torch.long, device=device)
             if slot.lengths is None:
                 slot.lengths = torch.zeros(slot.batch, dtype=torch.long, device=device)
-        slot.history[: self.rows, : self.columns] = self.request.ids
-        slot.lengths.fill_(self.columns)
-        return slot.history, slot.lengths
+        history, lengths = slot.history[: self.rows], slot.lengths[: self.rows]
+        history[:, : self.columns] = self.request.ids
+        lengths.fill_(self.columns)
+        return history, lengths
 
     def _prefill(self) -> None:
         """Run the prompt; plan the sampler, whose tables need the vocabulary's size."""
         kwargs = self.request.kwargs
         output = self.model._prefill(self.request.ids, self.config, kwargs)
         self.kwargs = self.model._update_model_kwargs_for_generation(output, kwargs, is_encoder_decoder=False)
-        self.logits = output.logits[:, -1].to(torch.float32, copy=True)
+        self.logits = output.logits[:, -1].to(self.request.device, torch.float32, copy=True)
         del output
         eos, pad = self.config._eos_token_tensor, self.config._pad_token_tensor
         stops_at_eos = self.stops.eos
@@ -90,8 +91,7 @@ class Decoding:
             "do_sample": bool(self.config.do_sample),
             "eos_token_ids": eos.flatten().tolist() if eos is not None and stops_at_eos else (),
             "pad_token_id": int(pad) if pad is not None and self.stops.pads else None,
-            "batch": self.slot.batch,
-            "rows": self.rows,
+            "batch": self.rows,
             "vocab_size": self.logits.shape[-1],
             "max_length": self.request.max_length,
             "device": self.request.device,
@@ -104,10 +104,6 @@ class Decoding:
             sampler = Sampler.plan([], **plan)
             assert isinstance(sampler, Sampler)
         self.sampler = sampler
-        if self.slot.batch != self.rows:
-            padded = self.logits.new_zeros(self.slot.batch, self.logits.shape[-1])
-            padded[: self.rows] = self.logits
-            self.logits = padded
 
     def _known_step(self) -> StaticStep | None:
         """The slot's captured step, ready for this request; None if there is none that is still right."""
@@ -115,13 +111,11 @@ class Decoding:
         if step is None or self.slot.fingerprint != self.request.fingerprint:
             self.slot.step = None
             return None
-        if self.logits.shape != step.logits.shape:
-            return None
         start = self._start()
         if start is None:
             return None
         step.load(start)
-        step.logits.copy_(self.logits)
+        step.logits[: self.rows].copy_(self.logits)
         self._capture_sampler(step)
         self.run.loop = "captured"
         return step
@@ -146,27 +140,23 @@ class Decoding:
 
     def _pick(self, step: StaticStep | None) -> None:
         """Choose the next tokens by the logits at hand."""
-        logits = self.logits if step is None else step.logits
+        logits = self.logits if step is None else step.logits[: self.rows]
         if self.keeps and self.config.output_logits:
-            self.raw.append(logits[: self.rows].clone())
+            self.raw.append(logits.clone())
         scores: torch.Tensor | None
         if self.host_processors is not None:
-            seen = self.history[: self.rows, : self.columns]
-            scores = self.host_processors(seen.contiguous(), logits[: self.rows].clone())
-            padded = scores
-            if self.slot.batch != self.rows:
-                padded = torch.zeros_like(logits)
-                padded[: self.rows] = scores
-            self.sampler.step(padded, self.history, self.lengths)
+            seen = self.history[:, : self.columns].contiguous()
+            scores = self.host_processors(seen, logits.clone())
+            self.sampler.step(scores, self.history, self.lengths)
         elif step is not None and self.sampler.key in step.samplers:
-            sampler, graph, kept = step.samplers[self.sampler.key]
+            _, graph, kept = step.samplers[self.sampler.key]
             graph()
             scores = kept[0]
         else:
             scores = self.sampler.step(logits, self.history, self.lengths)
         if self.keeps and self.config.output_scores:
             assert scores is not None
-            self.scores.append(scores[: self.rows].clone())  # they may lie in a buffer of the next step
+            self.scores.append(scores.clone())  # they may lie in a buffer of the next step
         self.columns += 1
         if self.stops.looks:
             self.readback.push(self.sampler.out)
@@ -175,24 +165,18 @@ class Decoding:
         """Run the model on the tokens chosen last."""
         self.run.steps += 1
         if step is not None:
-            step.input_ids.copy_(self.sampler.out[0][:, None])
+            step.input_ids[: self.rows, 0].copy_(self.sampler.out[0])
             step()
             return step
-        seen = self.history[: self.rows, : self.columns]
+        seen = self.history[:, : self.columns]
         inputs = self.model.prepare_inputs_for_generation(seen, next_sequence_length=1, **self.kwargs)
         made: tuple[StaticStep, Start] | None = None
         if self.static and self.request.max_length - self.columns >= _WORTH_CAPTURING:
             made = self._make_step(inputs)
         output = self.model(**inputs, return_dict=True)
         self.kwargs = self.model._update_model_kwargs_for_generation(output, self.kwargs, is_encoder_decoder=False)
-        last = output.logits[:, -1]
-        if made is not None:
-            return self._check_step(*made, last.float())
-        if self.slot.batch == self.rows:
-            self.logits = last.float()
-        else:
-            self.logits[: self.rows].copy_(last)
-        return None
+        self.logits = output.logits[:, -1].to(self.request.device, torch.float32)
+        return None if made is None else self._check_step(*made)
 
     def _make_step(self, inputs: dict[str, Any]) -> tuple[StaticStep, Start] | None:
         """Capture the step that comes next; None, with the reason noted, if that cannot be done."""
@@ -202,7 +186,7 @@ class Decoding:
             if start is None:
                 return None
             with torch.inference_mode(False):
-                logits = torch.zeros(self.logits.shape, dtype=torch.float32, device=self.logits.device)
+                logits = self.logits.new_zeros(self.slot.batch, self.logits.shape[-1])
             captured = self.request.device.type == "cuda"
             step = StaticStep(self.model, self.slot, inputs, start, logits, captured)
         except NotCapturableError as error:
@@ -215,18 +199,17 @@ class Decoding:
         self.static, self.run.reason = False, reason
         self.request.engine.refusals[self.request.fingerprint] = reason
 
-    def _check_step(self, step: StaticStep, start: Start, expected: torch.Tensor) -> StaticStep | None:
+    def _check_step(self, step: StaticStep, start: Start) -> StaticStep | None:
         """Compare a new step with the ordinary one that was just made: a model may have kept a number on the host."""
-        began = time.perf_counter()
+        began, expected = time.perf_counter(), self.logits
         step.load(start)
-        step.input_ids.copy_(self.sampler.out[0][:, None])
+        step.input_ids[: self.rows, 0].copy_(self.sampler.out[0])
         got = step()[: self.rows]
         tolerance = 1e-3 if self.model.dtype == torch.float32 else 5e-2
         spread = expected.amax() - expected.amin()
         wrong = (got - expected).abs().amax() > tolerance * spread.clamp(min=1e-3)
         if bool(wrong & expected.isfinite().all()):
             self._refuse("the captured step's logits are not those of an ordinary step")
-            self.logits[: self.rows].copy_(expected)
             return None
         step.logits[: self.rows].copy_(expected)
         self.slot.step, self.slot.fingerprint = step, self.request.fingerprint
@@ -239,7 +222,7 @@ class Decoding:
         """Give the sampler a graph over the step's logits, or take an earlier one that does the same."""
         if self.host_processors is not None or step.pool is None:
             return
-        sampler, history, lengths = self.sampler, self.history, self.lengths
+        sampler, history, lengths, logits = self.sampler, self.history, self.lengths, step.logits[: self.rows]
         known = step.samplers.get(sampler.key)
         if known is not None:
             known[0].copy_from(sampler)
@@ -248,9 +231,9 @@ class Decoding:
         kept: list[torch.Tensor | None] = [None]
 
         def pick() -> None:
-            kept[0] = sampler.step(step.logits, history, lengths)
+            kept[0] = sampler.step(logits, history, lengths)
 
-        sampler.rehearse(step.logits, history, lengths)
+        sampler.rehearse(logits, history, lengths)
         generators = () if sampler.generator is None else (sampler.generator,)
         step.samplers[sampler.key] = sampler, Graph(pick, self.request.device, step.pool, generators), kept
 
@@ -265,11 +248,11 @@ class Decoding:
         if done:
             return columns
         if newly is not None and self.stops.pads:
-            self.sampler.out[1, : self.rows].masked_fill_(newly.to(self.request.device), 1)
+            self.sampler.out[1].masked_fill_(newly.to(self.request.device), 1)
             if self.columns > columns:  # the token under way is one too many for these rows
-                late = self.history[: self.rows, columns : self.columns]
+                late = self.history[:, columns : self.columns]
                 late.masked_fill_(newly.to(late.device)[:, None], int(self.config._pad_token_tensor))
-                self.sampler.out[0, : self.rows].copy_(late[:, -1])
+                self.sampler.out[0].copy_(late[:, -1])
         return None
 
     def _finish(self, end: int, step: StaticStep | None) -> Any:
@@ -282,13 +265,11 @@ class Decoding:
             step.finish(self.cache, length, self.rows)
         if self.request.streamer is not None:
             self.request.streamer.end()
-        sequences = self.history[: self.rows, :end].clone()
+        sequences = self.history[:, :end].clone()
         sequences[:, : self.request.columns] = self.request.prompt
         if not self.keeps:
             return sequences
-        return GenerateDecoderOnlyOutput(
-            sequences=sequences,
-            scores=tuple(self.scores[:made]) if self.config.output_scores else None,
-            logits=tuple(self.raw[:made]) if self.config.output_logits else None,
-            past_key_values=self.cache,
-        )
+        fields: dict[str, Any] = {"sequences": sequences, "past_key_values": self.cache}
+        fields["scores"] = tuple(self.scores[:made]) if self.config.output_scores else None
+        fields["logits"] = tuple(self.raw[:made]) if self.config.output_logits else None
+        return GenerateDecoderOnlyOutput(**fields)

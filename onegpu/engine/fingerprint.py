@@ -1,7 +1,7 @@
 """What a captured step depends on, as one value: equal before and after means that the graph is still right.
 
-In-place changes of weights are followed by a graph (it reads the same memory) and leave the value as it is. Memory that
-moved (`.to()`, `.half()`, `param.data =`), modules exchanged, adapters switched, modes and numbers on modules changed do not.
+In-place changes of weights are followed by a graph (it reads the same memory) and leave the value as it is. Memory
+that moved (`.to()`, `.half()`, `param.data =`), exchanged modules, switched adapters and changed numbers change it.
 """
 
 from __future__ import annotations

@@ -129,9 +129,9 @@ def detach(model: Any) -> bool:
 
 
 def _never(model: Any) -> str | None:
-    from transformers import GenerationMixin
+    from transformers import GenerationMixin, PreTrainedModel
 
-    if not isinstance(model, GenerationMixin) or not model.can_generate():
+    if not isinstance(model, PreTrainedModel) or not isinstance(model, GenerationMixin) or not model.can_generate():
         return "the model does not generate"
     if model.config.is_encoder_decoder:
         return "encoder-decoder models generate with transformers' loop"

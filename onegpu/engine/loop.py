@@ -77,7 +77,7 @@ class Request:
         self._check(input_ids)
         self.prompt = input_ids
         self.rows, self.columns = input_ids.shape
-        self.max_length = min((c.max_length for c in self.stopping if type(c) is MaxLengthCriteria), default=0)
+        self.max_length: int = min((c.max_length for c in self.stopping if type(c) is MaxLengthCriteria), default=0)
         self.device = input_ids.device
         self.run = Run("eager")
 
@@ -93,9 +93,11 @@ class Request:
             ),
             f"cache_implementation={config.cache_implementation!r}": config.cache_implementation
             not in (None, "dynamic"),
-            "the inputs are on another device than the model": input_ids.device != self.model.device,
+            "the inputs are on another device than the model": input_ids.device != self.model.device
+            and not hasattr(self.model, "hf_device_map"),
             "no maximum length is given": not any(type(c) is MaxLengthCriteria for c in self.stopping),
-            "prompts of no token": input_ids.ndim != 2 or not (input_ids.numel() or kwargs.get("inputs_embeds") is not None),
+            "the prompt has no token": input_ids.ndim != 2
+            or (not input_ids.numel() and kwargs.get("inputs_embeds") is None),
         }
         for reason, holds in reasons.items():
             if holds:
@@ -103,34 +105,34 @@ class Request:
 
     def mask(self) -> torch.Tensor:
         """[B, n]: the real ones of all tokens up to the prompt's end, those in the cache among them."""
-        mask = self.kwargs.get("attention_mask")
+        mask: torch.Tensor | None = self.kwargs.get("attention_mask")
         if mask is not None:
-            return mask  # type: ignore[no-any-return]
+            return mask
         embeds = self.kwargs.get("inputs_embeds")
         given = embeds.shape[1] if embeds is not None else self.columns
-        length = getattr(self.config, "_mask_length", None) or given + self.cache.get_seq_length()
-        return self.prompt.new_ones(self.rows, length)
+        length = int(getattr(self.config, "_mask_length", None) or given + self.cache.get_seq_length())
+        ones: torch.Tensor = self.prompt.new_ones(self.rows, length)
+        return ones
 
     def roll(self) -> None:
         """Rows padded on the right become rows padded on the left: then the last column is each row's last token."""
         mask = self.kwargs.get("attention_mask")
-        if mask is None or mask.shape != self.prompt.shape or self.cache.get_seq_length():
+        embeds = self.kwargs.get("inputs_embeds")
+        if mask is None or embeds is not None or mask.shape != self.prompt.shape or self.cache.get_seq_length():
             self.ids = self.prompt
             return
-        trailing = self.columns - mask.new_tensor(range(1, self.columns + 1)).mul(mask.bool()).amax(1)
-        shift = torch.where(trailing == self.columns, 0, trailing)
-        where = (torch.arange(self.columns, device=self.device)[None] - shift[:, None]) % self.columns
+        columns = torch.arange(self.columns, device=self.device)
+        shift = (self.columns - 1 - (columns * mask.bool()).amax(1)) * mask.any(1)
+        where = (columns - shift[:, None]) % self.columns
         self.ids = self.prompt.gather(1, where)
-        if self.kwargs.get("inputs_embeds") is not None:
-            return
         mask = self.kwargs["attention_mask"] = mask.gather(1, where)
-        if (positions := self.kwargs.get("position_ids")) is not None:
-            if positions.ndim == 2 and positions.shape == where.shape:
-                self.kwargs["position_ids"] = positions.gather(1, where)
+        positions = self.kwargs.get("position_ids")
+        if positions is not None and positions.shape == where.shape:
+            self.kwargs["position_ids"] = positions.gather(1, where)
 
     def final_length(self) -> int:
         """Positions in the cache at the end."""
-        return self.mask().shape[1] + max(self.max_length - self.columns, 1)
+        return int(self.mask().shape[1]) + max(self.max_length - self.columns, 1)
 
     def may_capture(self) -> bool:
         """Whether a captured step is worth trying; if not, ``run.reason`` says why."""

@@ -1,4 +1,4 @@
-"""The memory of requests: allocated once for a request's final length, kept for the next one, refused where it cannot be.
+"""The memory of requests: allocated once for the final length, kept for the next one, refused where it cannot be.
 
 A slot belongs to one request at a time, so whatever was captured over it is never replayed twice at once.
 """
@@ -16,7 +16,7 @@ from onegpu.engine.cache import FullLayer, Pair
 from onegpu.errors import MemoryBudgetError
 from onegpu.placement.fit import format_bytes, free_bytes
 
-_ROUND = 128  # capacities are multiples of it: attention kernels want even masks, and more requests find a slot that fits
+_ROUND = 128  # of capacities: attention kernels want even masks, and more requests find a slot that fits
 _KEPT = 2  # idle slots that a model keeps
 
 
@@ -70,9 +70,7 @@ class Slot:
             pair = self.full[index]
             if pair is None or not _alike(pair, keys, values):
                 self.full[index] = pair = None
-                missing = sum(
-                    1 for number, layer in enumerate(layers) if self.full[number] is None and _is_full(layer)
-                )
+                missing = sum(1 for number, layer in enumerate(layers) if self.full[number] is None and _is_full(layer))
                 before_allocating(self, keys, values, missing)
                 pair = self.full[index] = self.make(keys, values, self.capacity)
             return pair[0][:rows], pair[1][:rows]
@@ -139,7 +137,7 @@ class Slots:
             self._idle.clear()
 
     def _make_room(self, slot: Slot, keys: torch.Tensor, values: torch.Tensor, layers: int) -> None:
-        """Free idle slots if that is needed for ``layers`` layers like this one; refuse the request if it is not enough."""
+        """Free idle slots if ``layers`` layers like this one need that; refuse the request if it is not enough."""
         needed = layers * slot.batch * slot.capacity * _bytes_per_position(keys, values)
         free = free_bytes(keys.device)
         if free is None or needed <= free:
@@ -172,7 +170,7 @@ def _is_full(layer: Any) -> bool:
 
 def _alike(pair: Pair, keys: torch.Tensor, values: torch.Tensor) -> bool:
     return all(
-        have.dtype == new.dtype and have.device == new.device and (have.shape[1], have.shape[3]) == (new.shape[1], new.shape[3])
+        (have.dtype, have.device, have.shape[1], have.shape[3]) == (new.dtype, new.device, new.shape[1], new.shape[3])
         for have, new in zip(pair, (keys, values), strict=True)
     )
 

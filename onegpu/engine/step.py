@@ -29,7 +29,7 @@ class Start:
     def __init__(self, cache: Any, mask: torch.Tensor, position_ids: torch.Tensor | None) -> None:
         self.rows, self.length = mask.shape
         self.mask, self.position_ids = mask, position_ids
-        self.sliding = {
+        self.sliding: dict[int, tuple[Any, Any, Any, int]] = {
             index: (layer, layer.keys, layer.values, layer.cumulative_length)
             for index, layer in enumerate(cache.layers)
             if isinstance(layer, DynamicSlidingWindowLayer)
@@ -137,7 +137,7 @@ class StaticStep:
             sliding = index in start.sliding
             if sliding:
                 layer, keys, values, _ = start.sliding[index]
-                if not layer.is_initialized:
+                if keys is None or values is None:
                     raise NotCapturableError("a layer of the cache is not used")
                 pair = self.slot.make(keys, values, min(layer.sliding_window, self.slot.capacity))
             elif pair is None:

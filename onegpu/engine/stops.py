@@ -63,9 +63,7 @@ class Stops:
         self.pads = any(hasattr(c, "eos_token_id") for c in criteria)
         self._time = [c for c in criteria if type(c) is MaxTimeCriteria]
         self._limits = [c for c in criteria if type(c) is MaxLengthCriteria]
-        self._others = [
-            c for c in criteria if type(c) not in (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria)
-        ]
+        self._others = [c for c in criteria if type(c) not in (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria)]
         self._pad = None if request.config._pad_token_tensor is None else int(request.config._pad_token_tensor)
         self.looks = bool(self.eos or self._time or self._others or self._streamer is not None)
         self._done = torch.zeros(self._rows, dtype=torch.bool)
@@ -87,7 +85,7 @@ class Stops:
         Returns:
             whether all rows are done, and which rows a criterion on the host ended just now (None: none).
         """
-        tokens = out[0, : self._rows].clone()
+        tokens = out[0].clone()
         if self.pads and self._pad is not None:
             tokens.masked_fill_(self._done, self._pad)
         if self._text is not None:
@@ -100,8 +98,8 @@ class Stops:
             self._streamer.put(tokens)
         for limit in self._limits:
             if limit.max_position_embeddings and columns == limit.max_position_embeddings:
-                limit(history[: self._rows, :columns], None)  # for its warning
-        done = bool((self._done | out[1, : self._rows].bool()).all())
+                limit(history[:, :columns], None)  # for its warning
+        done = bool((self._done | out[1].bool()).all())
         return done, newly if newly is not None and bool(newly.any()) else None
 
     def _ended(self, columns: int, history: torch.Tensor, scores: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
@@ -113,7 +111,7 @@ class Stops:
                 verdict = criterion(self._text[:, :columns], scores or None)
             else:
                 if seen is None:
-                    seen = history[: self._rows, :columns].contiguous()
+                    seen = history[:, :columns].contiguous()
                 verdict = criterion(seen, scores or None)
             verdict = torch.as_tensor(verdict).to("cpu", torch.bool).expand(self._rows)
             ended = verdict if ended is None else ended | verdict
