@@ -198,4 +198,4 @@ class StaticStep:
 
 def _wants_plain_mask(config: Any) -> bool:
     """Whether the model makes ALiBi's bias of its mask, which then must be [B, keys]."""
-    return bool(getattr(config, "alibi", False)) or config.model_type in ("bloom", "mpt")
+    return bool(getattr(config, "alibi", False)) or config.model_type == "bloom"
