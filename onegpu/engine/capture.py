@@ -6,11 +6,13 @@ half-way leaves torch's allocator in a bad state.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _capturing = threading.Lock()
@@ -33,6 +35,9 @@ _SYNCHRONISING = frozenset(
 )
 
 
+_MASKS = (torch.bool, torch.uint8)
+
+
 class NotCapturableError(Exception):
     """A step has to run in Python each time. Never reaches the user: the step then does."""
 
@@ -46,15 +51,28 @@ class NoHostSync(TorchDispatchMode):
         waits = name in _SYNCHRONISING
         if name == "_to_copy":
             target = kwargs.get("device")
-            waits = target is not None and torch.device(target).type == "cpu" != args[0].device.type
+            waits = target is not None and torch.device(target).type != args[0].device.type
         elif name == "copy_":
-            waits = args[0].device.type == "cpu" != args[1].device.type
+            waits = args[0].device.type != args[1].device.type
         elif name in ("index", "index_put", "index_put_", "_index_put_impl_"):
-            waits = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+            there = args[0].device
+            waits = any(i is not None and (i.dtype in _MASKS or i.device != there) for i in args[1])
         elif name == "repeat_interleave":
             waits = kwargs.get("output_size") is None and func._overloadname == "Tensor"
         if waits:
             raise NotCapturableError(f"the model waits for the device in {name}")
+        return func(*args, **kwargs)
+
+
+class _Numbers(TorchFunctionMode):
+    """Inside, ``torch.tensor(2.0, device="cuda")`` fills memory there, instead of waiting for a copy from the host."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.tensor and kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cuda":
+            if not isinstance(args[0], (bool, int, float)):
+                raise NotCapturableError("the model makes a tensor of a list")
+            return torch.full((), args[0], **{name: kwargs[name] for name in ("device", "dtype") if name in kwargs})
         return func(*args, **kwargs)
 
 
@@ -85,27 +103,27 @@ class Graph:
             graph.register_generator_state(generator)
         try:
             if warm:
-                with torch.cuda.stream(stream), NoHostSync():
+                with torch.cuda.stream(stream), NoHostSync(), _Numbers():
                     run()  # compiles, loads and allocates (cuBLAS its workspace of this stream) what a capture must not
-            with _capturing, torch.cuda.stream(stream):
-                self._record(graph, run, pool)
+            with _capturing, torch.cuda.stream(stream), _Numbers():
+                self._record(graph, run, device, pool)
         finally:
             current.wait_stream(stream)
         self._graph, self._stream = graph, stream  # the stream's cuBLAS workspace lives as long as the graph
 
     @staticmethod
-    def _record(graph: Any, run: Callable[[], None], pool: Any) -> None:
+    def _record(graph: Any, run: Callable[[], None], device: torch.device, pool: Any) -> None:
         # Not torch.cuda.graph(): it collects garbage and empties the allocator's cache, which takes longer than all
         # the rest, and forbids CUDA calls of other threads.
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
             run()
         except Exception as error:
-            try:
-                graph.capture_end()
-            except RuntimeError as second:
-                raise NotCapturableError(f"capturing failed: {error} ({second})") from error
-            raise NotCapturableError(f"capturing failed: {error}") from error
+            for end in (graph.capture_end, lambda: torch._C._cuda_endAllocateToPool(device.index, pool)):
+                # The first fails on a broken capture before it comes to the second's part, which the allocator needs.
+                with contextlib.suppress(RuntimeError):
+                    end()
+            raise NotCapturableError(f"CUDA refused: {str(error).splitlines()[0]}") from error
         graph.capture_end()
 
     def __call__(self) -> None:

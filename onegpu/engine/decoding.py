@@ -59,7 +59,7 @@ class Decoding:
                 last = self.columns >= self.request.max_length
                 late = 0 if last or step is None else 1
                 while end is None and len(open_steps) > late:
-                    end = self._settle(open_steps.popleft())
+                    end = self._settle(open_steps.popleft(), step)
                 if end is None and last:
                     end = self.columns
                 if end is None:
@@ -150,14 +150,17 @@ class Decoding:
             self.sampler.step(scores, self.history, self.lengths)
         elif step is not None and self.sampler.key in step.samplers:
             _, graph, kept = step.samplers[self.sampler.key]
-            graph()
+            graph()  # it hands the tokens to the step as well
             scores = kept[0]
         else:
             scores = self.sampler.step(logits, self.history, self.lengths)
+        if step is not None and self.sampler.key not in step.samplers:
+            step.input_ids[: self.rows, 0].copy_(self.sampler.out[0])
         if self.keeps and self.config.output_scores:
             assert scores is not None
             self.scores.append(scores.clone())  # they may lie in a buffer of the next step
         self.columns += 1
+        self.stops.remind(self.columns, self.history)
         if self.stops.looks:
             self.readback.push(self.sampler.out)
 
@@ -165,7 +168,6 @@ class Decoding:
         """Run the model on the tokens chosen last."""
         self.run.steps += 1
         if step is not None:
-            step.input_ids[: self.rows, 0].copy_(self.sampler.out[0])
             step()
             return step
         seen = self.history[:, : self.columns]
@@ -232,18 +234,23 @@ class Decoding:
 
         def pick() -> None:
             kept[0] = sampler.step(logits, history, lengths)
+            tokens.copy_(sampler.out[0])
 
+        tokens = step.input_ids[: self.rows, 0]
         sampler.rehearse(logits, history, lengths)
         generators = () if sampler.generator is None else (sampler.generator,)
         step.samplers[sampler.key] = sampler, Graph(pick, self.request.device, step.pool, generators), kept
 
-    def _settle(self, columns: int) -> int | None:
+    def _settle(self, columns: int, step: StaticStep | None) -> int | None:
         """Look at the tokens of the step that made ``columns`` columns; returns ``columns`` if it was the last."""
         if not self.stops.looks:
             return None
         out = self.readback.pop()
-        if self.config.do_sample:
+        rows = out.tolist()
+        if any(rows[2]):
             self.sampler.raise_if_invalid(out)
+        if self.stops.eos_only:
+            return None if 0 in rows[1] else columns
         done, newly = self.stops(out, columns, self.history, tuple(self.scores[: columns - self.request.columns]))
         if done:
             return columns
@@ -252,7 +259,8 @@ class Decoding:
             if self.columns > columns:  # the token under way is one too many for these rows
                 late = self.history[:, columns : self.columns]
                 late.masked_fill_(newly.to(late.device)[:, None], int(self.config._pad_token_tensor))
-                self.sampler.out[0].copy_(late[:, -1])
+                if step is not None:
+                    step.input_ids[: self.rows, 0].copy_(late[:, -1])
         return None
 
     def _finish(self, end: int, step: StaticStep | None) -> Any:

@@ -30,12 +30,12 @@ def fingerprint(model: nn.Module) -> Hashable:
         state = module.__dict__
         for tensor in state["_parameters"].values():
             if tensor is not None:
-                parts.append((tensor.data_ptr(), tensor.dtype))
+                parts.append((_address(tensor), tensor.dtype))
                 if tensor.__dict__:
                     parts.extend(_addresses(tensor.__dict__))
         for tensor in state["_buffers"].values():
             if tensor is not None:
-                parts.append((tensor.data_ptr(), tensor.dtype))
+                parts.append((_address(tensor), tensor.dtype))
         for name, value in state.items():
             if name not in _OWN and (plain := _plain(value)) is not None:
                 parts.append((name, plain))
@@ -77,11 +77,18 @@ def _plain(value: Any, depth: int = 0) -> Hashable | None:
     return None
 
 
+def _address(tensor: torch.Tensor) -> int:
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:  # a subclass without memory of its own
+        return id(tensor)
+
+
 def _addresses(attributes: dict[str, Any], depth: int = 0) -> Iterator[Hashable]:
     """Addresses of the tensors that hang on a parameter: a quantised one's scales."""
     for value in attributes.values():
         if isinstance(value, torch.Tensor):
-            yield value.data_ptr()
+            yield _address(value)
         elif depth < 2 and hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type)):
             yield from _addresses(vars(value), depth + 1)
 

@@ -134,6 +134,13 @@ class Request:
         """Positions in the cache at the end."""
         return int(self.mask().shape[1]) + max(self.max_length - self.columns, 1)
 
+    def prefill_bytes(self) -> int:
+        """About what the widest layer takes for the prompt, in bytes."""
+        config = self.model.config.get_text_config()
+        wide = 6 * config.hidden_size + 3 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+        tokens = min(self.columns, self.config.prefill_chunk_size or self.columns)
+        return int(self.rows * tokens * wide * self.model.dtype.itemsize)
+
     def may_capture(self) -> bool:
         """Whether a captured step is worth trying; if not, ``run.reason`` says why."""
         engine, model = self.engine, self.model
@@ -170,12 +177,14 @@ def decode(engine: Engine, model: Any, input_ids: torch.Tensor, prepared: dict[s
     request.roll()
     static = request.may_capture()
     batch = padded_batch(request.rows) if static else request.rows
-    slot = engine.slots.lease(request.cache, request.rows, batch, request.final_length())
+    slot = engine.slots.lease(request.cache, request.rows, batch, request.final_length(), request.prefill_bytes())
+    slot.begin(request.device)
     kept = False
     try:
         result = Decoding(request, slot, static).result()
         kept = bool(request.config.return_dict_in_generate) or getattr(request.cache, "_is_user_defined", False)
     finally:
+        slot.end(request.device)
         if kept:
             engine.slots.lend(slot, request.cache)
         else:

@@ -5,6 +5,7 @@ A slot belongs to one request at a time, so whatever was captured over it is nev
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from typing import Any
@@ -39,6 +40,7 @@ class Slot:
         self.fingerprint: Any = None
         self.history: torch.Tensor | None = None
         self.lengths: torch.Tensor | None = None
+        self._done: Any = None  # an event behind the last request's work, which may have run on another stream
 
     def adopt(self, cache: Any, rows: int, before_allocating: Any) -> None:
         """Give the full-attention layers of transformers' ``cache`` this memory; what they hold is copied into it.
@@ -54,6 +56,21 @@ class Slot:
             if layer.is_initialized and layer.keys is not None and layer.keys.numel():
                 ours.take(layer.keys, layer.values)
             cache.layers[index] = ours
+
+    def begin(self, device: torch.device) -> None:
+        """What comes on the current stream comes after the last request's work."""
+        if self._done is not None:
+            torch.cuda.current_stream(device).wait_event(self._done)
+
+    def end(self, device: torch.device) -> None:
+        """The request's work is on the current stream."""
+        if device.type == "cuda":
+            self._done = torch.cuda.current_stream(device).record_event()
+
+    def close(self) -> None:
+        """Wait for the last request's work: then the memory can be freed, whichever stream used it."""
+        if self._done is not None:
+            self._done.synchronize()
 
     def owns(self, cache: Any) -> bool:
         """Whether all of ``cache`` lies in this memory still."""
@@ -95,12 +112,13 @@ class Slots:
         self._idle: list[Slot] = []
         self._lent: weakref.WeakKeyDictionary[Any, tuple[Slot, Any]] = weakref.WeakKeyDictionary()
 
-    def lease(self, cache: Any, rows: int, batch: int, length: int) -> Slot:
+    def lease(self, cache: Any, rows: int, batch: int, length: int, reserve: int = 0) -> Slot:
         """A slot that nobody else uses, and whose memory ``cache`` lies in from now on.
 
         Args:
             cache: a ``DynamicCache``, empty or not.
             rows: batch size. batch: the same, padded. length: positions at the request's end.
+            reserve: bytes that the prefill needs beside the cache.
         """
         capacity = -(-length // _ROUND) * _ROUND
         with self._lock:
@@ -113,9 +131,11 @@ class Slots:
             if slot is not None:
                 self._idle.remove(slot)
             else:
-                self._idle = [s for s in self._idle if s.batch != batch or s.capacity > capacity]
+                for short in [s for s in self._idle if s.batch == batch and s.capacity <= capacity]:
+                    self._idle.remove(short)
+                    short.close()
                 slot = Slot(batch, capacity, len(cache.layers))
-        slot.adopt(cache, rows, self._make_room)
+        slot.adopt(cache, rows, functools.partial(self._make_room, reserve))
         return slot
 
     def give_back(self, slot: Slot) -> None:
@@ -134,22 +154,25 @@ class Slots:
     def drop(self) -> None:
         """Forget all idle slots, their memory and their graphs."""
         with self._lock:
+            for slot in self._idle:
+                slot.close()
             self._idle.clear()
 
-    def _make_room(self, slot: Slot, keys: torch.Tensor, values: torch.Tensor, layers: int) -> None:
+    def _make_room(self, reserve: int, slot: Slot, keys: torch.Tensor, values: torch.Tensor, layers: int) -> None:
         """Free idle slots if ``layers`` layers like this one need that; refuse the request if it is not enough."""
         needed = layers * slot.batch * slot.capacity * _bytes_per_position(keys, values)
         free = free_bytes(keys.device)
-        if free is None or needed <= free:
+        if free is None or needed + reserve <= free:
             return
         self.drop()
-        free = free_bytes(keys.device) or 0
+        free = max(0, (free_bytes(keys.device) or 0) - reserve)
         if needed > free:
             longest = slot.capacity * free // needed
             raise MemoryBudgetError(
                 f"The key/value cache of {slot.batch} x {slot.capacity} tokens needs {format_bytes(needed)} on "
-                f"{keys.device}, {format_bytes(free)} are free: the longest that fits is {longest} tokens, prompt and "
-                "answer together. Ask for fewer tokens (max_new_tokens), or pass fewer prompts at once."
+                f"{keys.device}, {format_bytes(free)} are free beside {format_bytes(reserve)} for the prompt: the longest "
+                f"that fits is {longest} tokens, prompt and answer together. Ask for fewer tokens (max_new_tokens), or "
+                "pass fewer prompts at once."
             )
 
 

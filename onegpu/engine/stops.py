@@ -52,7 +52,7 @@ class Stops:
 
     Attributes:
         eos: whether end-of-sequence tokens end a row. pads: whether an ended row is filled with the pad token.
-        looks: whether the host has to see each token.
+        looks: whether the host has to see each token. eos_only: it has to see only whether all rows have ended.
     """
 
     def __init__(self, request: Any) -> None:
@@ -66,6 +66,7 @@ class Stops:
         self._others = [c for c in criteria if type(c) not in (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria)]
         self._pad = None if request.config._pad_token_tensor is None else int(request.config._pad_token_tensor)
         self.looks = bool(self.eos or self._time or self._others or self._streamer is not None)
+        self.eos_only = self.looks and not (self._time or self._others or self._streamer is not None)
         self._done = torch.zeros(self._rows, dtype=torch.bool)
         self._text: torch.Tensor | None = None
         if any(type(c) is StopStringCriteria for c in self._others):
@@ -96,11 +97,14 @@ class Stops:
             self._done |= newly
         if self._streamer is not None:
             self._streamer.put(tokens)
-        for limit in self._limits:
-            if limit.max_position_embeddings and columns == limit.max_position_embeddings:
-                limit(history[:, :columns], None)  # for its warning
         done = bool((self._done | out[1].bool()).all())
         return done, newly if newly is not None and bool(newly.any()) else None
+
+    def remind(self, columns: int, history: torch.Tensor) -> None:
+        """Let transformers warn, as it does, once an answer leaves the model's context behind."""
+        for limit in self._limits:
+            if limit.max_position_embeddings is not None and columns == limit.max_position_embeddings + 1:
+                limit(history[:, :columns], None)
 
     def _ended(self, columns: int, history: torch.Tensor, scores: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
         ended: torch.Tensor | None = None

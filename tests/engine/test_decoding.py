@@ -216,7 +216,9 @@ def test_a_cache_made_by_transformers(way: Way):
     assert torch.equal(*results)
     served(model, way)
     with torch.no_grad():
-        logits = [one(ids[:, :1], past_key_values=cache).logits for one, cache in zip((theirs, model), caches)]
+        logits = [
+            one(ids[:, :1], past_key_values=cache).logits for one, cache in zip((theirs, model), caches, strict=True)
+        ]
     torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-3)
 
 
