@@ -132,7 +132,7 @@ class Request:
 
     def final_length(self) -> int:
         """Positions in the cache at the end."""
-        return int(self.mask().shape[1]) + max(self.max_length - self.columns, 1)
+        return self.mask().shape[1] + max(self.max_length - int(self.columns), 1)
 
     def prefill_bytes(self) -> int:
         """About what the widest layer takes for the prompt, in bytes."""

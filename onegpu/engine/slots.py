@@ -170,9 +170,9 @@ class Slots:
             longest = slot.capacity * free // needed
             raise MemoryBudgetError(
                 f"The key/value cache of {slot.batch} x {slot.capacity} tokens needs {format_bytes(needed)} on "
-                f"{keys.device}, {format_bytes(free)} are free beside {format_bytes(reserve)} for the prompt: the longest "
-                f"that fits is {longest} tokens, prompt and answer together. Ask for fewer tokens (max_new_tokens), or "
-                "pass fewer prompts at once."
+                f"{keys.device}, {format_bytes(free)} are free beside {format_bytes(reserve)} for the prompt: the "
+                f"longest that fits is {longest} tokens, prompt and answer together. Ask for fewer tokens "
+                "(max_new_tokens), or pass fewer prompts at once."
             )
 
 
