@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from onegpu.auto import AutoConfig, AutoProcessor, AutoTokenizer, BitsAndBytesConfig, pipeline
     from onegpu.convert import Report
     from onegpu.engine.optimize import optimize, restore
+    from onegpu.kernels.warmup import warmup
 
 __version__ = "0.1.0.dev0"
 
@@ -35,6 +36,7 @@ __all__ = [
     "optimize",
     "pipeline",
     "restore",
+    "warmup",
 ]
 
 _SUBMODULES = frozenset({"errors", "functional", "nn"})
@@ -44,6 +46,7 @@ _OWNERS = {
     "Report": "onegpu.convert",
     "optimize": "onegpu.engine.optimize",
     "restore": "onegpu.engine.optimize",
+    "warmup": "onegpu.kernels.warmup",
 }
 
 

@@ -51,6 +51,10 @@ class MemoryBudgetError(OneGPUError, MemoryError):
     """The model, or one layer of it, does not fit in the memory allowed. The message says by how many bytes."""
 
 
+class KernelError(OneGPUError, RuntimeError):
+    """A GPU kernel cannot be compiled, loaded or launched. The message names the op and the reason that was given."""
+
+
 class SamplingError(OneGPUError, RuntimeError):
     """Scores that no token can be sampled from, where `torch.multinomial` raises a `RuntimeError`."""
 

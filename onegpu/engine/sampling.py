@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from onegpu.engine.processors import translate_all
 from onegpu.engine.steps import Frame, Step, Text, Unsupported
+from onegpu.engine.warpers import split
 from onegpu.errors import SamplingError
+from onegpu.kernels.next_token import Shape, State, take, take_candidates
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["Sampler", "Unsupported"]
 
-_MOST_CANDIDATES = 4096  # behind a longer top-k, sorting them is no quicker than sorting the vocabulary
 _default_generator_lock = threading.Lock()
 
 
@@ -45,10 +46,12 @@ class Sampler:
 
         self.generator: torch.Generator | None = None
         self.out = torch.zeros(3, frame.batch, dtype=torch.int64, device=frame.device)
-        self._steps, self._frame, self._eos, self._pad = steps, frame, eos, pad
+        self._steps, self._rows, self._eos, self._pad = steps, frame.rows, eos, pad
         self._do_sample, self._scores = do_sample, scores
-        self._narrow_from = None if scores or not do_sample else _narrow_from(steps, frame.vocab)
-        # The same tokens are chosen among all and among candidates: each id has its own random number.
+        # Before this point transformers' scores are computed; the shape is part of drawing a token from them.
+        whole = scores or not do_sample
+        self._before, self._shape, self._candidates = (steps, Shape(), 0) if whole else split(steps, frame.vocab)
+        # One number a token, so that the same one is drawn among all and among candidates.
         self._noise = torch.empty(frame.batch, frame.vocab, device=frame.device) if do_sample else None
         self._start = self._reserved = self._advance = 0
         if do_sample and frame.device.type == "cuda":
@@ -56,7 +59,7 @@ class Sampler:
             self._draw()
             self._advance = self.generator.get_offset()
         self.key: Hashable = (
-            (frame.batch, frame.rows, frame.vocab, str(frame.device), do_sample, scores, pad is None, len(eos)),
+            (frame.batch, frame.vocab, str(frame.device), do_sample, scores, pad is None, len(eos)),
             tuple(step.key for step in steps),
         )
 
@@ -99,18 +102,23 @@ class Sampler:
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         frame = Frame(batch, rows, vocab_size, max_length, device)
-        steps = translate_all(processors, frame)
-        if isinstance(steps, Unsupported):
-            return steps
-        eos = torch.tensor(list(eos_token_ids), dtype=torch.int64, device=device)
-        pad = None if pad_token_id is None else torch.tensor(pad_token_id, dtype=torch.int64, device=device)
-        return cls(steps, frame, eos, pad, do_sample=do_sample, scores=scores)
+        with torch.inference_mode(False):  # else a later request without inference mode could not write to the tensors
+            steps = translate_all(processors, frame)
+            if isinstance(steps, Unsupported):
+                return steps
+            eos = torch.tensor(list(eos_token_ids), dtype=torch.int64, device=device)
+            pad = None if pad_token_id is None else torch.tensor(pad_token_id, dtype=torch.int64, device=device)
+            return cls(steps, frame, eos, pad, do_sample=do_sample, scores=scores)
 
     def copy_from(self, other: Sampler) -> None:
-        """Takes over the values of a sampler with the same `key`, in the memory that a graph has captured."""
+        """Takes over a sampler with the same `key`, and its place in a request, in the memory that a graph captured."""
         assert self.key == other.key
         for mine, its in zip(self._steps, other._steps, strict=True):
             mine.copy_from(its)
+        self._rows, self._start, self._reserved = other._rows, other._start, other._reserved
+        self.out.copy_(other.out)
+        if self.generator is not None and other.generator is not None:
+            self.generator.set_state(other.generator.get_state())
         self._eos.copy_(other._eos)
         if self._pad is not None and other._pad is not None:
             self._pad.copy_(other._pad)
@@ -123,7 +131,7 @@ class Sampler:
                 that no other thread uses the same numbers; `end` gives back the rest.
         """
         self.out.zero_()
-        self.out[1, self._frame.rows :].fill_(1)
+        self.out[1, self._rows :].fill_(1)
         if self.generator is None:
             return
         default = _default_generator(self.generator.device)
@@ -168,18 +176,19 @@ class Sampler:
         Returns:
             float32 [B, V], the scores behind all processors, if the plan asked for them.
         """
-        text = Text(history, lengths)
-        scores = None
-        if self._narrow_from is not None:
-            token = self._among_candidates(logits, text, self._narrow_from)
-        elif not (self._steps or self._do_sample or self._scores):
-            token = logits.argmax(dim=-1)  # of the 16-bit numbers: making them float32 changes no order
+        import torch
+
+        scores = logits
+        if self._before or self._scores:
+            scores = logits.to(torch.float32, copy=self._scores)
+        for step in self._before:
+            scores = step(scores, Text(history, lengths))
+        state = State(self._eos, self._pad, self.out, history, lengths)
+        if self._candidates:
+            values, ids = torch.topk(scores, self._candidates, dim=-1, sorted=False)
+            take_candidates(values, ids, self._draw(), self._shape, state)
         else:
-            scores = logits.float()
-            for step in self._steps:
-                scores = step(scores, text)
-            token = self._choose(scores)
-        self._record(token, text)
+            take(scores, self._draw() if self._do_sample else None, self._shape.temperature, state)
         return scores if self._scores else None
 
     def raise_if_invalid(self, out: Tensor) -> None:
@@ -193,80 +202,9 @@ class Sampler:
             fix = "Check the weights and the dtype (float16 overflows early), or pass remove_invalid_values=True."
             raise SamplingError(f"the probability tensor contains inf or nan in batch row {rows}. {fix}")
 
-    def _choose(self, scores: Tensor) -> Tensor:
-        if not self._do_sample:
-            return scores.argmax(dim=-1)
-        return self._race(scores, self._draw())
-
-    def _among_candidates(self, logits: Tensor, text: Text, first: int) -> Tensor:
-        """The steps from `first` on, and the choice, on the few highest scores only."""
-        import torch
-
-        scores = logits if first == 0 else logits.float()
-        for step in self._steps[:first]:
-            scores = step(scores, text)
-        count = _candidates(self._steps[first:], self._frame.vocab)
-        assert count is not None
-        values, ids = torch.topk(scores, count, dim=-1, sorted=False)
-        # Ascending, and among equals in the order of their ids: as a stable sort of the whole row would have them.
-        ids, order = ids.sort(dim=-1)
-        values, order = values.gather(1, order).float().sort(dim=-1, stable=True)
-        ids = ids.gather(1, order)
-        for step in self._steps[first:]:
-            assert step.narrow is not None
-            values = step.narrow(values, **step.numbers)
-        return ids.gather(1, self._race(values, self._draw().gather(1, ids))[:, None])[:, 0]
-
-    def _race(self, scores: Tensor, noise: Tensor) -> Tensor:
-        probabilities = scores.softmax(dim=-1)
-        self.out[2].logical_or_(probabilities[:, 0].isnan())  # one NaN makes the whole row NaN
-        return probabilities.div_(noise).argmax(dim=-1)
-
     def _draw(self) -> Tensor:
         assert self._noise is not None
         return self._noise.exponential_(1, generator=self.generator)
-
-    def _record(self, token: Tensor, text: Text) -> None:
-        import torch
-
-        tokens, finished, _ = self.out
-        if self._pad is not None:
-            token = torch.where(finished != 0, self._pad, token)
-        tokens.copy_(token)
-        if len(self._eos):
-            finished.logical_or_((token[:, None] == self._eos).any(dim=1))
-        # A step may run past the end before the host has seen it: the last column takes that token.
-        place = text.lengths.clamp(max=text.history.shape[1] - 1)
-        text.history.scatter_(1, place[:, None], token[:, None])
-        text.lengths.add_(1)
-
-
-def _narrow_from(steps: list[Step], vocab: int) -> int | None:
-    """The step from which on candidates are enough: the first of a run up to the end that has a top-k in it.
-
-    Before the top-k itself only a temperature may stand in the run, which keeps the order of the scores.
-    """
-    first = len(steps)
-    while first and steps[first - 1].narrow is not None:
-        first -= 1
-    for number in range(first, len(steps)):
-        if "top_k" in steps[number].numbers:
-            before = number
-            while before > first and "temperature" in steps[before - 1].numbers:
-                before -= 1
-            return before if _candidates(steps[before:], vocab) is not None else None
-    return None
-
-
-def _candidates(steps: list[Step], vocab: int) -> int | None:
-    """How many of the highest scores the steps need: twice the top-k, because scores may be equal to the last of it.
-
-    Beyond that, equals are dropped: where hundreds of scores are all the k-th highest, k and some are kept. None where
-    that is no shortcut.
-    """
-    top_k = next(int(step.numbers["top_k"]) for step in steps if "top_k" in step.numbers)
-    count = max(2 * top_k, 128)
-    return count if count <= min(_MOST_CANDIDATES, vocab // 2) else None
 
 
 def _default_generator(device: Any) -> Any:

@@ -47,14 +47,11 @@ class Step:
         function: ``function(scores [B, V] float32, text, **numbers, **tensors)`` returns the new scores.
         numbers: Python numbers, fixed in a captured graph.
         tensors: what another request of the same `key` may bring with other contents.
-        narrow: ``narrow(values [B, K], **numbers)``: the same on candidates in ascending order, once a top-k has
-            removed all other tokens; None where the function needs every token.
     """
 
     function: Callable[..., Tensor]
     numbers: Mapping[str, Any] = field(default_factory=dict)
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    narrow: Callable[..., Tensor] | None = None
 
     def __call__(self, scores: Tensor, text: Text) -> Tensor:
         return self.function(scores, text, **self.numbers, **self.tensors)

@@ -1,8 +1,7 @@
 """The processors that shape a distribution for sampling: temperature, top-k, top-p, min-p and their relatives.
 
-Most have two forms. The full one reads [B, V] and gives transformers' scores bit for bit. The narrow one works behind a
-top-k: what is left is a short list of candidates in ascending order, in which cutting by rank, by probability and by
-cumulated probability all cut from the left, so that no sort of the vocabulary is needed.
+Over all scores and bit for bit as in transformers. `split` finds those that need not be run like this: at the end of
+the list, and where nobody asks for the scores, they become part of drawing the token.
 """
 
 from __future__ import annotations
@@ -12,17 +11,53 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from onegpu.engine.steps import Frame, Step, Text, Translated
+from onegpu.kernels.next_token import MOST_CANDIDATES, Shape
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _SCAN_BLOCK = 1024
+_FEWEST = 128  # candidates
+
+
+def split(steps: list[Step], vocab: int) -> tuple[list[Step], Shape, int]:
+    """What has to be computed over all scores before a token is drawn, and how it is drawn.
+
+    Returns:
+        the steps before; the shape that the others amount to; from how many of the highest
+        scores it draws, 0 for all. That is a power of two, at least twice the top-k, because scores may be equal to the
+        last of the top k. Beyond that equals are dropped: where hundreds of scores are all the k-th highest, k and some
+        are kept.
+    """
+    before = list(steps)
+
+    def last(function: Callable[..., Tensor]) -> dict[str, Any]:
+        step = before[-1] if before else None
+        if step is None or step.function is not function or step.numbers.get("filter_value", -math.inf) != -math.inf:
+            return {}
+        return dict(before.pop().numbers)
+
+    min_p, top_p, top_k, temperature = last(keep_min_p), last(keep_top_p), last(keep_top_k), last(cool)
+    shape = Shape(
+        temperature.get("temperature", 1.0),
+        top_k.get("top_k", 0),
+        top_p.get("top_p", 1.0),
+        top_p.get("least", 1),
+        min_p.get("min_p", 0.0),
+        min_p.get("least", 1),
+    )
+    candidates = 1 << (max(2 * shape.top_k, _FEWEST) - 1).bit_length()
+    if top_k and candidates <= min(MOST_CANDIDATES, vocab // 2):
+        return before, shape, candidates
+    if temperature and not (top_k or top_p or min_p):
+        return before, shape, 0
+    return list(steps), Shape(), 0
 
 
 def _temperature(processor: Any, frame: Frame) -> Translated:
     if processor.temperature == 1.0:
         return None
-    return Step(cool, {"temperature": processor.temperature}, narrow=cool_candidates)
+    return Step(cool, {"temperature": processor.temperature})
 
 
 def cool(scores: Tensor, text: Text, *, temperature: float) -> Tensor:
@@ -30,15 +65,11 @@ def cool(scores: Tensor, text: Text, *, temperature: float) -> Tensor:
     return scores / temperature
 
 
-def cool_candidates(values: Tensor, *, temperature: float) -> Tensor:
-    return values / temperature
-
-
 def _top_k(processor: Any, frame: Frame) -> Translated:
     if processor.top_k >= frame.vocab:
         return None
     numbers = {"top_k": processor.top_k, "filter_value": processor.filter_value}
-    return Step(keep_top_k, numbers, narrow=_narrow(processor, keep_top_k_candidates))
+    return Step(keep_top_k, numbers)
 
 
 def keep_top_k(scores: Tensor, text: Text, *, top_k: int, filter_value: float) -> Tensor:
@@ -49,14 +80,9 @@ def keep_top_k(scores: Tensor, text: Text, *, top_k: int, filter_value: float) -
     return scores.masked_fill(scores < least, filter_value)
 
 
-def keep_top_k_candidates(values: Tensor, *, top_k: int, filter_value: float) -> Tensor:
-    least = values[:, max(0, values.shape[1] - top_k), None]
-    return values.masked_fill(values < least, filter_value)
-
-
 def _top_p(processor: Any, frame: Frame) -> Translated:
     numbers = {"top_p": processor.top_p, "filter_value": processor.filter_value, "least": processor.min_tokens_to_keep}
-    return Step(keep_top_p, numbers, narrow=_narrow(processor, keep_top_p_candidates))
+    return Step(keep_top_p, numbers)
 
 
 def keep_top_p(scores: Tensor, text: Text, *, top_p: float, filter_value: float, least: int) -> Tensor:
@@ -64,26 +90,16 @@ def keep_top_p(scores: Tensor, text: Text, *, top_p: float, filter_value: float,
     import torch
 
     values, order = torch.sort(scores, descending=False)
-    removed = _below_mass(values, top_p, least)
-    return scores.masked_fill(removed.scatter(1, order, removed), filter_value)
-
-
-def keep_top_p_candidates(values: Tensor, *, top_p: float, filter_value: float, least: int) -> Tensor:
-    return values.masked_fill(_below_mass(values, top_p, least), filter_value)
-
-
-def _below_mass(values: Tensor, top_p: float, least: int) -> Tensor:
-    """bool like `values` (ascending): whose probability is not needed to reach `top_p`."""
     removed = cumulated(values.softmax(dim=-1)) <= (1 - top_p)
     removed[..., -least:].fill_(False)
-    return removed
+    return scores.masked_fill(removed.scatter(1, order, removed), filter_value)
 
 
 def _min_p(processor: Any, frame: Frame) -> Translated:
     if processor.min_p == 0:
         return None
     numbers = {"min_p": processor.min_p, "filter_value": processor.filter_value, "least": processor.min_tokens_to_keep}
-    return Step(keep_min_p, numbers, narrow=_narrow(processor, keep_min_p_candidates))
+    return Step(keep_min_p, numbers)
 
 
 def keep_min_p(scores: Tensor, text: Text, *, min_p: float, filter_value: float, least: int) -> Tensor:
@@ -93,14 +109,6 @@ def keep_min_p(scores: Tensor, text: Text, *, min_p: float, filter_value: float,
     if least > 1:  # the highest itself is never removed
         removed.scatter_(-1, probabilities.topk(min(least, scores.shape[1]), dim=-1).indices, False)
     return scores.masked_fill(removed, filter_value)
-
-
-def keep_min_p_candidates(values: Tensor, *, min_p: float, filter_value: float, least: int) -> Tensor:
-    probabilities = values.softmax(dim=-1)
-    removed = probabilities < min_p * probabilities[:, -1:]
-    if least > 1:
-        removed[:, -least:].fill_(False)
-    return values.masked_fill(removed, filter_value)
 
 
 def _typical(processor: Any, frame: Frame) -> Translated:
@@ -128,7 +136,7 @@ def _epsilon(processor: Any, frame: Frame) -> Translated:
         "filter_value": processor.filter_value,
         "least": processor.min_tokens_to_keep,
     }
-    return Step(keep_above_epsilon, numbers, narrow=_narrow(processor, keep_above_epsilon_candidates))
+    return Step(keep_above_epsilon, numbers)
 
 
 def keep_above_epsilon(scores: Tensor, text: Text, *, epsilon: float, filter_value: float, least: int) -> Tensor:
@@ -137,14 +145,9 @@ def keep_above_epsilon(scores: Tensor, text: Text, *, epsilon: float, filter_val
     return scores.masked_fill(removed, filter_value)
 
 
-def keep_above_epsilon_candidates(values: Tensor, *, epsilon: float, filter_value: float, least: int) -> Tensor:
-    highest = values[:, max(0, values.shape[1] - least), None]
-    return values.masked_fill((values.softmax(dim=-1) < epsilon) & (values < highest), filter_value)
-
-
 def _eta(processor: Any, frame: Frame) -> Translated:
     numbers = {"filter_value": processor.filter_value, "least": processor.min_tokens_to_keep}
-    return Step(keep_above_eta, numbers, {"epsilon": processor.epsilon.to(frame.device)})
+    return Step(keep_above_eta, numbers, {"epsilon": processor.epsilon.to(frame.device, copy=True)})
 
 
 def keep_above_eta(scores: Tensor, text: Text, *, epsilon: Tensor, filter_value: float, least: int) -> Tensor:
@@ -210,11 +213,6 @@ def cumulated_in_blocks(row: Tensor) -> Tensor:
     # The sums of the blocks before each, in the same way: as two equal rows.
     before = torch.nn.functional.pad(blocks[:-1, -1], (1, 0)).expand(2, -1).cumsum(dim=-1)[0]
     return (blocks + before[:, None]).view(1, -1)[:, :length]
-
-
-def _narrow(processor: Any, function: Callable[..., Tensor]) -> Callable[..., Tensor] | None:
-    """A narrow form drops what it does not see: right only where filtered tokens can never be sampled."""
-    return function if processor.filter_value == -math.inf else None
 
 
 WARPERS: dict[str, Callable[[Any, Frame], Translated]] = {

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from transformers.generation import logits_process as hf
 from transformers.generation.logits_process import LogitsProcessorList
 
+from onegpu.engine import sampling
 from onegpu.engine.sampling import Sampler, Unsupported
 from onegpu.errors import SamplingError
 
@@ -130,17 +131,23 @@ def test_the_same_tokens_as_transformers(words: list[str], shape: list[str], do_
 
 def test_a_common_setting_looks_at_candidates_only():
     usual = [SHAPE["temperature"], SHAPE["top_k"], SHAPE["top_p"]]
-    assert _plan(usual)._narrow_from == 0
-    assert _plan([TEXT["ngram"], *usual])._narrow_from == 1
-    assert _plan([SHAPE["min_p"], *usual])._narrow_from == 1
+
+    def whole(processors: list[Any], **changed: Any) -> tuple[int, int]:
+        sampler = _plan(processors, **changed)
+        return len(sampler._before), sampler._candidates
+
+    assert whole(usual) == whole([SHAPE["top_k"], SHAPE["min_p"]]) == (0, 128)
+    assert whole([TEXT["ngram"], *usual, SHAPE["min_p"]]) == whole([SHAPE["min_p"], *usual]) == (1, 128)
+    assert whole([TEXT["ngram"], SHAPE["temperature"]]) == (1, 0)
     for processors, why in (
         ([*usual, SHAPE["typical"]], "needs every token"),
+        ([*usual[:2], SHAPE["min_p"], SHAPE["top_p"]], "not the order of the kernel"),
         ([SHAPE["temperature"], SHAPE["top_p"]], "no top-k"),
         ([hf.TopKLogitsWarper(300)], "nearly the whole vocabulary"),
         ([hf.TopKLogitsWarper(20, filter_value=-5.0)], "filtered tokens stay possible"),
     ):
-        assert _plan(processors)._narrow_from is None, why
-    assert _plan(usual, scores=True)._narrow_from is None
+        assert whole(processors) == (len(processors), 0), why
+    assert whole(usual, scores=True) == (3, 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -268,7 +275,7 @@ def test_a_step_past_the_end_stays_inside():
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_scores_that_cannot_be_sampled_from(value: float, narrow: bool, device: str):
     sampler = _plan([SHAPE["top_k"]] if narrow else [], device)
-    assert (sampler._narrow_from is not None) == narrow
+    assert (sampler._candidates > 0) == narrow
     history, lengths = _prompt(4, device)
     sampler.begin(2)
     logits = torch.randn(4, VOCAB, device=device)
@@ -307,7 +314,12 @@ SETTINGS: dict[str, tuple[list[str], bool]] = {
 
 
 def _named(names: list[str]) -> list[Any]:
-    return [{**TEXT, **SHAPE}[name] for name in names]
+    on_cuda = {
+        "min new": hf.MinNewTokensLengthLogitsProcessor(2, 4, EOS, device="cuda"),
+        "forced eos": hf.ForcedEOSTokenLogitsProcessor(LENGTH, 5, device="cuda"),
+        "eta": hf.EtaLogitsWarper(0.02, device="cuda"),
+    }
+    return [{**TEXT, **SHAPE, **on_cuda}[name] for name in names]
 
 
 @pytest.mark.gpu
@@ -396,6 +408,78 @@ def test_a_graph_serves_requests_with_the_same_key():
         torch.manual_seed(8)
         texts.append(_ours(sampler, 4, 3)[0])
     assert torch.equal(*texts)
+
+
+def test_a_sampler_made_in_inference_mode_serves_outside_and_leaves_the_processors_alone():
+    warper = hf.EtaLogitsWarper(0.02)
+    with torch.inference_mode():
+        old = _plan([TEXT["min new"], warper])
+        _ours(old, 4, 3)
+    new = _plan([TEXT["min new"], hf.EtaLogitsWarper(0.5)])
+    torch.manual_seed(8)
+    wanted = _ours(new, 4, 3)[0]
+    old.copy_from(new)
+    torch.manual_seed(8)
+    assert torch.equal(_ours(old, 4, 3)[0], wanted) and float(warper.epsilon) == pytest.approx(0.02)
+
+
+def test_a_sampler_is_replaced_within_a_request(device: str):
+    first, second = (_plan([SHAPE["temperature"]], device, eos_token_ids=[9]) for _ in range(2))
+    history, lengths = _prompt(4, device)
+    torch.manual_seed(10)
+    wanted = _ours(first, 4, 3, device)[0]
+    torch.manual_seed(10)
+    first.begin(LENGTH - 2)
+    first.step(_model(history, lengths, 3), history, lengths)
+    second.copy_from(first)
+    for _ in range(wanted.shape[1] - 3):
+        second.step(_model(history, lengths, 3), history, lengths)
+    assert torch.equal(history[:, : wanted.shape[1]], wanted)
+
+
+class _Stream:
+    """A CUDA generator as far as a sampler uses it: a seed and a place."""
+
+    device = "cuda:0"
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed, self.offset = seed, 0
+
+    def manual_seed(self, seed: int) -> None:
+        self.seed, self.offset = seed, 0
+
+    def initial_seed(self) -> int:
+        return self.seed
+
+    def get_offset(self) -> int:
+        return self.offset
+
+    def set_offset(self, offset: int) -> None:
+        self.offset = offset
+
+
+def test_a_request_reserves_its_part_of_the_stream(monkeypatch: pytest.MonkeyPatch):
+    default = _Stream(seed=77)
+    default.offset = 100
+    monkeypatch.setattr(sampling, "_default_generator", lambda device: default)
+    one, two = (_plan([]) for _ in range(2))
+    for sampler in (one, two):
+        sampler.generator, sampler._advance = _Stream(), 4
+    one.begin(10)
+    assert (one.generator.seed, one.generator.offset, default.offset) == (77, 100, 140)
+    one.end(3)
+    assert default.offset == 112  # where three steps of transformers' loop would have left it
+    one.begin(10)
+    two.begin(5)
+    assert (one.generator.offset, two.generator.offset, default.offset) == (112, 152, 172)
+    one.end(2)
+    assert default.offset == 172  # the second request has begun behind
+    two.end(1)
+    assert default.offset == 156
+    one.begin(10)
+    default.manual_seed(78)
+    one.end(1)
+    assert (default.seed, default.offset) == (78, 0)
 
 
 def test_what_needs_the_host_is_reported():

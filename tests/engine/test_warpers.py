@@ -66,21 +66,6 @@ def test_on_a_vocabulary_of_two(name: str):
         assert_as_transformers(WARPERS[name](), scores(3, vocab=2), text(0, 5))
 
 
-@pytest.mark.parametrize("name", [name for name in WARPERS if not name.startswith(("typical", "eta", "top_h"))])
-def test_candidates_get_what_they_get_among_all(name: str):
-    processor = WARPERS[name]()
-    step = step_for(processor, vocab=400)
-    if processor.__dict__.get("filter_value", -math.inf) != -math.inf:
-        assert step.narrow is None
-        return
-    for seed in range(10):
-        given = hf.TopKLogitsWarper(12)(None, scores(seed, vocab=400))
-        values, ids = given.sort(dim=-1)
-        values, ids = values[:, -30:], ids[:, -30:]
-        wanted = processor(None, given).gather(1, ids)
-        assert torch.equal(step.narrow(values, **step.numbers), wanted)
-
-
 def test_what_changes_nothing_is_left_out():
     for processor in (hf.TemperatureLogitsWarper(1.0), hf.TopKLogitsWarper(VOCAB), hf.MinPLogitsWarper(0.0)):
         assert translate(processor, frame()) is None
