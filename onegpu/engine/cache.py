@@ -32,6 +32,7 @@ class FullLayer(DynamicLayer):
         super().__init__()
         self._allocate: Callable[[torch.Tensor, torch.Tensor], Pair] | None = allocate
         self.memory: Pair | None = None
+        self._shown: Any = None  # what `keys` is while the content lies in the memory
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Pair:
         """Append keys and values [B, H, T, D]; returns all of them, [B, H, length, D], as views of the memory."""
@@ -39,24 +40,34 @@ class FullLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         if self._allocate is not None:
             self.memory, self._allocate = self._allocate(key_states, value_states), None
+            self._shown = self.keys
+        batch, _, tokens, _ = key_states.shape
         start = self.get_seq_length()
-        end = start + key_states.shape[-2]
         recorded = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
-        if recorded or not self._holds(start, end, key_states.shape[0]):
+        if recorded or not self._has_room(start + tokens, batch):
             self.memory = None  # what is there was copied elsewhere, there is no more room, or autograd needs the past
             grown: Pair = super().update(key_states, value_states)
             return grown
         assert self.memory is not None
         keys, values = self.memory
-        keys[:, :, start:end] = key_states
-        values[:, :, start:end] = value_states
-        self.show(end)
+        keys.narrow(2, start, tokens).copy_(key_states)
+        values.narrow(2, start, tokens).copy_(value_states)
+        self.show(start + tokens)
         return self.keys, self.values
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` tokens."""
+        in_place = self.in_memory()
+        super().crop(tokens_to_remove)
+        if in_place:
+            self.show(self.get_seq_length())
 
     def show(self, length: int) -> None:
         """Make the first ``length`` positions of the memory the layer's content."""
         assert self.memory is not None
-        self.keys, self.values = (tensor[:, :, :length] for tensor in self.memory)
+        keys, values = self.memory
+        self.keys = self._shown = keys.narrow(2, 0, length)
+        self.values = values.narrow(2, 0, length)
 
     def take(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Start from existing keys and values [B, H, T, D], copied."""
@@ -64,17 +75,13 @@ class FullLayer(DynamicLayer):
 
     def in_memory(self) -> bool:
         """Whether the layer's content still lies in its memory."""
-        length = self.get_seq_length()
-        return self.memory is not None and self._holds(length, length, self.memory[0].shape[0])
+        return self.memory is not None and self.keys is self._shown
 
-    def _holds(self, start: int, end: int, batch: int) -> bool:
-        if self.memory is None:
+    def _has_room(self, end: int, batch: int) -> bool:
+        if self.memory is None or self.keys is not self._shown:
             return False
         keys = self.memory[0]
-        in_place = start == 0 or (
-            self.keys.data_ptr() == keys.data_ptr() and self.keys.stride() == keys[:, :, :start].stride()
-        )
-        return in_place and end <= keys.shape[2] and batch == keys.shape[0]
+        return end <= keys.shape[2] and batch == keys.shape[0]
 
 
 class StepLayer(CacheLayerMixin):

@@ -12,7 +12,7 @@ from collections import deque
 from typing import Any
 
 import torch
-from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerationMixin
 
 from onegpu.engine.capture import Graph, NotCapturableError
 from onegpu.engine.sampling import Sampler, Unsupported
@@ -42,6 +42,7 @@ class Decoding:
         self.raw: list[torch.Tensor] = []
         self.readback = Readback(request.device)
         self.start_length = 0
+        self._next: dict[str, Any] | None = None  # the next call's arguments but for the token, where they are known
         self.keeps = request.config.return_dict_in_generate
         self.history, self.lengths = self._history()
 
@@ -170,15 +171,41 @@ class Decoding:
         if step is not None:
             step()
             return step
-        seen = self.history[:, : self.columns]
-        inputs = self.model.prepare_inputs_for_generation(seen, next_sequence_length=1, **self.kwargs)
+        inputs = self._inputs()
         made: tuple[StaticStep, Start] | None = None
         if self.static and self.request.max_length - self.columns >= _WORTH_CAPTURING:
             made = self._make_step(inputs)
         output = self.model(**inputs, return_dict=True)
-        self.kwargs = self.model._update_model_kwargs_for_generation(output, self.kwargs, is_encoder_decoder=False)
+        self._count(output, inputs)
         self.logits = output.logits[:, -1].to(self.request.device, torch.float32)
         return None if made is None else self._check_step(*made)
+
+    def _inputs(self) -> dict[str, Any]:
+        """What the model is called with for the token chosen last."""
+        if self._next is not None:
+            return {**self._next, "input_ids": self.sampler.out[0][:, None].clone()}
+        seen = self.history[:, : self.columns]
+        inputs: dict[str, Any] = self.model.prepare_inputs_for_generation(seen, next_sequence_length=1, **self.kwargs)
+        return inputs
+
+    def _count(self, output: Any, inputs: dict[str, Any]) -> None:
+        """Lengthen mask and positions: by hand where transformers' preparation does no more than that."""
+        if self._next is None:
+            self.kwargs = self.model._update_model_kwargs_for_generation(output, self.kwargs, is_encoder_decoder=False)
+            tensors = {name for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+            mask, positions = (self.kwargs.get(name) for name in ("attention_mask", "position_ids"))
+            if not _plainly_prepared(self.model) or tensors - {"input_ids", "attention_mask", "position_ids"}:
+                return
+            if positions is not None and positions.ndim != 2:
+                return
+            self._next = {**inputs, "attention_mask": mask}
+            if positions is not None:
+                self._next["position_ids"] = positions[:, -1:]
+            return
+        if (mask := self._next.get("attention_mask")) is not None:
+            self._next["attention_mask"] = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], dim=-1)
+        if (positions := self._next.get("position_ids")) is not None:
+            self._next["position_ids"] = positions + 1
 
     def _make_step(self, inputs: dict[str, Any]) -> tuple[StaticStep, Start] | None:
         """Capture the step that comes next; None, with the reason noted, if that cannot be done."""
@@ -281,3 +308,9 @@ class Decoding:
         fields["scores"] = tuple(self.scores[:made]) if self.config.output_scores else None
         fields["logits"] = tuple(self.raw[:made]) if self.config.output_logits else None
         return GenerateDecoderOnlyOutput(**fields)
+
+
+def _plainly_prepared(model: Any) -> bool:
+    """Whether ``prepare_inputs_for_generation`` is transformers' general one."""
+    name = "prepare_inputs_for_generation"
+    return getattr(type(model), name) is getattr(GenerationMixin, name) and name not in model.__dict__
