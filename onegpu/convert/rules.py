@@ -1,6 +1,6 @@
 """The registry of conversions: each rule finds, by structure, what it can change, changes it and takes it back.
 
-Later rules (norms, MLPs, attention, fused projections) are added to ``RULES``; the order is the order of application.
+Later rules (norms, MLPs, fused projections) are added to ``RULES``; the order is the order of application.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from onegpu.convert.attention_rule import UseAttention
 from onegpu.convert.quantized import Target, find_targets, is_conv1d, quantized_experts, quantized_linear
 from onegpu.convert.report import Change, Report
 from onegpu.convert.swap import stack_to_parameter, swap_module
@@ -37,6 +38,13 @@ class QuantizeWeights:
             return
         targets, left = find_targets(model, settings)
         report.changes += left
+        if not targets:
+            raise bad_argument(
+                "quantize",
+                settings.quant_type,
+                f"finds no linear layer in {type(model).__name__}",
+                "leave the model as it is",
+            )
         _check_finite(model, targets, settings)
         for target in targets:
             swap = self._experts if target.kind == "experts" else self._linear
@@ -106,4 +114,4 @@ def _to_cpu(module: Any) -> torch.Tensor:
     return values
 
 
-RULES: tuple[Rule, ...] = (QuantizeWeights(),)
+RULES: tuple[Rule, ...] = (QuantizeWeights(), UseAttention())

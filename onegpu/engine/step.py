@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from onegpu.engine.cache import Pair, StepCache, StepLayer, fill_ring, read_ring
 from onegpu.engine.capture import Graph, NotCapturableError, Plain
 from onegpu.engine.slots import Slot
+from onegpu.nn.attention_context import decode_step
 
 _PASSED_ON = (bool, int, float, str, type(None))  # arguments of a forward that are the same for every token
 
@@ -68,6 +69,9 @@ class StaticStep:
                 if inputs["position_ids"].ndim != 2:
                     raise NotCapturableError("the model has several positions for a token")
                 self.position_ids = torch.zeros(slot.batch, 1, dtype=torch.long, device=device)
+            # Of each row's keys, for attention of ours: where the first real one is, and how many places there are.
+            self.first = torch.zeros(slot.batch, dtype=torch.int32, device=device)
+            self.length = torch.ones(slot.batch, dtype=torch.int32, device=device)
             self.cache = StepCache(self._layers(start))
             self.mask, self._masks = self._make_masks(model, inputs, start)
         self.arguments = self._arguments(inputs)
@@ -87,6 +91,8 @@ class StaticStep:
         """Begin a request: positions, masks, rings. ``at``: another position than the first one behind the prompt."""
         position = start.length if at is None else at
         self.position.fill_(position)
+        self.length.fill_(position)
+        self.first[: start.rows].copy_(start.mask.to(torch.int32).argmax(1))
         if self.position_ids is not None:
             assert start.position_ids is not None
             self.position_ids[: start.rows].copy_(start.position_ids)
@@ -125,7 +131,9 @@ class StaticStep:
             torch.remainder(self.position, size, out=slot)
         for mask, size, _, seen in self._masks:
             mask.view(mask.shape[0], size).index_fill_(1, self._slot_of(size), seen)
-        output = self.model(**self.arguments, return_dict=True)
+        self.length.add_(1)
+        with decode_step(self.first, self.length, keys=self.slot.capacity):
+            output = self.model(**self.arguments, return_dict=True)
         self.logits.copy_(output.logits[:, -1])
         self.position.add_(1)
         if self.position_ids is not None:

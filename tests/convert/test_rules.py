@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from onegpu.convert.attention_rule import UseAttention
 from onegpu.convert.optimize import State
 from onegpu.convert.report import Report
 from onegpu.convert.rules import RULES, QuantizeWeights
@@ -15,14 +16,16 @@ from tests.tiny import tiny_model
 
 
 def test_the_registry():
-    assert [type(rule) for rule in RULES] == [QuantizeWeights]
+    assert [type(rule) for rule in RULES] == [QuantizeWeights, UseAttention]
 
 
-def test_no_settings_no_change():
+def test_no_settings_no_change_of_weights():
     model, report = tiny_model("llama"), Report("optimize")
+    before = dict(model.named_parameters())
     for rule in RULES:
         rule.apply(model, None, State(), False, report)
-    assert not report.changes
+    assert {change.after for change in report.changes} == {"onegpu attention"}
+    assert all(before[name] is parameter for name, parameter in model.named_parameters())
 
 
 def test_apply_and_restore_are_inverse_and_noted():

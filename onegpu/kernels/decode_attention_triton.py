@@ -1,0 +1,229 @@
+"""Triton kernels of ``decode_attention``, imported at the first call on a GPU. Compiled with Triton 3.6 and 3.7.
+
+One program takes one part of the keys of one key head, for up to 64 rows: the T queries of the G heads that share it.
+Parts are equal shares of the keys that the sequence really has, so that every program of a graph captured for the
+longest cache has work at any length; what is left over exits at once. Scores are kept in base 2.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra import cuda as tl_cuda
+
+from onegpu.kernels.decode_attention import splits
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _split_kernel(
+    p_q, p_k, p_v, p_length, p_first, p_slopes, p_out, p_parts, p_stats,
+    HKV, L, ROW_TILES, SPLITS, window, scale, softcap,
+    q_b, q_h, q_t, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_t, o_h,
+    T: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BD: tl.constexpr, BDV: tl.constexpr, ALIGN: tl.constexpr, FIRST: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, SLOPES: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        tl_cuda.gdc_wait()
+        tl_cuda.gdc_launch_dependents()
+    i_program = tl.program_id(0)
+    i_split = i_program % SPLITS
+    i_tile = (i_program // SPLITS) % ROW_TILES
+    i_head = (i_program // SPLITS // ROW_TILES).to(tl.int64)  # of all sequences
+    i_b, i_kv = i_head // HKV, i_head % HKV
+    ROWS: tl.constexpr = T * G
+    o_m = i_tile * BM + tl.arange(0, BM)  # [BM]; row t * G + g
+    m_m = o_m < ROWS
+    length = tl.minimum(tl.load(p_length + i_b), L)
+    o_at = length - T + o_m // G  # [BM]; the query's position
+    begin = 0
+    if FIRST:
+        begin = tl.maximum(tl.load(p_first + i_b), 0)
+    if WINDOW:
+        begin = tl.maximum(begin, length - T + 1 - window)
+    share = tl.maximum(tl.cdiv(tl.cdiv(tl.maximum(length - begin, 0), SPLITS), 16) * 16, BN)
+    begin += i_split * share
+    end = tl.minimum(begin + share, length)
+    o_stats = (i_head * SPLITS + i_split) * ROWS + o_m  # [BM]
+
+    if begin >= end and not WHOLE:
+        tl.store(p_stats + o_stats * 2, float("-inf") + tl.zeros([BM], tl.float32), mask=m_m)
+        tl.store(p_stats + o_stats * 2 + 1, tl.zeros([BM], tl.float32), mask=m_m)
+        return
+
+    o_d, o_dv, o_n = tl.arange(0, BD), tl.arange(0, BDV), tl.arange(0, BN)
+    o_h_m = i_kv * G + o_m % G  # [BM]; query head
+    p_row = p_q + i_b * q_b + o_h_m * q_h + (o_m // G).to(tl.int64) * q_t
+    b_q = tl.load(p_row[:, None] + o_d[None, :], mask=m_m[:, None] & (o_d < D)[None, :], other=0.0)  # [BM, BD]
+    if SLOPES:
+        b_slope = tl.load(p_slopes + o_h_m, mask=m_m, other=0.0).to(tl.float32) * _LOG2E  # [BM]
+    # Strides come divided by ALIGN: the compiler then knows that rows begin at multiples of it, and loads 16 bytes.
+    p_kb = p_k + (i_b * k_b + i_kv * k_h) * ALIGN
+    p_vb = p_v + (i_b * v_b + i_kv * v_h) * ALIGN
+    o_k = o_n.to(tl.int64)[None, :] * k_n * ALIGN + o_d[:, None]  # [BD, BN]
+    o_v = o_n.to(tl.int64)[:, None] * v_n * ALIGN + o_dv[None, :]  # [BN, BDV]
+    b_max = tl.full([BM], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BM], tl.float32)
+    b_acc = tl.zeros([BM, BDV], tl.float32)
+    for i_n in range(begin, end, BN):
+        m_n = i_n + o_n < end  # [BN]
+        m_k, m_v = m_n[None, :], m_n[:, None]
+        if D != BD:
+            m_k = m_k & (o_d < D)[:, None]
+        if DV != BDV:
+            m_v = m_v & (o_dv < DV)[None, :]
+        b_k = tl.load(p_kb + tl.cast(i_n, tl.int64) * k_n * ALIGN + o_k, mask=m_k, other=0.0)
+        b_s = tl.dot(b_q, b_k, input_precision=PRECISION)  # [BM, BN]
+        if SOFTCAP:
+            b_s = softcap * (1.0 - 2.0 / (1.0 + tl.exp2(b_s * (2.0 * _LOG2E * scale / softcap)))) * _LOG2E
+        else:
+            b_s *= scale * _LOG2E
+        o_far = i_n + o_n[None, :] - o_at[:, None]  # [BM, BN]; 0 is the query's own key
+        if SLOPES:
+            b_s += b_slope[:, None] * o_far
+        m_s = m_n[None, :] & (o_far <= 0)
+        if WINDOW:
+            m_s = m_s & (o_far > -window)
+        b_s = tl.where(m_s, b_s, float("-inf"))
+        b_new = tl.maximum(b_max, tl.max(b_s, 1))
+        b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
+        b_scale = tl.exp2(b_max - b_base)
+        b_p = tl.exp2(b_s - b_base[:, None])
+        b_sum = b_sum * b_scale + tl.sum(b_p, 1)
+        b_v = tl.load(p_vb + tl.cast(i_n, tl.int64) * v_n * ALIGN + o_v, mask=m_v, other=0.0)
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_scale[:, None], input_precision=PRECISION)
+        b_max = b_new
+
+    m_out = m_m[:, None] & (o_dv < DV)[None, :]
+    if WHOLE:
+        b_acc = b_acc / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
+        p_to = p_out + i_b * o_b + o_h_m * o_h + (o_m // G).to(tl.int64) * o_t
+        tl.store(p_to[:, None] + o_dv[None, :], b_acc.to(p_out.dtype.element_ty), mask=m_out)
+    else:
+        tl.store(p_parts + o_stats[:, None] * DV + o_dv[None, :], b_acc, mask=m_out)
+        tl.store(p_stats + o_stats * 2, b_max, mask=m_m)
+        tl.store(p_stats + o_stats * 2 + 1, b_sum, mask=m_m)
+
+
+@triton.jit
+def _combine_kernel(
+    p_parts, p_stats, p_out, HKV, SPLITS, o_b, o_t, o_h,
+    T: tl.constexpr, G: tl.constexpr, DV: tl.constexpr, BS: tl.constexpr, BP: tl.constexpr, BDV: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        tl_cuda.gdc_wait()
+        tl_cuda.gdc_launch_dependents()
+    ROWS: tl.constexpr = T * G
+    i_row = tl.program_id(0).to(tl.int64)  # of all key heads of all sequences
+    i_head, i_m = i_row // ROWS, i_row % ROWS
+    o_s, o_dv = tl.arange(0, BS), tl.arange(0, BDV)
+    o_stats = (i_head * SPLITS + o_s) * ROWS + i_m  # [BS]
+    b_max = tl.load(p_stats + o_stats * 2, mask=o_s < SPLITS, other=float("-inf"))
+    b_sum = tl.load(p_stats + o_stats * 2 + 1, mask=o_s < SPLITS, other=0.0)
+    peak = tl.max(b_max, 0)
+    # A part without keys has sum 0, and memory that nobody wrote. Of NaN alone it has the maximum -inf, and counts.
+    total = tl.sum(tl.where(b_sum == 0.0, 0.0, b_sum * tl.exp2(b_max - peak)), 0)
+    b_acc = tl.zeros([BDV], tl.float32)
+    o_p = tl.arange(0, BP)
+    for i_s in range(0, SPLITS, BP):
+        o_part = (i_head * SPLITS + i_s + o_p) * ROWS + i_m  # [BP]
+        m_p = i_s + o_p < SPLITS
+        b_part_max = tl.load(p_stats + o_part * 2, mask=m_p, other=float("-inf"))
+        m_p = m_p & (tl.load(p_stats + o_part * 2 + 1, mask=m_p, other=0.0) != 0.0)
+        m_part = m_p[:, None] & (o_dv < DV)[None, :]
+        b_part = tl.load(p_parts + o_part[:, None] * DV + o_dv[None, :], mask=m_part, other=0.0)  # [BP, BDV]
+        b_acc += tl.sum(b_part * tl.where(m_p, tl.exp2(b_part_max - peak), 0.0)[:, None], 0)
+    b_acc = b_acc / tl.where(total == 0.0, 1.0, total)
+    p_to = p_out + (i_head // HKV) * o_b + ((i_head % HKV) * G + i_m % G) * o_h + (i_m // G) * o_t
+    tl.store(p_to + o_dv, b_acc.to(p_out.dtype.element_ty), mask=o_dv < DV)
+
+
+class Config(NamedTuple):
+    """What a program of the first kernel looks like, and how many parts there are."""
+
+    bm: int
+    bn: int
+    warps: int
+    stages: int
+    splits: int
+
+
+@functools.lru_cache(maxsize=1024)
+def configure(heads: int, rows: int, d: int, d_v: int, keys: int, itemsize: int, sms: int) -> Config:
+    """The heuristic. ``heads``: batch × key heads; ``rows``: queries × heads of a group; ``keys``: most keys seen."""
+    wide = _padded(d) + _padded(d_v)
+    # Three stages of at most 32 KiB are within 99 KiB, and no tile spills registers on any architecture (tested).
+    if itemsize == 4:
+        bm, bn, warps, stages = 16, max(16, min(32, 8192 // wide)), 8, 2
+    else:
+        bm = max(16, min(64 if wide <= 256 else 32, triton.next_power_of_2(rows)))
+        bn = max(16, min(128 if bm == 16 else 64, 16384 // wide))
+        warps, stages = (8, 2) if bm == 64 else (4, 3)
+    programs = max(1, heads * triton.cdiv(rows, bm))
+    return Config(bm, bn, warps, stages, splits(programs, 2, keys, sms))
+
+
+def _padded(d: int) -> int:
+    return max(16, 1 << (d - 1).bit_length())
+
+
+@functools.cache
+def _device(index: int) -> tuple[int, bool]:
+    properties = torch.cuda.get_device_properties(index)
+    return properties.multi_processor_count, properties.major >= 9
+
+
+def _align(*tensors: torch.Tensor) -> int:
+    """8 where every row begins at a multiple of eight elements, else 1."""
+    return 8 if all(stride % 8 == 0 for tensor in tensors for stride in tensor.stride()[:3]) else 1
+
+
+def decode(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    length: torch.Tensor,
+    first: torch.Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+    slopes: torch.Tensor | None,
+    out: torch.Tensor,
+    config: Config | None = None,
+) -> None:
+    """Arguments as of the op; ``out``: ``[B, H, T, D_v]`` with any strides but the last. ``config`` for benchmarks."""
+    (b, h, t, d), (_, h_kv, room, d_v) = q.shape, v.shape
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    group, align = h // h_kv, _align(k, v)
+    sms, pdl = _device(q.device.index) if q.is_cuda else (1, False)
+    seen = min(room, window + t - 1) if window else room
+    bm, bn, warps, stages, parts = config or configure(b * h_kv, t * group, d, d_v, seen, q.element_size(), sms)
+    tiles, whole = triton.cdiv(t * group, bm), parts == 1
+    sizes = (0, 0) if whole else (b * h * t * parts * d_v, b * h * t * parts * 2)
+    scratch = torch.empty(sum(sizes), dtype=torch.float32, device=q.device)
+    stats = scratch[sizes[0] :]
+    out_strides = (out.stride(0), out.stride(2), out.stride(1))
+    pad_d, pad_dv = _padded(d), _padded(d_v)
+    options = {"launch_pdl": True} if pdl else {}
+    with torch.cuda.device(q.device):
+        _split_kernel[(parts * tiles * b * h_kv,)](
+            q, k, v, length, first, slopes, out, scratch, stats,
+            h_kv, room, tiles, parts, window, scale, softcap,
+            *q.stride()[:3], *(s // align for x in (k, v) for s in x.stride()[:3]), *out_strides,
+            T=t, G=group, D=d, DV=d_v, BM=bm, BN=bn, BD=pad_d, BDV=pad_dv, ALIGN=align, FIRST=first is not None,
+            WINDOW=window > 0, SOFTCAP=softcap > 0, SLOPES=slopes is not None, WHOLE=whole, PDL=pdl,
+            PRECISION="ieee" if q.dtype == torch.float32 else None, num_warps=warps, num_stages=stages, **options,
+        )  # fmt: skip
+        if not whole:
+            block = triton.next_power_of_2(parts)
+            _combine_kernel[(b * h * t,)](
+                scratch, stats, out, h_kv, parts, *out_strides,
+                T=t, G=group, DV=d_v, BS=block, BP=min(block, 32), BDV=pad_dv, PDL=pdl, num_warps=4, **options,
+            )  # fmt: skip

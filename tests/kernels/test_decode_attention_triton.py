@@ -1,0 +1,93 @@
+"""Decode attention's kernels: they compile everywhere within limits, and agree with the definition as interpreted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.triton_tools import ARCHITECTURES, SHARED_MEMORY_LIMIT, compiled, interpret, needs_triton, stack_bytes
+
+
+def _compiled_split(architecture: int, dtype: str, d: int, rows: int, extras: bool) -> Any:
+    from onegpu.kernels import decode_attention_triton as kernels
+
+    config = kernels.configure(32, rows, d, d, 4096, 4 if dtype == "fp32" else 2, 132)
+    names = [argument for argument in kernels._split_kernel.arg_names if not argument.isupper()]
+    floats = dict.fromkeys(("p_q", "p_k", "p_v", "p_out"), f"*{dtype}")
+    others = {"p_length": "*i32", "p_first": "*i32", "p_slopes": "*fp32", "p_parts": "*fp32", "p_stats": "*fp32"}
+    kinds = {**floats, **others, "scale": "fp32", "softcap": "fp32"}
+    sizes = dict.fromkeys(("HKV", "L", "ROW_TILES", "SPLITS"), "i32")
+    arguments = {name: kinds.get(name, "i32") for name in names} | sizes
+    constants = {
+        "T": 1, "G": rows, "D": d, "DV": d, "BM": config.bm, "BN": config.bn, "BD": kernels._padded(d),
+        "BDV": kernels._padded(d), "ALIGN": 8, "FIRST": extras, "WINDOW": extras, "SOFTCAP": extras, "SLOPES": extras,
+        "WHOLE": extras, "PDL": architecture >= 90, "PRECISION": "ieee" if dtype == "fp32" else None,
+    }  # fmt: skip
+    arguments = {name: arguments[name] for name in kernels._split_kernel.arg_names if name in arguments}
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    return compiled(kernels._split_kernel, arguments, constants, architecture, **options)
+
+
+@needs_triton
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_compiles_within_the_limits(architecture: int) -> None:
+    from onegpu.kernels import decode_attention_triton as kernels
+
+    shapes = [(64, 1), (128, 8), (256, 4), (80, 32), (128, 64), (256, 64)]
+    for dtype, d, rows in [*(("bf16", *shape) for shape in shapes), ("fp32", 128, 1), ("fp32", 256, 8)]:
+        for extras in (False, True):
+            kernel = _compiled_split(architecture, dtype, d, rows, extras)
+            what = (dtype, d, rows, extras)
+            assert kernel.metadata.shared <= SHARED_MEMORY_LIMIT, what
+            assert stack_bytes(kernel) <= 16, what  # ptxas sets 8 bytes aside here and there
+            if d % 8 == 0:
+                assert "cp.async.cg.shared.global" in kernel.asm["ptx"], what  # 16 bytes at a time, while it computes
+    arguments = {"p_parts": "*fp32", "p_stats": "*fp32", "p_out": "*bf16"}
+    arguments |= dict.fromkeys(("HKV", "SPLITS", "o_b", "o_t", "o_h"), "i32")
+    constants = {"T": 1, "G": 8, "DV": 256, "BS": 256, "BP": 32, "BDV": 256, "PDL": architecture >= 90}
+    kernel = compiled(kernels._combine_kernel, arguments, constants, architecture)
+    assert kernel.metadata.shared <= SHARED_MEMORY_LIMIT and stack_bytes(kernel) == 0
+
+
+@needs_triton
+def test_agrees_with_the_definition() -> None:
+    interpret(
+        """
+        from onegpu.kernels import decode_attention_triton as kernels
+        from onegpu.kernels.decode_attention import _decode, _empty
+        from tests.kernels.test_decode_attention import CASES, inputs
+
+        def check(parts, bn, dtype=torch.float32, **case):
+            (q, k, v, length), options = inputs(dtype=dtype, **case)
+            get = options.get
+            arguments = (q, k, v, length, get("first"), get("scale", 0.2), get("window", 0), get("softcap", 0.0))
+            arguments += (get("slopes"),)
+            out = torch.full_like(_empty(q, v.shape[-1]), float("nan"))
+            kernels.decode(*arguments, out, kernels.Config(16, bn, 4, 1, parts))
+            tolerance = 1e-5 if dtype == torch.float32 else 2e-3
+            torch.testing.assert_close(out.float(), _decode(*arguments).float(), rtol=tolerance, atol=tolerance)
+
+        for number, case in enumerate(CASES.values()):
+            check((1, 3, 2)[number % 3], 16, **case)
+        check(2, 16, lengths=(0, 30), h=40, h_kv=1, d=16)  # no keys; more rows than a tile
+        check(5, 32, torch.float16, room=200, lengths=(200, 33))
+        """
+    )
+
+
+@needs_triton
+def test_nan_is_not_lost_between_the_parts() -> None:
+    interpret(
+        """
+        from onegpu.kernels import decode_attention_triton as kernels
+        from tests.kernels.test_decode_attention import inputs
+        (q, k, v, length), _ = inputs(room=64, lengths=(64, 20))
+        k[0, 0, 20:50] = float("nan")  # a part of NaN alone beside parts of numbers
+        v[1, 1, 3] = float("nan")
+        out = torch.zeros(2, 4, 1, 64)
+        kernels.decode(q, k, v, length, None, 0.1, 0, 0.0, None, out, kernels.Config(16, 16, 4, 1, 4))
+        nan = out.isnan().all(-1).view(2, 4)
+        assert nan.tolist() == [[True, True, False, False], [False, False, True, True]], nan
+        """
+    )
