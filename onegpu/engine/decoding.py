@@ -115,6 +115,9 @@ class Decoding:
         start = self._start()
         if start is None:
             return None
+        if step.gaps != start.gaps:
+            self.slot.step = None
+            return None
         step.load(start)
         step.logits[: self.rows].copy_(self.logits)
         self._capture_sampler(step)
@@ -137,7 +140,8 @@ class Decoding:
         if positions is not None:
             positions = positions[:, -1:].expand(self.rows, 1)
         self.start_length = length
-        return Start(self.cache, mask, positions)
+        gaps = self.kwargs.get("attention_mask") is not None and _has_gaps(mask)
+        return Start(self.cache, mask, positions, gaps)
 
     def _pick(self, step: StaticStep | None) -> None:
         """Choose the next tokens by the logits at hand."""
@@ -308,6 +312,13 @@ class Decoding:
         fields["scores"] = tuple(self.scores[:made]) if self.config.output_scores else None
         fields["logits"] = tuple(self.raw[:made]) if self.config.output_logits else None
         return GenerateDecoderOnlyOutput(**fields)
+
+
+def _has_gaps(mask: torch.Tensor) -> bool:
+    """Whether a row of [B, n] has padding behind its first real token."""
+    real = mask.to(torch.int32)
+    count = real.sum(1)
+    return bool(((count != mask.shape[1] - real.argmax(1)) & (count > 0)).any())
 
 
 def _plainly_prepared(model: Any) -> bool:

@@ -17,8 +17,9 @@ _OWN = frozenset(
     {"_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "_non_persistent_buffers_set"}
 )
 
-# transformers leaves these behind once attentions were asked for; they do nothing while nobody asks.
-_IDLE_HOOKS = "transformers.utils.output_capturing"
+# What transformers leaves behind once attentions were asked for does nothing while nobody asks; what our conversion
+# puts on modules does the same in every step.
+_HARMLESS = frozenset({"transformers.utils.output_capturing", "onegpu.convert.exceptions"})
 
 
 def fingerprint(model: nn.Module) -> Hashable:
@@ -26,8 +27,9 @@ def fingerprint(model: nn.Module) -> Hashable:
     parts: list[Hashable] = []
     configs: dict[int, Any] = {}
     for module in model.modules():
-        parts.append(id(module))
         state = module.__dict__
+        parts.append((id(module), id(state.get("forward"))))
+        parts.append((len(state["_forward_hooks"]), len(state["_forward_pre_hooks"])))
         for tensor in state["_parameters"].values():
             if tensor is not None:
                 parts.append((_address(tensor), tensor.dtype))
@@ -59,9 +61,9 @@ def runs_python(model: nn.Module) -> str | None:
     for name, module in model.named_modules():
         state = module.__dict__
         hooks = [*state["_forward_hooks"].values(), *state["_forward_pre_hooks"].values()]
-        if any(getattr(hook, "__module__", None) != _IDLE_HOOKS for hook in hooks):
+        if not all(map(_harmless, hooks)):
             return f"a hook is registered on {name or type(module).__name__}"
-        if "forward" in state or "_hf_hook" in state:
+        if "_hf_hook" in state or ("forward" in state and not _harmless(state["forward"])):
             return f"{name or type(module).__name__} has a forward method of its own (offloading does that)"
     return None
 
@@ -75,6 +77,10 @@ def _plain(value: Any, depth: int = 0) -> Hashable | None:
     if depth < 3 and isinstance(value, dict):
         return tuple((_plain(key, depth + 1), _plain(item, depth + 1)) for key, item in value.items())
     return None
+
+
+def _harmless(function: Any) -> bool:
+    return getattr(getattr(function, "__func__", function), "__module__", None) in _HARMLESS
 
 
 def _address(tensor: torch.Tensor) -> int:

@@ -6,6 +6,7 @@ that the step itself moves on.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -24,10 +25,11 @@ class Start:
 
     Attributes:
         length: positions in the cache. mask: int64 or bool [B, length], real tokens. position_ids: [B, 1] of the next
-        token. rings: each sliding layer's content. rows: B.
+        token. sliding: each sliding layer and its content. rows: B. gaps: whether padding stands between real tokens.
     """
 
-    def __init__(self, cache: Any, mask: torch.Tensor, position_ids: torch.Tensor | None) -> None:
+    def __init__(self, cache: Any, mask: torch.Tensor, position_ids: torch.Tensor | None, gaps: bool) -> None:
+        self.gaps = gaps
         self.rows, self.length = mask.shape
         self.mask, self.position_ids = mask, position_ids
         self.sliding: dict[int, tuple[Any, Any, Any, int]] = {
@@ -57,7 +59,7 @@ class StaticStep:
     def __init__(
         self, model: Any, slot: Slot, inputs: dict[str, Any], start: Start, logits: torch.Tensor, captured: bool
     ) -> None:
-        self.slot = slot
+        self.slot, self.gaps = slot, start.gaps
         device = inputs["input_ids"].device
         self.device = device
         with torch.inference_mode(False):
@@ -132,7 +134,9 @@ class StaticStep:
         for mask, size, _, seen in self._masks:
             mask.view(mask.shape[0], size).index_fill_(1, self._slot_of(size), seen)
         self.length.add_(1)
-        with decode_step(self.first, self.length, keys=self.slot.capacity):
+        # Attention of ours then needs no mask, but it knows only where a row begins.
+        ranges = decode_step(self.first, self.length, keys=self.slot.capacity)
+        with contextlib.nullcontext() if self.gaps else ranges:
             output = self.model(**self.arguments, return_dict=True)
         self.logits.copy_(output.logits[:, -1])
         self.position.add_(1)

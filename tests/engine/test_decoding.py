@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache, LogitsProcessor, StoppingCriteria
 
+from onegpu import optimize
 from tests.engine.models import LENGTHS, TYPES, WAYS, Way, answers, causal_model, ours, padded, pair, prompts, served
 from tests.tiny import PAD, tiny_tokenizer
 
@@ -28,6 +29,24 @@ def test_a_prompt_alone_and_in_padded_batches(model_type: str, way: Way):
         assert torch.equal(out[:, : LENGTHS[-1]], ids), "the prompt comes back as it was given"
         for row, tokens in enumerate(expected):
             assert torch.equal(out[row, LENGTHS[-1] :].cpu(), tokens), (side, row)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma3_text", "falcon_old", "bloom", "gpt2"])
+def test_with_attention_of_ours(model_type: str, way: Way):
+    model, expected = causal_model(model_type), answers(model_type, NEW)
+    optimize(model)
+    ours(model, way)
+    for side in ("left", "right"):
+        ids, mask = (tensor.to(way[0]) for tensor in padded(side))
+        out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=NEW)
+        served(model, way)
+        for row, tokens in enumerate(expected):
+            assert torch.equal(out[row, LENGTHS[-1] :].cpu(), tokens), (side, row)
+    mask[2, 10:14] = 0  # gaps, which only masks can tell
+    expected = causal_model(model_type).to(way[0]).generate(input_ids=ids, attention_mask=mask, max_new_tokens=NEW)[2]
+    assert torch.equal(model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=NEW)[2], expected)
+    served(model, way)
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way.values[0][1] != "never"])
