@@ -28,6 +28,7 @@ from onegpu.convert.attention_rule import say_left, take_attention
 from onegpu.convert.dequantize import leave_new_layers
 from onegpu.convert.optimize import optimize
 from onegpu.convert.session import Session, loading
+from onegpu.engine.generate import attach as attach_generate
 from onegpu.errors import ArgumentError, CheckpointError, bad_argument
 from onegpu.formats.bitsandbytes import Settings
 from onegpu.formats.checkpoint import read_headers
@@ -127,6 +128,7 @@ def load(from_pretrained: Any, path: Any, model_args: tuple[Any, ...], kwargs: d
     instance.bind_conversions(model)
     if flash:
         say_left(optimize(model), model)
+    attach_generate(model)
     return (model, info) if wants_info else model
 
 
