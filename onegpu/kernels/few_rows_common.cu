@@ -11,6 +11,7 @@ typedef unsigned int u32; typedef unsigned short u16; typedef unsigned char u8; 
 #endif
 #ifndef EMULATED
 #define DEVICE __device__ __forceinline__
+#define CONSTANT __constant__
 #define SHARED(name) extern __shared__ __align__(1024) u8 name[]
 #define SHARED_ARRAY(type, name, count) __shared__ type name[count]
 DEVICE float h2f(u32 h) { float f; asm("{ .reg .b16 a; cvt.u16.u32 a, %1; cvt.f32.f16 %0, a; }" : "=f"(f) : "r"(h)); return f; }
@@ -96,20 +97,18 @@ struct Scales {
 
 // The two values of every byte, once for each lane, so that no two lanes meet in a bank: fp16 pairs.
 constexpr int TABLE = FMT == 2 ? 256 << TABLE_SHIFT : 0;
-DEVICE float code_value(int i) {
-  constexpr float nf4[16] = {-1.f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
-    -0.18477343022823334f, -0.09105003625154495f, 0.f, 0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f,
-    0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.f};
-  constexpr float fp4[8] = {0.f, 0.0625f / 12, 8.f / 12, 1.f, 4.f / 12, 6.f / 12, 2.f / 12, 3.f / 12};
-  float v = 0.f;
-#pragma unroll
-  for (int j = 0; j < 16; j++) if (i == j) v = FP4 ? (j < 8 ? fp4[j] : 0.f - fp4[j - 8]) : nf4[j];
-  return v;
-}
+CONSTANT float CODE[16] = {
+#if FP4
+  0.f, 0.0625f / 12, 8.f / 12, 1.f, 4.f / 12, 6.f / 12, 2.f / 12, 3.f / 12, 0.f, -0.0625f / 12, -8.f / 12, -1.f, -4.f / 12, -6.f / 12, -2.f / 12, -3.f / 12
+#else
+  -1.f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.f,
+  0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.f
+#endif
+};
 DEVICE void build_table(u8* table, int threads) {
   if (FMT != 2) return;
-  SHARED_ARRAY(float, code, 16);
-  if (threadIdx.x < 16) code[threadIdx.x] = code_value(threadIdx.x);
+  SHARED_ARRAY(float, code, 16);                                         // indexed by lane: from constant memory that would be serial
+  if (threadIdx.x < 16) code[threadIdx.x] = CODE[threadIdx.x];
   __syncthreads();
   for (int i = threadIdx.x; i < 2048; i += threads) {
     u32 p = pack_h(code[i >> 7], code[i >> 3 & 15]);

@@ -14,7 +14,7 @@ static_assert(GROUPS * WK * 64 == KC && (CB == 64 || CB == 128), "a warp takes w
 
 DEVICE void build_wide_table(u8* table) {
   SHARED_ARRAY(float, code, 16);
-  if (threadIdx.x < 16) code[threadIdx.x] = code_value(threadIdx.x);
+  if (threadIdx.x < 16) code[threadIdx.x] = CODE[threadIdx.x];
   __syncthreads();
   for (int i = threadIdx.x; i < 4096; i += THREADS) {
     float a = code[i >> 8], b = code[i >> 4 & 15];

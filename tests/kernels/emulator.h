@@ -10,6 +10,7 @@
 using std::max; using std::min;
 #define EMULATED
 #define DEVICE inline
+#define CONSTANT static const
 #define __global__
 #define __launch_bounds__(...)
 struct uint2 { uint32_t x, y; }; struct uint4 { uint32_t x, y, z, w; };
