@@ -1,7 +1,7 @@
 """What a benchmark case is: a name, how to build its inputs, what it costs, and which tests must be green first.
 
-A file of ``benchmarks/cases/`` has a function ``cases()`` that yields `Case` objects, which ``python -m benchmarks.run``
-finds. Nothing is imported or allocated before a case runs: ``cases()`` is also called to list names.
+A file of ``benchmarks/cases/`` has a function ``cases()`` that yields `Case` objects, for ``python -m benchmarks.run``.
+Nothing is imported or allocated before a case runs: ``cases()`` is also called to list names.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Sides:
     """Ours and the peers, ready to be timed.
 
     Attributes:
-        ours, peers: calls without arguments, each on other weights (see `Context.copies`): a replay runs all of them, so
-            that none finds its weights in the cache. The first peer is the one that the ratio is to.
+        ours, peers: calls without arguments, each on other weights (see `Context.copies`): a replay runs all of them,
+            so that none finds its weights in the cache. The first peer is the one that the ratio is to.
         bytes, flops: of one call of ours, from the op's ``cost``; for the share of the roofline.
         peer_bytes: of one call of the first peer, where it moves others than ours.
         shape: what the row says about sizes.
@@ -45,13 +45,15 @@ class Context:
     Attributes:
         device: "cuda" or "cpu". tiny: sizes of a dry run, whose numbers mean nothing.
         seconds: device time that the case may take.
-        ceilings: as `ceilings.measure` gives them, in bytes/s and FLOP/s; empty on a CPU.
+        ceilings: as `ceilings.measure` gives them, in bytes/s and FLOP/s.
+        kept: what cases of one `Case.group` share, such as a model; emptied between groups.
     """
 
     device: str
     tiny: bool = False
     seconds: float = 3.0
     ceilings: dict[str, float] = field(default_factory=dict)
+    kept: dict[str, Any] = field(default_factory=dict)
 
     def copies(self, bytes_each: int, most: int = 64) -> int:
         """How many different weights of this size a replay must go through: 4 x L2 in all, and at least two."""
@@ -78,6 +80,7 @@ class Case:
         ceiling: "read" or "copy", whichever the bytes of `Sides` are like.
         compute: "bf16" or "int8", whichever the operations are.
         seconds: device time that it usually takes, for ``--budget``.
+        group: cases of one group run one after the other and share `Context.kept`.
     """
 
     benchmark: str
@@ -91,6 +94,7 @@ class Case:
     ceiling: str = "read"
     compute: str = "bf16"
     seconds: float = 3.0
+    group: str = ""
 
     @property
     def full_name(self) -> str:

@@ -77,14 +77,18 @@ def choose(cases: list[Case], stored: dict[str, Row], again: bool) -> tuple[list
     """Cases to run, those never measured first, and those whose stored row is of this very code."""
     current = [c for c in cases if not again and stored.get(c.full_name, {}).get("digest") == c.digest()]
     rest = [c for c in cases if c not in current]
-    return sorted(rest, key=lambda case: case.full_name in stored), current
+    groups: dict[str, int] = {}
+    for case in sorted(rest, key=lambda case: case.full_name in stored):
+        groups.setdefault(case.group or case.full_name, len(groups))
+    return sorted(rest, key=lambda case: groups[case.group or case.full_name]), current
 
 
 def describe(row: Row) -> str:
     """One line for people."""
     text, ratio = f"{row['benchmark']}/{row['case']}:", row.get("ratio")
-    if "us" in (row.get("ours") or {}):
-        text += f" {row['ours']['us']['median']:.1f} us"
+    for unit in ("us", "ms"):
+        if unit in (row.get("ours") or {}):
+            text += f" {row['ours'][unit]['median']:.4g} {unit}"
     if ratio:
         text += f", {ratio['median']:.3f} x {row['peer']} ({ratio['low']:.3f}-{ratio['high']:.3f})"
     if "share" in row:
@@ -136,7 +140,13 @@ class Run:
         before = ceilings.measure(self.options.device)
         self.tell(f"ceilings: {_readable(before)}")
         record = environment(self.options.device, self.options.commit)
+        kept: dict[str, Any] = {}
+        group = None
         for case in cases:
+            if case.group != group:
+                kept.clear()
+                self.clean()
+            group = case.group
             bad = [f"{test}: {red[test]}" for test in case.tests if test in red]
             if bad:
                 self.failed.append(f"{case.full_name} is not timed: {'; '.join(bad)}")
@@ -145,7 +155,7 @@ class Run:
                 self.skipped.append(f"{case.full_name}: the budget is spent")
                 continue
             seconds = min(self.left(), case.seconds)
-            context = Context(self.options.device, self.options.tiny, seconds, before)
+            context = Context(self.options.device, self.options.tiny, seconds, before, kept)
             try:
                 row = run_case(case, context, record)
             except Exception as error:
@@ -157,6 +167,8 @@ class Run:
             self.rows.append(row)
             self.store([row])
             self.tell(json.dumps(row) if self.options.json else describe(row))
+        kept.clear()
+        self.clean()
         after = ceilings.measure(self.options.device)
         self.tell(f"ceilings: {_readable(after)}")
         for row in self.rows:

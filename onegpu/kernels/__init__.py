@@ -22,6 +22,7 @@ _TRITON = {
     "quantize_4bit": "Triton",
     "dequantize_4bit": "Triton",
     "quantize_blockwise": "Triton",
+    "int8_vectorwise_quant": "Triton",
     "int8_vectorwise_dequant": "Triton",
     "int8_linear": "CUDA C++ up to 128 rows, then dequantised",
     "linear_4bit": "CUDA C++ up to 64 rows, then dequantised",
