@@ -20,13 +20,17 @@ DEVICE u32 pack_b(float lo, float hi) { u32 d; asm("cvt.rn.bf16x2.f32 %0, %1, %2
 DEVICE u32 sub_h(u32 a, u32 b) { u32 d; asm("sub.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d; }
 DEVICE u32 add_b(u32 a, u32 b) { u32 d; asm("{ .reg .b32 one; mov.b32 one, 0x3f803f80; fma.rn.bf16x2 %0, %1, one, %2; }" : "=r"(d) : "r"(a), "r"(b)); return d; }
 DEVICE u32 saddr(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+// Where in shared memory a copy goes. The shuffle hides the address from ptxas, which otherwise (13.0) gives copies a uniform
+// base register; with a cache hint it encodes those as an illegal instruction.
+typedef u32 Shared;
+DEVICE Shared shared(const void* p) { return __shfl_sync(~0u, saddr(p), threadIdx.x & 31); }
 DEVICE u64 evict_first() { u64 v; asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(v)); return v; }
 // Asynchronous copies; `bytes` past the first `take` are zeros.
-DEVICE void copy16(void* dst, const void* src, int take, u64 policy) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint" L2_PREFETCH " [%0], [%1], 16, %2, %3;" :: "r"(saddr(dst)), "l"(src), "r"(take), "l"(policy) : "memory");
+DEVICE void copy16(Shared dst, const void* src, int take, u64 policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint" L2_PREFETCH " [%0], [%1], 16, %2, %3;" :: "r"(dst), "l"(src), "r"(take), "l"(policy) : "memory");
 }
-DEVICE void copy16(void* dst, const void* src, int take) { asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(saddr(dst)), "l"(src), "r"(take) : "memory"); }
-DEVICE void copy4(void* dst, const void* src, int take) { asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" :: "r"(saddr(dst)), "l"(src), "r"(take) : "memory"); }
+DEVICE void copy16(Shared dst, const void* src, int take) { asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(dst), "l"(src), "r"(take) : "memory"); }
+DEVICE void copy4(Shared dst, const void* src, int take) { asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" :: "r"(dst), "l"(src), "r"(take) : "memory"); }
 DEVICE void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> DEVICE void copies_left() { asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory"); }
 DEVICE void wait_before_reading_x() {
@@ -82,7 +86,7 @@ struct Output {
 // The float32 scale of 64 (or 32) columns of a row. Quantised scales travel as the aligned word that holds the code.
 struct Scales {
   const void* absmax; const float *nested, *map, *offset; int shift, nested_shift;
-  DEVICE void fetch(void* dst, i64 block, bool inside) const {
+  DEVICE void fetch(Shared dst, i64 block, bool inside) const {
     i64 i = inside ? block >> shift : 0;
     const u8* p = (const u8*)absmax + (NESTED ? i : i * 4);
     copy4(dst, (const void*)((u64)p & ~3ull), inside ? 4 : 0);

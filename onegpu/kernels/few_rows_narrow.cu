@@ -46,23 +46,26 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   const Output out = {y, bias, (const float*)absmax, n};
   const u64 policy = evict_first();
 
-  int f_tile = 0, f_piece = 0, f_slot = 0;
+  constexpr int UNITS = CB / 16, STEP = 32 / UNITS;                      // a warp copies STEP rows at once
+  const int f_row = lane / UNITS, f_unit = lane % UNITS, f_place = f_row * CB + swizzled<CB>(f_row, f_unit) * 16;
+  const Shared first_slot = shared(ring + f_place);
+  Shared f_slot = first_slot;
+  int f_tile = 0, f_piece = 0;
   auto fetch = [&]() {
     if (f_tile < tiles) {
-      const int row0 = r0 + f_tile * 16, piece = p0 + f_piece; u8* slot = ring + f_slot * SLOT;
+      const int tile_row = r0 + f_tile * 16, row0 = tile_row + f_row, piece = p0 + f_piece, at = piece * CB + f_unit * 16, take = at < row_bytes ? 16 : 0;
+      const u8* from = w + (i64)row0 * row_bytes + (take ? at : 0);
 #pragma unroll
-      for (int j = 0; j < CB / 32; j++) {
-        int u = lane + 32 * j, row = u / (CB / 16), unit = u % (CB / 16), at = piece * CB + unit * 16;
-        if (row0 + row < r1) copy16(slot + row * CB + swizzled<CB>(row, unit) * 16, w + (i64)(row0 + row) * row_bytes + (at < row_bytes ? at : 0), at < row_bytes ? 16 : 0, policy);
-      }
+      for (int j = 0; j < 16 / STEP; j++)                                // the swizzle is the same every STEP rows
+        if (row0 + j * STEP < r1) copy16(f_slot + j * STEP * CB, from + (i64)(j * STEP) * row_bytes, take, policy);
 #pragma unroll
       for (int j = 0; j < SCALES / 2; j++) {
-        int e = lane + 32 * j, row = row0 + e / PER_ROW, b = piece * SCALES + e % PER_ROW;
-        scales.fetch(slot + PIECE + e * 4, (i64)row * nb + b, row < r1 && b < nb);
+        int e = lane + 32 * j, row = tile_row + e / PER_ROW, b = piece * SCALES + e % PER_ROW;
+        scales.fetch(f_slot + (PIECE + e * 4 - f_place), (i64)row * nb + b, row < r1 && b < nb);
       }
       advance(f_tile, f_piece, WARPS, pieces);
     }
-    if (++f_slot == SLOTS) f_slot = 0;
+    f_slot = f_slot == first_slot + (SLOTS - 1) * SLOT ? first_slot : f_slot + SLOT;
     commit();
   };
 

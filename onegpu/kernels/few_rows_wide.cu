@@ -51,33 +51,32 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   const u64 policy = evict_first();
 
   struct Cursor {
-    int row0, piece, stage;
-    DEVICE void next(int pieces) { if (++stage == STAGES) stage = 0; if (++piece == pieces) { piece = 0; row0 += BN; } }
+    int row0, piece, stage; Shared to;                                   // `to`: the stage, for copies
+    DEVICE void next(int pieces) { to += STAGE; if (++stage == STAGES) { stage = 0; to -= STAGES * STAGE; } if (++piece == pieces) { piece = 0; row0 += BN; } }
   };
   auto fetch_w = [&](const Cursor& at) {
-    const int piece = p0 + at.piece; u8* stage = ring + at.stage * STAGE;
+    const int piece = p0 + at.piece;
 #pragma unroll
     for (int u = threadIdx.x; u < W_BYTES / 16; u += THREADS) {
       int row = u / (CB / 16), unit = u % (CB / 16), byte = piece * CB + unit * 16;
-      if (at.row0 + row < r1) copy16(stage + row * CB + swizzled<CB>(row, unit) * 16, w + (i64)(at.row0 + row) * row_bytes + (byte < row_bytes ? byte : 0), byte < row_bytes ? 16 : 0, policy);
+      if (at.row0 + row < r1) copy16(at.to + row * CB + swizzled<CB>(row, unit) * 16, w + (i64)(at.row0 + row) * row_bytes + (byte < row_bytes ? byte : 0), byte < row_bytes ? 16 : 0, policy);
     }
     for (int e = threadIdx.x; e < BN * SCALES; e += THREADS) {
       int row = at.row0 + e / PER_ROW, b = piece * SCALES + e % PER_ROW;
-      scales.fetch(stage + W_BYTES + X_BYTES + e * 4, (i64)row * nb + b, row < r1 && b < nb);
+      scales.fetch(at.to + W_BYTES + X_BYTES + e * 4, (i64)row * nb + b, row < r1 && b < nb);
     }
   };
   auto fetch_x = [&](const Cursor& at) {
-    u8* stage = ring + at.stage * STAGE + W_BYTES;
 #pragma unroll
     for (int u = threadIdx.x; u < ROWS * KC / 8; u += THREADS) {
       int row = u / (KC / 8), unit = u % (KC / 8), col = (p0 + at.piece) * KC + unit * 8;
-      if (row < m) copy16(stage + row * X_PITCH + unit * 16, x + (i64)row * k + (col < k ? col : 0), col < k ? 16 : 0);
+      if (row < m) copy16(at.to + W_BYTES + row * X_PITCH + unit * 16, x + (i64)row * k + (col < k ? col : 0), col < k ? 16 : 0);
     }
   };
 
   // Weights may be read before `wait`, x must not: the first stages come in two halves.
   let_next_kernel_start();
-  Cursor f = {r0, 0, 0}, c = f;
+  Cursor f = {r0, 0, 0, shared(ring)}, c = f;
 #pragma unroll
   for (int i = 0; i < STAGES - 1; i++) { if (i < items) fetch_w(f); f.next(pieces); }
   if (NESTED) for (int i = threadIdx.x; i < 256; i += THREADS) map_[i] = map[i];
