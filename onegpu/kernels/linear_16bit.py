@@ -11,6 +11,7 @@ import torch
 
 from onegpu.kernels import few_rows
 from onegpu.kernels.library import define
+from onegpu.kernels.warmup import register
 
 
 def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -49,6 +50,12 @@ def linear_16bit(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return torch.nn.functional.linear(x, weight, bias)
     return torch.ops.onegpu.linear_16bit(x, weight, bias)  # type: ignore[no-any-return]
+
+
+@register("linear_16bit")
+def _warm(device: torch.device, dtype: torch.dtype, rows: int, n: int, k: int, bias: bool = False) -> None:
+    x = torch.zeros(rows, k, device=device, dtype=dtype)
+    linear_16bit(x, x.new_zeros(n, k), x.new_zeros(n) if bias else None)
 
 
 def cost(m: int, n: int, k: int, itemsize: int) -> tuple[int, int]:

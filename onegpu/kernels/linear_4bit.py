@@ -169,12 +169,17 @@ def linear_4bit(
 @register("linear_4bit")
 def _warm(
     device: torch.device, dtype: torch.dtype, rows: int, n: int, k: int, blocksize: int = 64, quant_type: str = "nf4",
-    bias: bool = False,
+    bias: bool = False, nested: bool = False,
 ) -> None:  # fmt: skip
     packed = torch.zeros((n * k + 1) // 2, 1, dtype=torch.uint8, device=device)
-    absmax = torch.zeros(-(-n * k // blocksize), device=device)
+    blocks = -(-n * k // blocksize)
+    absmax = torch.zeros(blocks, device=device, dtype=torch.uint8 if nested else torch.float32)
     b = torch.zeros(n, dtype=dtype, device=device) if bias else None
     matrix = Packed4bit(packed, absmax, blocksize, quant_type, (n, k))
+    if nested:
+        matrix = matrix._replace(
+            nested_absmax=torch.zeros(-(-blocks // 256), device=device), offset=torch.zeros((), device=device)
+        )
     linear_4bit(torch.zeros(rows, k, dtype=dtype, device=device), matrix, b)
 
 

@@ -12,7 +12,7 @@ from onegpu.kernels.few_rows import Narrow, Wide
 from onegpu.kernels.linear_4bit import Packed4bit, linear_4bit
 from onegpu.kernels.linear_int8 import linear_int8
 from tests.compare import assert_close, assert_same_nonfinite
-from tests.kernels import emulated
+from tests.kernels import emulated, machine_code
 from tests.matrices import activations
 from tests.nvrtc_tools import needs_nvrtc
 
@@ -123,6 +123,16 @@ def test_compiles(arch: str) -> None:
         for config in configurations[:1] + configurations[-1:]:
             if config.cluster == 1 or arch == "sm_90a":
                 assert few_rows.kernel(config, fmt, True, False, fmt == "4bit", False).compile(arch).code
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("fmt", few_rows.FORMATS)
+def test_no_registers_spill_and_no_copy_is_encoded_wrongly(fmt: str) -> None:
+    for config in few_rows._CONFIGURATIONS[fmt]:
+        for nested in (False, True) if fmt == "4bit" else (False,):
+            code = few_rows.kernel(config, fmt, True, False, nested, False).compile("sm_90a").code
+            assert machine_code.stack_bytes(code) == 0, config
+            assert machine_code.copies_with_a_uniform_base(code) == 0, config
 
 
 @pytest.mark.gpu
