@@ -139,13 +139,13 @@ def test_no_registers_spill_and_no_copy_is_encoded_wrongly(fmt: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("blocksize", [32, 64, 128, 4096])
 @pytest.mark.parametrize("n_k", [(1003, 4160), (896, 896), (515, 11008)])
-def test_4_bit_on_a_gpu(device: str, n_k: tuple[int, int], blocksize: int, dtype: torch.dtype) -> None:
+def test_4_bit_on_a_gpu(n_k: tuple[int, int], blocksize: int, dtype: torch.dtype) -> None:
     n, k = n_k
     for quant_type, nested in (("nf4", False), ("nf4", True), ("fp4", False)):
-        packed = four_bit(n, k, device, quant_type, nested, blocksize)
-        w, bias = packed.dequantize(torch.float32), activations((n,), dtype, device, seed=5)
+        packed = four_bit(n, k, "cuda", quant_type, nested, blocksize)
+        w, bias = packed.dequantize(torch.float32), activations((n,), dtype, "cuda", seed=5)
         for m in (1, 2, 3, 4, 5, 8, 9, 16, 17, 33, 64):
-            x = activations((m, k), dtype, device)
+            x = activations((m, k), dtype, "cuda")
             y = linear_4bit(x, packed, bias)
             compare(y, x, w, bias, f"{quant_type} nested {nested} M {m}")
             assert torch.equal(y, linear_4bit(x, packed, bias)), "differs from run to run"
@@ -159,24 +159,24 @@ def test_4_bit_on_a_gpu(device: str, n_k: tuple[int, int], blocksize: int, dtype
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("n_k", [(1003, 4160), (896, 896), (515, 11008)])
-def test_int8_on_a_gpu(device: str, n_k: tuple[int, int], dtype: torch.dtype) -> None:
+def test_int8_on_a_gpu(n_k: tuple[int, int], dtype: torch.dtype) -> None:
     n, k = n_k
-    weight = torch.randint(-128, 128, (n, k), dtype=torch.int8, device=device)
-    SCB, bias = torch.rand(n, device=device) + 0.1, activations((n,), dtype, device, seed=5)
+    weight = torch.randint(-128, 128, (n, k), dtype=torch.int8, device="cuda")
+    SCB, bias = torch.rand(n, device="cuda") + 0.1, activations((n,), dtype, "cuda", seed=5)
     for m in (1, 2, 3, 4, 5, 8, 9, 16, 17, 33, 64, 96, 126, 128):
-        x = activations((m, k), dtype, device)
+        x = activations((m, k), dtype, "cuda")
         y = linear_int8(x, weight, SCB, bias, exact=False)
         compare(y, x, weight.float() * SCB[:, None] / 127, bias, f"M {m}")
         assert torch.equal(y, linear_int8(x, weight, SCB, bias, exact=False)), "differs from run to run"
 
 
 @pytest.mark.gpu
-def test_what_the_kernels_cannot_serve_is_still_right_on_a_gpu(device: str) -> None:
+def test_what_the_kernels_cannot_serve_is_still_right_on_a_gpu() -> None:
     """Base pointers off by one element, K of no whole blocks, rows that are views."""
     for n, k in ((113, 203), (65, 96), (64, 256)):
-        packed = four_bit(n, k, device)
+        packed = four_bit(n, k, "cuda")
         w = packed.dequantize(torch.float32)
-        whole = activations((6, 2 * k + 1), torch.float16, device)
+        whole = activations((6, 2 * k + 1), torch.float16, "cuda")
         for x in (
             whole[:, 1 : k + 1],
             whole[::2, :k],
@@ -184,5 +184,5 @@ def test_what_the_kernels_cannot_serve_is_still_right_on_a_gpu(device: str) -> N
             whole[:1, :k].expand(5, k),
         ):
             compare(linear_4bit(x, packed), x, w, None)
-    x, packed = activations((4, 0), torch.float16, device)[:0], four_bit(64, 256, device)
+    x, packed = activations((4, 0), torch.float16, "cuda")[:0], four_bit(64, 256, "cuda")
     assert linear_4bit(x.new_empty(0, 256), packed).shape == (0, 64)
