@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from onegpu import errors, functional, nn
     from onegpu.auto import AutoConfig, AutoProcessor, AutoTokenizer, BitsAndBytesConfig, pipeline
     from onegpu.convert import Report, optimize, restore
+    from onegpu.kernels.warmup import warmup
 
 __version__ = "0.1.0.dev0"
 
@@ -34,6 +35,7 @@ __all__ = [
     "optimize",
     "pipeline",
     "restore",
+    "warmup",
 ]
 
 _SUBMODULES = frozenset({"errors", "functional", "nn"})
@@ -43,6 +45,7 @@ _OWNERS = {
     "Report": "onegpu.convert",
     "optimize": "onegpu.convert",
     "restore": "onegpu.convert",
+    "warmup": "onegpu.kernels.warmup",
 }
 
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from onegpu.kernels.autocast import autocast_input
 from onegpu.kernels.codebooks import dynamic_map
 from onegpu.kernels.library import define, has_triton
+from onegpu.kernels.warmup import register
 
 from . import quant_4bit, quant_blockwise  # noqa: F401  (the ops that the definition calls)
 
@@ -130,6 +131,18 @@ def linear_4bit(x: torch.Tensor, packed: Packed4bit, bias: torch.Tensor | None =
         y = _Linear4bit.apply(x.reshape(-1, x.shape[-1]), bias, packed)
         return y.view(*x.shape[:-1], packed.shape[0])  # type: ignore[no-any-return]
     return torch.ops.onegpu.linear_4bit(x, *packed, bias)  # type: ignore[no-any-return]
+
+
+@register("linear_4bit")
+def _warm(
+    device: torch.device, dtype: torch.dtype, rows: int, n: int, k: int, blocksize: int = 64, quant_type: str = "nf4",
+    bias: bool = False,
+) -> None:  # fmt: skip
+    packed = torch.zeros((n * k + 1) // 2, 1, dtype=torch.uint8, device=device)
+    absmax = torch.zeros(-(-n * k // blocksize), device=device)
+    b = torch.zeros(n, dtype=dtype, device=device) if bias else None
+    matrix = Packed4bit(packed, absmax, blocksize, quant_type, (n, k))
+    linear_4bit(torch.zeros(rows, k, dtype=dtype, device=device), matrix, b)
 
 
 def cost(m: int, n: int, k: int, itemsize: int, blocksize: int, nested: bool = False) -> tuple[int, int]:

@@ -21,6 +21,7 @@ import torch
 from onegpu.kernels.autocast import autocast_input
 from onegpu.kernels.library import define, has_triton
 from onegpu.kernels.quant_int8 import dequantize_rows
+from onegpu.kernels.warmup import register
 
 _INT8_SQUARED = 1.0 / (127.0 * 127.0)
 # bitsandbytes' own on a CPU: six digits, and 2e-5 too large. With it our outputs there equal its own bit for bit. That
@@ -190,6 +191,13 @@ def linear_int8(
         y = _LinearInt8.apply(x.reshape(-1, x.shape[-1]), source, weight, SCB, bias, threshold, exact)
         return y.view(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
     return torch.ops.onegpu.int8_linear(x, weight, SCB, bias, threshold, exact)  # type: ignore[no-any-return]
+
+
+@register("linear_int8")
+def _warm(device: torch.device, dtype: torch.dtype, rows: int, n: int, k: int, bias: bool = False) -> None:
+    weight = torch.zeros(n, k, dtype=torch.int8, device=device)
+    b = torch.zeros(n, dtype=dtype, device=device) if bias else None
+    linear_int8(torch.zeros(rows, k, dtype=dtype, device=device), weight, torch.zeros(n, device=device), b)
 
 
 def cost(m: int, n: int, k: int, itemsize: int) -> tuple[int, int]:

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from onegpu.kernels.codebooks import codebook_4bit
+from onegpu.kernels.launch import triton_launch
 from onegpu.kernels.quant_blockwise_triton import reciprocal
 
 _BYTES = 1024  # packed bytes a program when dequantising: 2,048 weights, 4 KiB written in 16 bits
@@ -84,17 +85,17 @@ def dequantize(packed: torch.Tensor, absmax: torch.Tensor, blocksize: int, quant
     n = out.numel()
     n_bytes = (n + 1) // 2
     code = codebook_4bit(quant_type, out.device)
-    with torch.cuda.device(out.device):
-        _dequantize_kernel[(triton.cdiv(n_bytes, _BYTES),)](
-            packed, absmax, code, out, n_bytes, n, LOG_BLOCK=blocksize.bit_length() - 1, BYTES=_BYTES
-        )
+    triton_launch(
+        _dequantize_kernel, (triton.cdiv(n_bytes, _BYTES),),
+        packed, absmax, code, out, n_bytes, n, LOG_BLOCK=blocksize.bit_length() - 1, BYTES=_BYTES,
+    )  # fmt: skip
 
 
 def quantize(flat: torch.Tensor, blocksize: int, quant_type: str, packed: torch.Tensor, absmax: torch.Tensor) -> None:
     """flat: contiguous floats ``[n]``; packed: uint8 ``[(n + 1) // 2]``; absmax: float32 ``[ceil(n / blocksize)]``."""
     n = flat.numel()
     rows = max(1, _VALUES // blocksize)
-    with torch.cuda.device(flat.device):
-        _quantize_kernel[(triton.cdiv(n, rows * blocksize),)](
-            flat, packed, absmax, n, NF4=quant_type == "nf4", BLOCK=blocksize, ROWS=rows
-        )
+    triton_launch(
+        _quantize_kernel, (triton.cdiv(n, rows * blocksize),),
+        flat, packed, absmax, n, NF4=quant_type == "nf4", BLOCK=blocksize, ROWS=rows,
+    )  # fmt: skip

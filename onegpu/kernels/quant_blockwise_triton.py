@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from onegpu.kernels.launch import triton_launch
+
 
 @triton.jit
 def reciprocal(b_x):
@@ -52,5 +54,4 @@ def quantize(flat: torch.Tensor, code: torch.Tensor, blocksize: int, out: torch.
 
     blocksize: a power of two.
     """
-    with torch.cuda.device(flat.device):
-        _quantize_kernel[(absmax.numel(),)](flat, code, out, absmax, flat.numel(), BLOCK=blocksize)
+    triton_launch(_quantize_kernel, (absmax.numel(),), flat, code, out, absmax, flat.numel(), BLOCK=blocksize)

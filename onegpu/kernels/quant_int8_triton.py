@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from onegpu.kernels.launch import triton_launch
+
 _BLOCK = 2048
 
 
@@ -57,8 +59,8 @@ def _dequantize_kernel(p_codes, p_absmax, p_out, K, BLOCK: tl.constexpr):
 def dequantize(codes: torch.Tensor, absmax: torch.Tensor, out: torch.Tensor) -> None:
     """codes: contiguous int8 ``[..., K]``; absmax: contiguous float32 ``[...]``; out: contiguous floats as codes."""
     k = codes.shape[-1]
-    with torch.cuda.device(codes.device):
-        _dequantize_kernel[(codes.numel() // k, triton.cdiv(k, _BLOCK))](codes, absmax, out, k, BLOCK=_BLOCK)
+    grid = (codes.numel() // k, triton.cdiv(k, _BLOCK))
+    triton_launch(_dequantize_kernel, grid, codes, absmax, out, k, BLOCK=_BLOCK)
 
 
 def quantize(
@@ -66,7 +68,7 @@ def quantize(
 ) -> None:
     """rows: contiguous ``[R, K]``; codes: int8 ``[R, K]``; absmax: float32 ``[R]``; mask: bool ``[K]``, all False."""
     r, k = rows.shape
-    with torch.cuda.device(rows.device):
-        _quantize_kernel[(r,)](
-            rows, codes, absmax, mask.view(torch.int8), k, threshold, SPLIT=threshold > 0.0, BLOCK=_BLOCK
-        )
+    flags = mask.view(torch.int8)
+    triton_launch(
+        _quantize_kernel, (r,), rows, codes, absmax, flags, k, threshold, SPLIT=threshold > 0.0, BLOCK=_BLOCK
+    )

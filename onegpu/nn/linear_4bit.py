@@ -176,6 +176,12 @@ class Linear4bit(nn.Linear):
             weight.quant_state = self._state_from_buffers()
         return Packed4bit(weight.data, self.absmax, blocksize, quant_type, shape, *nested)
 
+    def warmup_shapes(self) -> list[tuple[str, dict[str, Any]]]:
+        """What `onegpu.warmup` runs for this layer."""
+        blocksize, quant_type, _ = self._facts()
+        sizes = {"n": self.out_features, "k": self.in_features, "blocksize": blocksize, "quant_type": quant_type}
+        return [("linear_4bit", {**sizes, "bias": self.bias is not None})]
+
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The weight as floats, ``[N, K]``, in ``dtype`` (by default the one it had before quantisation)."""
         return self.packed().dequantize(dtype or self._facts()[2] or torch.float32)

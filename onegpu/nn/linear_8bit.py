@@ -189,6 +189,11 @@ class Linear8bitLt(nn.Linear):
         self.weight = weight._like(fn(weight.data), self._buffers["SCB"])
         return self
 
+    def warmup_shapes(self) -> list[tuple[str, dict[str, Any]]]:
+        """What `onegpu.warmup` runs for this layer."""
+        sizes = {"n": self.out_features, "k": self.in_features, "bias": self.bias is not None}
+        return [("linear_int8", sizes)] if self.weight.dtype == torch.int8 else []
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight as floats, ``[N, K]``."""
         if self.weight.dtype != torch.int8:

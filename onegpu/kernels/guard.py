@@ -1,0 +1,66 @@
+"""What a launch asks of torch: the current device and stream, and whether a CUDA graph is being captured."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+from onegpu.errors import KernelError
+
+_ALIGNMENT = 16
+
+
+def current_device() -> int:
+    """Index of this thread's current CUDA device."""
+    return torch._C._cuda_getDevice()
+
+
+def raw_stream(device: int) -> int:
+    """The handle of torch's current stream on a device."""
+    return torch._C._cuda_getCurrentRawStream(device)
+
+
+@lru_cache(maxsize=64)
+def architecture(device: int) -> str:
+    """Of a device, as the compiler calls it; with the features of exactly that one from Hopper on: ``"sm_90a"``."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
+
+
+def refuse_capture(op: str) -> None:
+    """Raises where a CUDA graph is being captured: compiling and loading synchronise, which breaks the capture."""
+    if torch.cuda.is_current_stream_capturing():
+        raise KernelError(
+            f"{op} would compile or load a kernel while a CUDA graph is captured."
+            " Call onegpu.warmup(model), or run the same step once, before the capture"
+        )
+
+
+def other_device(op: str, tensor: torch.Tensor, device: int) -> KernelError:
+    """Returns the error for a tensor that is not where the first one is."""
+    first = f"cuda:{device}" if device >= 0 else "the CPU"
+    return KernelError(f"{op}: a tensor of {tuple(tensor.shape)} is on {tensor.device}, the first one on {first}")
+
+
+def not_on_cuda(op: str) -> KernelError:
+    """Returns the error for a first tensor that is on the CPU."""
+    return KernelError(f"{op}: its first tensor is not on a CUDA device")
+
+
+def aligned(*tensors: torch.Tensor | None) -> bool:
+    """Whether a kernel may read and write 16 bytes at once; where not, the op takes its portable kernel.
+
+    True if every base pointer, and every stride but those of 1, is a multiple of 16 bytes, and no stride is 0.
+    Dimensions of one element do not count, nor do tensors that are None.
+    """
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.data_ptr() % _ALIGNMENT:
+            return False
+        itemsize = tensor.element_size()
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+            if size > 1 and stride != 1 and (stride == 0 or stride * itemsize % _ALIGNMENT):
+                return False
+    return True

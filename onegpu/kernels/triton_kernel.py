@@ -1,0 +1,213 @@
+"""Triton and Gluon kernels, compiled by Triton and launched by us: use `onegpu.kernels.launch.triton_launch`.
+
+Triton's own launch binds, specialises and hashes all arguments in Python, and builds a launcher with the C compiler of
+the machine; here a tuple of what matters is the key, and the driver is called directly. Compiling needs no GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from onegpu.errors import KernelError
+from onegpu.kernels import driver
+from onegpu.kernels.guard import current_device, not_on_cuda, other_device, raw_stream, refuse_capture
+from onegpu.kernels.tensor_map import encode
+
+_INT32 = range(-(1 << 31), 1 << 31)
+_KIND = {
+    "i8": "b", "i16": "h", "i32": "i", "i64": "q", "u1": "B", "i1": "B", "u8": "B", "u16": "H", "u32": "I", "u64": "Q",
+    "fp16": "e", "fp32": "f", "fp64": "d",
+}  # fmt: skip
+_CONSTANT = "constexpr"
+_TF32 = 11  # CU_TENSOR_MAP_DATA_TYPE_TFLOAT32
+
+
+class _Made:
+    """One compiled form: how its arguments are written, and the kernel."""
+
+    def __init__(self, compiled: Any, kept: list[tuple[int, str]], op: str) -> None:
+        self.compiled, self.kept = compiled, kept
+        meta = compiled.metadata
+        self.descriptors = [dict(meta) for meta in getattr(meta, "tensordesc_meta", None) or ()]
+        kinds = ""
+        for _, kind in kept:
+            if kind.startswith("tensordesc"):
+                rank = kind[kind.index("[") : kind.index("]")].count(",") + 1
+                kinds += "T" + "i" * rank + "q" * rank
+            else:
+                kinds += "P" if kind.startswith("*") else _KIND[kind]
+        if len(self.descriptors) != sum(kind.startswith("tensordesc") for _, kind in kept):
+            raise KernelError(f"{op}: descriptors that Triton takes apart are not served; this is for TMA")
+        self.plain = "T" not in kinds
+        self.packer = driver.Packer(kinds + "PP")  # the two scratch memories come last
+        self.kernel = driver.LoadedKernel(compiled.kernel, meta.name, op)
+        self.threads = (32 * meta.num_warps, 1, 1)
+        self.shared, self.ctas, self.scratch = meta.shared, meta.num_ctas, meta.global_scratch_size or 0
+        pdl, cooperative = bool(meta.launch_pdl), bool(meta.launch_cooperative_grid)
+        self.attributes = driver.attributes(pdl, cooperative, (self.ctas, 1, 1), spread=True)
+        self.indices = [index for index, _ in kept]
+
+    def values(self, args: tuple[Any, ...], addresses: list[Any]) -> list[Any]:
+        """What is written for the arguments that were not compiled in."""
+        if self.plain:
+            return [addresses[index] for index in self.indices]
+        written: list[Any] = []
+        meta = iter(self.descriptors)
+        for index, kind in self.kept:
+            written += _descriptor(args[index], next(meta)) if kind.startswith("tensordesc") else [addresses[index]]
+        return written
+
+
+def _descriptor(given: Any, meta: dict[str, Any]) -> list[Any]:
+    """A descriptor object of Triton's as the kernel takes it: the map, shape and strides."""
+    shape, strides = tuple(given.shape), tuple(given.strides)
+    # Triton's numbers for dtypes are the driver's, but for these three.
+    kind = {8: 10, 9: 8, 10: 9}.get(meta["elem_type"], meta["elem_type"])
+    if getattr(given, "round_f32_to_tf32", False):
+        kind = _TF32
+    box = tuple(meta["block_size"])
+    made = encode(
+        given.base.data_ptr(), kind, meta["elem_size"], shape, strides, box, meta["swizzle"], given.padding == "nan"
+    )
+    return [made, *shape, *strides]
+
+
+class TritonKernel:
+    """All compiled forms of one ``@triton.jit`` or ``@gluon.jit`` function."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+        self.op = getattr(function, "__name__", "kernel").strip("_")
+        # The interpreter's functions have no parameters to look at and are called as they are.
+        self._interpreted = not hasattr(function, "params")
+        self._parameters: list[Any] = getattr(function, "params", [])
+        self._runtime = [p for p in self._parameters if not p.is_constexpr]
+        self._specialize = [not p.do_not_specialize for p in self._runtime]
+        self._made: dict[tuple[Any, ...], _Made] = {}
+
+    def __call__(self, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> None:
+        if self._interpreted:
+            self.function[grid](*args, **constants)
+            return
+        key: list[Any] = []
+        addresses: list[Any] = []
+        device = None
+        for arg, specialize in zip(args, self._specialize, strict=False):
+            kind = type(arg)
+            if kind is int:
+                # do_not_specialize: one code for every length, but for those beyond 32 bits
+                key.append(4 if arg not in _INT32 else 3 if not specialize else 2 if arg == 1 else arg & 15 == 0)
+            elif kind is float or kind is bool or arg is None:
+                key.append(kind)
+            else:
+                base = arg if isinstance(arg, torch.Tensor) else arg.base
+                where, address = base.get_device(), base.data_ptr()
+                if device is None:
+                    device = where
+                elif where != device:
+                    raise other_device(self.op, base, device)
+                if base is arg:
+                    key.append((arg.dtype, address & 15 == 0))
+                else:
+                    key.append((base.dtype, *arg.block_shape, getattr(arg, "layout", None)))
+                arg = address
+            addresses.append(arg)
+        if device is None or device < 0:
+            raise not_on_cuda(self.op)
+        if device != current_device():
+            with torch.cuda.device(device):
+                return self(grid, args, constants)
+        full_key = (device, *key, *constants.items())
+        made = self._made.get(full_key)
+        if made is None:
+            made = self._make(full_key, device, args, constants)
+        sizes = (*grid, 1, 1)[:3]
+        if 0 in sizes:
+            return
+        values = made.values(args, addresses)
+        scratch = 0
+        if made.scratch:  # of this call alone: the allocator keeps it until the stream is done with it
+            blocks = sizes[0] * sizes[1] * sizes[2] * made.ctas
+            memory = torch.empty(blocks * made.scratch, dtype=torch.int8, device=torch.device("cuda", device))
+            scratch = memory.data_ptr()
+        values += (scratch, 0)
+        stream = raw_stream(device)
+        if made.ctas > 1:
+            sizes = (sizes[0] * made.ctas, sizes[1], sizes[2])
+        made.packer.launch(made.kernel, sizes, made.threads, made.shared, stream, made.attributes, values, device)
+
+    def _make(self, key: tuple[Any, ...], device: int, args: tuple[Any, ...], constants: dict[str, Any]) -> _Made:
+        refuse_capture(self.op)
+        with driver.LOCK:
+            if key in self._made:
+                return self._made[key]
+            major, minor = torch.cuda.get_device_capability(device)
+            compiled, kept = self.compile(10 * major + minor, args, constants)
+            made = _Made(compiled, kept, self.op)
+            made.kernel.load(device)
+            made.kernel.allow_shared(made.shared, device)
+            if made.ctas > 8:
+                made.kernel.allow_large_cluster(device)
+            self._made[key] = made
+            return made
+
+    def compile(
+        self, capability: int, args: tuple[Any, ...], constants: dict[str, Any]
+    ) -> tuple[Any, list[tuple[int, str]]]:
+        """Triton's compiled kernel for such arguments, and which of them it takes at run time: (index, type)."""
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource, compile, make_backend
+
+        source_kind: Any = ASTSource
+        if self.function.is_gluon():
+            from triton.experimental.gluon._runtime import GluonASTSource
+
+            source_kind = GluonASTSource
+        if len(args) != len(self._runtime):
+            names = ", ".join(p.name for p in self._runtime)
+            raise KernelError(f"{self.op} takes {len(self._runtime)} run-time arguments ({names}), got {len(args)}")
+        options = dict(constants)
+        signature, fixed, hints = {}, {}, {}
+        kept: list[tuple[int, str]] = []
+        for parameter in self._parameters:
+            if parameter.is_constexpr:
+                if parameter.name not in options and not parameter.has_default:
+                    raise KernelError(f"{self.op}: the constant {parameter.name} is missing")
+                fixed[(parameter.num,)] = options.pop(parameter.name, parameter.default)
+                signature[parameter.name] = _CONSTANT
+                continue
+            index = len([p for p in self._runtime if p.num < parameter.num])
+            kind, value, divisible = _specialized(args[index], self._specialize[index], parameter.annotation_type)
+            signature[parameter.name] = kind
+            if kind == _CONSTANT:
+                fixed[(parameter.num,)] = value
+                continue
+            kept.append((index, kind))
+            if divisible:
+                hints[(parameter.num,)] = [["tt.divisibility", 16]]
+        target = GPUTarget("cuda", capability, 32)
+        known = vars(make_backend(target).parse_options(dict(options)))
+        if not options.keys() <= known.keys():
+            raise KernelError(f"{self.op} has no constant or option {', '.join(options.keys() - known.keys())}")
+        source = source_kind(self.function, signature, fixed, hints)
+        return compile(source, target=target, options=options), kept
+
+
+def _specialized(arg: Any, specialize: bool, annotated: str) -> tuple[str, Any, bool]:
+    """Triton's type of an argument, its value where it is a constant, and whether it is known to be divisible by 16."""
+    if arg is None:
+        return _CONSTANT, None, False
+    if isinstance(arg, bool):
+        return annotated or "u1", None, False
+    if isinstance(arg, int):
+        narrow = arg in _INT32
+        if specialize and arg == 1 and not annotated:
+            return _CONSTANT, 1, False
+        return annotated or ("i32" if narrow else "i64"), None, specialize and narrow and arg % 16 == 0
+    if isinstance(arg, float):
+        return annotated or "fp32", None, False
+    from triton.runtime.jit import mangle_type
+
+    return mangle_type(arg), None, isinstance(arg, torch.Tensor) and arg.data_ptr() % 16 == 0

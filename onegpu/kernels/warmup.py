@@ -1,0 +1,108 @@
+"""`onegpu.warmup`: compile and load what a model's ops need before the first token, or before a CUDA graph is captured.
+
+An op registers, under a name, a function that runs it once for a number of rows; a module says in `warmup_shapes` which
+ops it calls with which sizes. Equal sizes are run once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from onegpu.errors import bad_argument
+from onegpu.kernels.guard import refuse_capture
+
+_Function = TypeVar("_Function", bound=Callable[..., None])
+_REGISTRY: dict[str, Callable[..., None]] = {}
+Shape = tuple[str, dict[str, Any]]
+
+
+def register(kind: str) -> Callable[[_Function], _Function]:
+    """Decorates the warm-up of an op: ``f(device, dtype, rows, **shape)`` runs it once, on memory of its own."""
+
+    def keep(function: _Function) -> _Function:
+        _REGISTRY[kind] = function
+        return function
+
+    return keep
+
+
+def warmup(
+    model: torch.nn.Module | None = None,
+    *,
+    rows: Sequence[int] = (1,),
+    shapes: Iterable[Shape] = (),
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> dict[str, float]:
+    """Compile and load the kernels of a model, each for each number of rows. On a CPU this finds nothing to do.
+
+    Not needed for a right result: without it the first call of each kind compiles. What it is for: to have that time at
+    a moment of your choosing, and to make a step capturable in a CUDA graph (nothing compiles during a capture).
+
+    Args:
+        model: its modules on GPUs are warmed; None warms only `shapes`.
+        rows: numbers of rows (batch x tokens) that will be multiplied at once, such as ``(1, 16, 512)``.
+        shapes: more ops, as ``(name, sizes)``, for instance ``("linear_4bit", {"n": 4096, "k": 4096})``.
+        device: of `shapes`; the current GPU by default.
+        dtype: of the activations; by default the model's, or float16 where it has no 16-bit tensor.
+
+    Returns:
+        Seconds by op, sizes and rows, in the order in which they ran.
+
+    Raises:
+        ArgumentError: rows is not a number above 0, or an op is not known.
+        KernelError: a kernel cannot be compiled, or a CUDA graph is being captured.
+    """
+    for count in rows:
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise bad_argument("rows", rows, "holds something else than numbers above 0", "Pass rows=(1, 16)")
+    wanted: dict[tuple[Any, ...], Shape] = {}
+    for kind, sizes, place, kept in [*_of_model(model, dtype), *_given(shapes, device, dtype)]:
+        if kind not in _REGISTRY:
+            known = ", ".join(sorted(_REGISTRY))
+            raise bad_argument("shapes", kind, "names no op with a warm-up", f"Use one of {known}")
+        if place.type == "cuda":
+            wanted[(kind, place, kept, *sorted(sizes.items()))] = (kind, sizes)
+    seconds: dict[str, float] = {}
+    for key, (kind, sizes) in wanted.items():
+        place, kept = key[1], key[2]
+        refuse_capture(kind)
+        for count in rows:
+            start = time.perf_counter()
+            with torch.cuda.device(place), torch.no_grad():
+                _REGISTRY[kind](place, kept, count, **sizes)
+                torch.cuda.synchronize()
+            name = " ".join([kind, *(f"{size}={value}" for size, value in sizes.items()), str(kept), str(place)])
+            seconds[f"{name}, {count} rows"] = time.perf_counter() - start
+    return seconds
+
+
+def _of_model(
+    model: torch.nn.Module | None, dtype: torch.dtype | None
+) -> list[tuple[str, dict[str, Any], torch.device, torch.dtype]]:
+    """Op, sizes, device and dtype of activations of every module that says what it needs."""
+    if model is None:
+        return []
+    if dtype is None:
+        floats = {t.dtype for t in model.parameters() if t.is_floating_point()}
+        dtype = torch.bfloat16 if torch.bfloat16 in floats else torch.float16
+    found = []
+    for module in model.modules():
+        tell = getattr(module, "warmup_shapes", None)
+        place = next((t.device for t in (*module.parameters(False), *module.buffers(False))), None)
+        if tell is not None and place is not None:
+            found += [(kind, sizes, place, dtype) for kind, sizes in tell()]
+    return found
+
+
+def _given(
+    shapes: Iterable[Shape], device: torch.device | str | None, dtype: torch.dtype | None
+) -> list[tuple[str, dict[str, Any], torch.device, torch.dtype]]:
+    place = torch.device(device or "cuda")
+    if place.type == "cuda" and place.index is None and torch.cuda.is_available():
+        place = torch.device("cuda", torch.cuda.current_device())
+    return [(kind, sizes, place, dtype or torch.float16) for kind, sizes in shapes]

@@ -1,0 +1,111 @@
+"""Triton kernels launched without Triton's launcher: rules (a), (c), (d) and (f) of DESIGN.md, "Launching"."""
+
+from __future__ import annotations
+
+import random
+import struct
+from typing import Any
+
+import pytest
+import torch
+
+from onegpu.errors import KernelError
+from onegpu.kernels.launch import triton_launch
+from tests.fake_driver import FakeDriver, on_gpu
+from tests.nvrtc_tools import scale_kernel
+from tests.triton_tools import needs_triton
+
+
+@needs_triton
+def test_a_of_triton_kernels_too(fake: FakeDriver, cpu_compiled: Any) -> None:
+    there, here = on_gpu(torch.zeros(4), 1), on_gpu(torch.zeros(4))
+    fake.sizes = [8, 8, 4, 4, 8, 8]
+    triton_launch(cpu_compiled.scale, (1,), there, there, None, 4, 2.0, 1, BIAS=False)
+    assert (fake.launches[0].device, fake.current) == (1, 0)
+    with pytest.raises(KernelError, match="the first one on cuda:1"):
+        triton_launch(cpu_compiled.scale, (1,), there, here, None, 4, 2.0, 1, BIAS=False)
+
+
+@needs_triton
+def test_c_of_triton_kernels_too(fake: FakeDriver, cpu_compiled: Any) -> None:
+    x = on_gpu(torch.zeros(4))
+    fake.capturing = True
+    with pytest.raises(KernelError, match=r"^scale would compile"):
+        triton_launch(cpu_compiled.scale, (1,), x, x, None, 4, 2.0, 1, BIAS=False)
+
+
+@needs_triton
+def test_d_scratch_is_allocated_for_each_call(
+    fake: FakeDriver, cpu_compiled: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, empty = [], torch.empty
+    monkeypatch.setattr(torch, "empty", lambda n, dtype, device: sizes.append(n) or empty(n, dtype=dtype))
+    x = on_gpu(torch.zeros(16, 64))
+    fake.sizes = [8, 8, 4, 8, 8]
+    for grid in ((1,), (3, 2)):
+        triton_launch(cpu_compiled.device_descriptor, grid, x, x, 16, ROWS=16, COLUMNS=64)
+    assert sizes[0] > 0 and sizes[1] == 6 * sizes[0]
+    assert fake.launches[0].arguments[3] != bytes(8)
+
+
+@needs_triton
+def test_f_lengths_compile_nothing(fake: FakeDriver, cpu_compiled: Any) -> None:
+    x = on_gpu(torch.zeros(4))
+    fake.sizes = [8, 8, 4, 4, 8, 8]
+    for n in [1, 16, 17, *(random.Random(0).randrange(1, 1 << 31) for _ in range(300))]:
+        triton_launch(cpu_compiled.scale, (1,), x, x, None, n, float(n), 1, BIAS=False)
+    assert len(fake.loaded) == 1 and len(fake.launches) == 303
+    assert fake.launches[-1].arguments[2] == struct.pack("<i", n)
+    fake.sizes = [8, 8, 8, 4, 4, 8, 8]
+    for stride in (2, 16, 32, 3):  # not in do_not_specialize: one code for multiples of 16, one for the others
+        triton_launch(cpu_compiled.scale, (1,), x, x, None, 5, 1.0, stride, BIAS=False)
+    assert len(fake.loaded) == 3
+
+
+@needs_triton
+def test_f_numbers_beyond_32_bits_and_unaligned_pointers_have_code_of_their_own(
+    fake: FakeDriver, cpu_compiled: Any
+) -> None:
+    x = on_gpu(torch.zeros(8))
+    fake.sizes = [8, 8, 8, 4, 8, 8]
+    triton_launch(cpu_compiled.scale, (1,), x, x, None, 1 << 33, 1.0, 1, BIAS=False)
+    assert fake.launches[0].arguments[2] == struct.pack("<q", 1 << 33)
+    fake.sizes = [8, 8, 4, 4, 8, 8]
+    for start in (0, 1, 4, 3):
+        triton_launch(cpu_compiled.scale, (1,), on_gpu(x[start:]), x, None, 4, 1.0, 1, BIAS=False)
+    assert len(fake.loaded) == 3
+
+
+@needs_triton
+def test_wrong_constants_of_a_triton_kernel_are_errors(fake: FakeDriver, cpu_compiled: Any) -> None:
+    x = on_gpu(torch.zeros(4))
+    with pytest.raises(KernelError, match="the constant BIAS is missing"):
+        triton_launch(cpu_compiled.scale, (1,), x, x, None, 4, 1.0, 1)
+    with pytest.raises(KernelError, match=r"has no constant or option num_warp\b"):
+        triton_launch(cpu_compiled.scale, (1,), x, x, None, 4, 1.0, 1, BIAS=False, num_warp=4)
+    with pytest.raises(KernelError, match="takes 6 run-time arguments"):
+        triton_launch(cpu_compiled.scale, (1,), x, x, None, 4, 1.0, BIAS=False)
+    with pytest.raises(KernelError, match="not on a CUDA device"):
+        triton_launch(cpu_compiled.scale, (1,), torch.zeros(4), torch.zeros(4), None, 4, 1.0, 1, BIAS=False)
+    with pytest.raises(KernelError, match="not on a CUDA device"):
+        scale_kernel()((1,), 32, 0, torch.zeros(4), x, 1, 1.0)
+
+
+@pytest.mark.gpu
+def test_gpu_triton_kernel_and_descriptors() -> None:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from tests.kernels import launch_kernels as kernels
+
+    x, bias = torch.randn(3000, device="cuda"), torch.randn(1000, device="cuda")
+    for stride, start in ((1, 0), (3, 0), (1, 1), (2, 3)):
+        y = torch.full((900,), float("nan"), device="cuda")
+        triton_launch(kernels.scale, (8,), x[start:], y, bias, 900, 2.0, stride, BIAS=True)
+        assert torch.equal(y, x[start:][: 900 * stride : stride] * 2.0 + bias[:900])
+    if torch.cuda.get_device_capability() >= (9, 0):
+        x, y = torch.randn(16, 64, device="cuda"), torch.empty(16, 64, device="cuda")
+        descriptor = TensorDescriptor.from_tensor(x, [16, 64])
+        triton_launch(kernels.through_descriptor, (1,), descriptor, y, ROWS=16, COLUMNS=64)
+        assert torch.equal(x, y)
+        triton_launch(kernels.device_descriptor, (2,), y.mul_(2), x, 16, ROWS=16, COLUMNS=64)
+        assert torch.equal(x, y)
