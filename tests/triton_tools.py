@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -37,3 +38,18 @@ def interpret(snippet: str) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": root}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr[-3000:]
+
+
+_PTX_BYTES = {"u64": 8, "b64": 8, "s64": 8, "f64": 8, "u32": 4, "b32": 4, "s32": 4, "f32": 4, "u16": 2, "b16": 2}
+
+
+def ptx_parameter_bytes(ptx: str) -> list[int]:
+    """Size of each parameter of the only kernel in a PTX text, in order."""
+    head = re.search(r"\.entry [^(]*\((.*?)\n\)", ptx, re.DOTALL)
+    assert head is not None
+    sizes = []
+    for line in head[1].split(",\n"):
+        found = re.search(r"\.param(?: \.align \d+)? \.(\w+)[^,]*? \w+(?:\[(\d+)\])?\s*$", line.strip())
+        assert found is not None, line
+        sizes.append(_PTX_BYTES.get(found[1], 1) * int(found[2] or 1))
+    return sizes

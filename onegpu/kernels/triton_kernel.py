@@ -24,6 +24,17 @@ _CONSTANT = "constexpr"
 _TF32 = 11  # CU_TENSOR_MAP_DATA_TYPE_TFLOAT32
 
 
+_TENSORS: set[type] = {torch.Tensor, torch.nn.Parameter}  # and subclasses that were met: isinstance is slow for those
+
+
+def _is_tensor(arg: Any) -> bool:
+    """Whether an argument is a tensor, else it is a descriptor of one."""
+    found = isinstance(arg, torch.Tensor)
+    if found:
+        _TENSORS.add(type(arg))
+    return found
+
+
 class _Made:
     """One compiled form: how its arguments are written, and the kernel."""
 
@@ -93,7 +104,7 @@ class TritonKernel:
             return
         key: list[Any] = []
         addresses: list[Any] = []
-        device = None
+        device, unaligned, bit = None, 0, 1
         for arg, specialize in zip(args, self._specialize, strict=False):
             kind = type(arg)
             if kind is int:
@@ -102,24 +113,29 @@ class TritonKernel:
             elif kind is float or kind is bool or arg is None:
                 key.append(kind)
             else:
-                base = arg if isinstance(arg, torch.Tensor) else arg.base
-                where, address = base.get_device(), base.data_ptr()
-                if device is None:
-                    device = where
-                elif where != device:
-                    raise other_device(self.op, base, device)
-                if base is arg:
-                    key.append((arg.dtype, address & 15 == 0))
+                base = arg
+                if kind in _TENSORS or _is_tensor(arg):
+                    key.append(arg.dtype)
                 else:
+                    base = arg.base
                     key.append((base.dtype, *arg.block_shape, getattr(arg, "layout", None)))
-                arg = address
+                where = base.get_device()
+                if where != device:
+                    if device is not None:
+                        raise other_device(self.op, base, device)
+                    device = where
+                arg = base.data_ptr()
+                if arg & 15:
+                    unaligned |= bit
+                bit += bit
             addresses.append(arg)
-        if device is None or device < 0:
-            raise not_on_cuda(self.op)
         if device != current_device():
+            if device is None or device < 0:
+                raise not_on_cuda(self.op)
             with torch.cuda.device(device):
                 return self(grid, args, constants)
-        full_key = (device, *key, *constants.items())
+        key += (device, unaligned, *constants.values(), *constants)
+        full_key = tuple(key)
         made = self._made.get(full_key)
         if made is None:
             made = self._make(full_key, device, args, constants)
