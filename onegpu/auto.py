@@ -24,6 +24,7 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from onegpu.arguments import Request, check_path, checkpoint_dtype, translate
 from onegpu.convert.dequantize import leave_new_layers
 from onegpu.convert.session import Session, loading
+from onegpu.engine.generate import attach as attach_generate
 from onegpu.errors import ArgumentError, CheckpointError, bad_argument
 from onegpu.formats.bitsandbytes import Settings
 from onegpu.formats.checkpoint import read_headers
@@ -116,6 +117,7 @@ def load(from_pretrained: Any, path: Any, model_args: tuple[Any, ...], kwargs: d
         logger.warning("%s", placement.text)
     else:
         allow_expansion(model)
+    attach_generate(model)
     return (model, info) if wants_info else model
 
 
