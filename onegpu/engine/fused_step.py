@@ -10,11 +10,12 @@ once more: the engine compares the first step with an ordinary one.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 
-from onegpu.engine.fused_structure import Declined, Layer, Structure, read
+from onegpu.engine.fused_structure import Declined, Structure, read
 from onegpu.kernels import decode_step as ops
 
 MAX_ROWS = 8
@@ -103,10 +104,59 @@ class FusedStep:
         return logits
 
 
+class Fused:
+    """A fused step for a batch of a fixed size, with what it needs to know of each row's padding.
+
+    Args:
+        step: the model's.
+        batch: rows, at most what it serves.
+    """
+
+    def __init__(self, step: FusedStep, batch: int) -> None:
+        self.step: FusedStep | None = step
+        self.first = torch.zeros(batch, dtype=torch.int32, device=step.structure.device)
+
+    @staticmethod
+    def make(model: Any, batch: int, mask: torch.Tensor) -> Fused | None:
+        """For a model and a mask as in `takes`, or None."""
+        if not left_padded(mask):
+            return None
+        step = plan(model)
+        return Fused(step, batch) if isinstance(step, FusedStep) and step.serves(batch) else None
+
+    def takes(self, mask: torch.Tensor) -> bool:
+        """Whether a mask ``[rows, length]`` of real tokens has padding on the left only."""
+        return left_padded(mask)
+
+    def load(self, mask: torch.Tensor) -> None:
+        """Take over the padding; rows that the mask has not see nothing but themselves."""
+        self.first.fill_(2**30)
+        self.first[: len(mask)] = (mask == 0).sum(1, dtype=torch.int32)
+
+    def release(self) -> None:
+        """Let go of the weights: a captured graph does not need them here, and they may leave the GPU."""
+        self.step = None
+
+    def __call__(
+        self, ids: torch.Tensor, position: torch.Tensor, rope_position: torch.Tensor | None, memory: list[Pair]
+    ) -> torch.Tensor:
+        """See `FusedStep`."""
+        assert self.step is not None, "released"
+        return self.step(ids, position, position if rope_position is None else rope_position, memory, self.first)
+
+
+def left_padded(mask: torch.Tensor) -> bool:
+    """Whether each row of a mask ``[rows, length]`` is zeros, then ones."""
+    mask = mask != 0
+    return bool((mask[:, 1:] >= mask[:, :-1]).all())
+
+
 def _check_gpu(found: Structure) -> None:
     """What the kernels ask for beyond what the definitions do."""
     from onegpu.kernels import decode_step_cuda as gpu
 
+    if find_spec("cuda") is None or find_spec("cuda.core") is None:
+        raise Declined("cuda-core is not installed")
     if found.dtype not in (torch.float16, torch.bfloat16):
         raise Declined(f"activations in {found.dtype}")
     if torch.cuda.get_device_capability(found.device) < (8, 0):
@@ -126,6 +176,3 @@ def _check_gpu(found: Structure) -> None:
             raise Declined(f"heads of {heads.size}")
         if heads.query // heads.kv > gpu.MAX_GROUP:
             raise Declined(f"{heads.query // heads.kv} query heads to a key head")
-
-
-__all__ = ["FusedStep", "Layer", "plan"]

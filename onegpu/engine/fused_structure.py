@@ -174,8 +174,8 @@ class _Reader:
         if type(module) is nn.Linear:
             return Matrix("16bit", columns, (Part(rows, self._tensor(module.weight), bias),))
         if isinstance(module, Linear8bitLt):
-            if module.weight.dtype != torch.int8 or module.SCB is None or module.exact:
-                raise Declined("an int8 layer that is not quantised, or is to be computed exactly")
+            if module.weight.dtype != torch.int8 or module.SCB is None or module.exact or module.SCB.device.type == "cpu":
+                raise Declined("an int8 layer that is not quantised, or is to be computed exactly (as on a CPU)")
             codes = self._tensor(module.weight, torch.int8)
             return Matrix("int8", columns, (Part(rows, codes, bias, self._tensor(module.SCB, torch.float32)),))
         if isinstance(module, Linear4bit):

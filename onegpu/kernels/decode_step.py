@@ -194,7 +194,7 @@ def attend(
     keys[each, :, slot], values[each, :, slot] = k.to(keys.dtype), v.to(values.dtype)
     ago = (slot[:, None] - torch.arange(length)) % length
     begin = 0 if first is None else first[:, None]
-    seen = (ago <= now[:, None] - begin) & (ago < (heads.window or length))
+    seen = (ago <= now[:, None] - begin) & (ago < (heads.window or length)) | (ago == 0)
     group = heads.query // heads.kv
     k, v = (t.float().masked_fill(~seen[:, None, :, None], 0.0).repeat_interleave(group, 1) for t in (keys, values))
     scores = torch.einsum("bhd,bhjd->bhj", q, k) * heads.scale
