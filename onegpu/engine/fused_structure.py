@@ -97,8 +97,8 @@ def read(model: Any) -> Structure:
         raise Declined("the model is in training mode")
     if (reason := runs_python(model)) is not None:
         raise Declined(reason)
-    trunk = getattr(model, "model", None)
-    if not isinstance(trunk, nn.Module):
+    trunk: Any = getattr(model, "model", None)
+    if trunk is None:
         raise Declined("no decoder under the name `model`")
     _children(model, {"model", "lm_head"})
     _children(trunk, {"embed_tokens", "layers", "norm", "rotary_emb"})
@@ -110,8 +110,9 @@ def read(model: Any) -> Structure:
     if not table.is_contiguous() or table.is_meta:
         raise Declined("an embedding that is not in memory in one piece")
     reader = _Reader(table, trunk.rotary_emb, model.config)
-    layers = tuple(reader.layer(module) for module in trunk.layers)
-    if len({(x.heads._replace(window=None, inv_freq=None, q_gain=None, k_gain=None), x.down.columns) for x in layers}) != 1:
+    layers = tuple(reader.layer(module) for module in trunk.layers.children())
+    plain: dict[str, Any] = {"window": None, "inv_freq": None, "q_gain": None, "k_gain": None}
+    if len({(layer.heads._replace(**plain), layer.down.columns) for layer in layers}) != 1:
         raise Declined("layers of several sizes")
     if len(layers) != model.config.num_hidden_layers:
         raise Declined("another number of layers than the configuration says")
@@ -122,7 +123,7 @@ def read(model: Any) -> Structure:
 class _Reader:
     """Reads the layers of one model."""
 
-    def __init__(self, table: torch.Tensor, rotary: nn.Module, config: Any) -> None:
+    def __init__(self, table: torch.Tensor, rotary: Any, config: Any) -> None:
         self.table, self.config = table, config
         self._acts: dict[type, str] = {}
         inv_freq = getattr(rotary, "inv_freq", None)
@@ -132,7 +133,7 @@ class _Reader:
         self.rope_scale = float(getattr(rotary, "attention_scaling", 1.0))
         self._rotates: set[str] = set()
 
-    def layer(self, module: nn.Module) -> Layer:
+    def layer(self, module: Any) -> Layer:
         """Of one decoder layer."""
         dropouts = {name for name, child in module.named_children() if type(child) is nn.Dropout}
         _children(module, {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"} | dropouts)
@@ -146,7 +147,7 @@ class _Reader:
             raise Declined("projections whose sizes do not fit each other")
         return Layer(attention_gain, attention_eps, qkv, heads, out, mlp_gain, mlp_eps, gate_up, act, down)
 
-    def norm(self, module: nn.Module) -> tuple[torch.Tensor, float]:
+    def norm(self, module: Any) -> tuple[torch.Tensor, float]:
         """Gain and epsilon of an RMSNorm; what it computes for a few values decides that it is one."""
         _children(module, set())
         gain, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
@@ -160,21 +161,26 @@ class _Reader:
             raise Declined(f"{type(module).__name__}, a norm of another form")
         return gain, eps
 
-    def matrix(self, *modules: nn.Module) -> Matrix:
+    def matrix(self, *modules: Any) -> Matrix:
         """Linears below one another."""
         read = [self._linear(module) for module in modules]
         if len({(m.format, m.columns, m.blocksize, m.parts[0].nested is None) for m in read}) != 1:
             raise Declined("projections of several formats, which run as one product")
         return read[0]._replace(parts=tuple(part for m in read for part in m.parts))
 
-    def _linear(self, module: nn.Module) -> Matrix:
+    def _linear(self, module: Any) -> Matrix:
         _children(module, set())
         rows, columns = getattr(module, "out_features", 0), getattr(module, "in_features", 0)
-        bias = None if getattr(module, "bias", None) is None else self._tensor(module.bias)  # type: ignore[arg-type]
+        bias = None if getattr(module, "bias", None) is None else self._tensor(module.bias)
         if type(module) is nn.Linear:
             return Matrix("16bit", columns, (Part(rows, self._tensor(module.weight), bias),))
         if isinstance(module, Linear8bitLt):
-            if module.weight.dtype != torch.int8 or module.SCB is None or module.exact or module.SCB.device.type == "cpu":
+            if (
+                module.weight.dtype != torch.int8
+                or module.SCB is None
+                or module.exact
+                or module.SCB.device.type == "cpu"
+            ):
                 raise Declined("an int8 layer that is not quantised, or is to be computed exactly (as on a CPU)")
             codes = self._tensor(module.weight, torch.int8)
             return Matrix("int8", columns, (Part(rows, codes, bias, self._tensor(module.SCB, torch.float32)),))
@@ -184,7 +190,7 @@ class _Reader:
             if module.quant_state is None:
                 raise Declined("a 4-bit layer that is not quantised")
             packed = module.packed()
-            if packed.nested_blocksize != 256 or packed.nested_code is not None and packed.nested_absmax is None:
+            if packed.nested_blocksize != 256 or (packed.nested_code is not None and packed.nested_absmax is None):
                 raise Declined("scales quantised in another way")
             weight = self._tensor(packed.weight.view(torch.uint8), torch.uint8)
             part = Part(rows, weight, bias, packed.absmax, packed.nested_absmax, packed.offset)
@@ -204,7 +210,7 @@ class _Reader:
             raise Declined("a weight that is not in memory in one piece")
         return tensor
 
-    def _attention(self, module: nn.Module) -> tuple[Matrix, Heads]:
+    def _attention(self, module: Any) -> tuple[Matrix, Heads]:
         norms = {"q_norm", "k_norm"} & dict(module.named_children()).keys()
         fused = "qkv_proj" in dict(module.named_children())
         _children(module, norms | {"o_proj"} | ({"qkv_proj"} if fused else {"q_proj", "k_proj", "v_proj"}))
@@ -212,17 +218,17 @@ class _Reader:
         if len(norms) == 1 or not isinstance(size, int):
             raise Declined("attention of another form")
         if fused:
-            qkv = self.matrix(module.qkv_proj)  # type: ignore[arg-type]
+            qkv = self.matrix(module.qkv_proj)
             kv = self.config.num_key_value_heads
             query = qkv.rows // size - 2 * kv
         else:
-            qkv = self.matrix(module.q_proj, module.k_proj, module.v_proj)  # type: ignore[arg-type]
+            qkv = self.matrix(module.q_proj, module.k_proj, module.v_proj)
             query, kv = (part.rows // size for part in qkv.parts[:2])
         if (query + 2 * kv) * size != qkv.rows or kv < 1 or query % kv or query // kv != module.num_key_value_groups:
             raise Declined("attention of another form")
-        heads = Heads(query, kv, size, float(module.scaling), self._window(module))  # type: ignore[arg-type]
+        heads = Heads(query, kv, size, float(module.scaling), self._window(module))
         if norms:
-            (q_gain, eps), (k_gain, k_eps) = self.norm(module.q_norm), self.norm(module.k_norm)  # type: ignore[arg-type]
+            (q_gain, eps), (k_gain, k_eps) = self.norm(module.q_norm), self.norm(module.k_norm)
             if eps != k_eps or q_gain.numel() != size or k_gain.numel() != size:
                 raise Declined("norms over all heads at once")
             heads = heads._replace(q_gain=q_gain, k_gain=k_gain, eps=eps)
@@ -231,19 +237,19 @@ class _Reader:
             heads = heads._replace(inv_freq=self.inv_freq, rope_scale=self.rope_scale)
         return qkv, heads
 
-    def _window(self, module: nn.Module) -> int | None:
+    def _window(self, module: Any) -> int | None:
         if hasattr(module, "sliding_window"):
             window = module.sliding_window
         else:
             window = getattr(self.config, "sliding_window", None)
             kinds = getattr(self.config, "layer_types", None)
-            if kinds is not None and kinds[module.layer_idx] != "sliding_attention":  # type: ignore[index]
+            if kinds is not None and kinds[module.layer_idx] != "sliding_attention":
                 window = None
         if window is not None and not isinstance(window, int):
             raise Declined("a sliding window of another form")
         return window
 
-    def _check_rotation(self, module: nn.Module, size: int) -> None:
+    def _check_rotation(self, module: Any, size: int) -> None:
         """The function that the attention's source calls turns halves, not neighbours; asked once per source."""
         home = type(module).__module__
         if home in self._rotates:
@@ -259,7 +265,7 @@ class _Reader:
             raise Declined("a rotary embedding of another form")
         self._rotates.add(home)
 
-    def _mlp(self, module: nn.Module) -> tuple[Matrix, str]:
+    def _mlp(self, module: Any) -> tuple[Matrix, str]:
         fused = "gate_up_proj" in dict(module.named_children())
         act = getattr(module, "act_fn", getattr(module, "activation_fn", None))
         known = {"down_proj"} | ({"gate_up_proj"} if fused else {"gate_proj", "up_proj"})
@@ -267,11 +273,11 @@ class _Reader:
         if act is None:
             raise Declined("an MLP without an activation")
         if fused:
-            both = self.matrix(module.gate_up_proj)  # type: ignore[arg-type]
+            both = self.matrix(module.gate_up_proj)
             gate_up = both._replace(parts=_halves(both))
         else:
-            gate_up = self.matrix(module.gate_proj, module.up_proj)  # type: ignore[arg-type]
-        if gate_up.parts[0].rows != gate_up.parts[1].rows or gate_up.rows != 2 * module.down_proj.in_features:  # type: ignore[union-attr,operator]
+            gate_up = self.matrix(module.gate_proj, module.up_proj)
+        if gate_up.parts[0].rows != gate_up.parts[1].rows or gate_up.rows != 2 * module.down_proj.in_features:
             raise Declined("an MLP of another form")
         return gate_up, self._activation(act)
 
@@ -290,17 +296,17 @@ class _Reader:
 def _halves(matrix: Matrix) -> tuple[Part, Part]:
     """Gate and up of one stored matrix: views."""
     (part,) = matrix.parts
-    half, cut = part.rows // 2, []
-    for index in range(2):
-        pieces = {
-            name: None if tensor is None else tensor.narrow(0, index * (tensor.shape[0] // 2), tensor.shape[0] // 2)
-            for name, tensor in part._asdict().items()
-            if name in ("weight", "bias", "scales")
-        }
-        cut.append(part._replace(rows=half, **pieces))
     if part.nested is not None:
         raise Declined("gate and up in one matrix with quantised scales")
-    return cut[0], cut[1]
+
+    def half(tensor: torch.Tensor | None, index: int) -> torch.Tensor | None:
+        return None if tensor is None else tensor.chunk(2)[index]
+
+    gate, up = (
+        Part(part.rows // 2, part.weight.chunk(2)[index], half(part.bias, index), half(part.scales, index))
+        for index in range(2)
+    )
+    return gate, up
 
 
 def _children(module: nn.Module, names: set[str]) -> None:

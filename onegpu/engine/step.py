@@ -80,7 +80,10 @@ class StaticStep:
                 self.position_ids = torch.zeros(slot.batch, 1, dtype=torch.long, device=device)
             self.cache = StepCache(self._layers(start))
             self.fused = Fused.make(model, slot.batch, start.mask) if fuse else None
-            self.mask, self._masks = (None, []) if self.fused else self._make_masks(model, inputs, start)
+            self.mask: Any = None
+            self._masks: list[tuple[Any, ...]] = []
+            if self.fused is None:
+                self.mask, self._masks = self._make_masks(model, inputs, start)
         self.arguments = self._arguments(inputs)
         self.model: Any = model
         self.logits = logits

@@ -14,8 +14,8 @@ Bound by the bytes of the weights and of the cache, each read once. Outputs are 
 passes, so that a whole step allocates a handful of tensors; `h` is changed in place. No op here has a gradient, none is
 registered with torch: a step runs inside a captured CUDA graph (`onegpu.engine.fused_step`).
 
-On a CPU the definitions below run. On a GPU the kernels of decode_step_product.cu and decode_step_attention.cu, launched
-by `decode_step_cuda.py`, each of which may start before the one in front has ended (programmatic dependent launch).
+On a CPU the definitions below run. On a GPU `decode_step_cuda.py` launches the kernels of decode_step_product.cu and
+decode_step_attention.cu, each of which may start before the one in front has ended (programmatic dependent launch).
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Part(NamedTuple):
     """Rows of a matrix as they are stored.
 
     weight: 16-bit or float32 ``[N, K]``, int8 ``[N, K]``, or packed codes ``[N * K / 2, 1]``. scales: None; the row
-    maxima float32 ``[N]``; float32 ``[N * K / blocksize]``, or uint8 codes of them if `nested` (float32, one per 256) and
-    `offset` (float32 scalar) are set. bias: ``[N]`` in the activations' dtype.
+    maxima float32 ``[N]``; float32 ``[N * K / blocksize]``, or uint8 codes of them if `nested` (float32, one per 256)
+    and `offset` (float32 scalar) are set. bias: ``[N]`` in the activations' dtype.
     """
 
     rows: int
@@ -48,7 +48,7 @@ class Part(NamedTuple):
 
 
 class Matrix(NamedTuple):
-    """A matrix of up to three parts below one another, which share K and the format: "16bit", "int8", "nf4" or "fp4"."""
+    """Up to three parts below one another, which share K and the format: "16bit", "int8", "nf4" or "fp4"."""
 
     format: str
     columns: int
@@ -75,11 +75,8 @@ class Matrix(NamedTuple):
         assert part.scales is not None
         if self.format == "int8":
             return dequantize_rows(part.weight, part.scales, torch.float32)
-        nested = {"nested_absmax": part.nested, "offset": part.offset}
-        shape = (part.rows, self.columns)
-        return Packed4bit(part.weight, part.scales, self.blocksize, self.format, shape, **nested).dequantize(
-            torch.float32
-        )
+        packed = Packed4bit(part.weight, part.scales, self.blocksize, self.format, (part.rows, self.columns))
+        return packed._replace(nested_absmax=part.nested, offset=part.offset).dequantize(torch.float32)
 
 
 class Heads(NamedTuple):
@@ -108,8 +105,8 @@ class Heads(NamedTuple):
 
 
 class Attended(NamedTuple):
-    """The attention's output in parts: values in the model's dtype ``[rows, HQ, splits, HD]``, and the maximum (of scores
-    times log2 e) and the sum of exponentials of each, float32 ``[rows, HQ, splits, 2]``."""
+    """The attention's output in parts: values in the model's dtype ``[rows, HQ, splits, HD]``, and of each part the maximum
+    (of scores times log2 e) and the sum of exponentials, float32 ``[rows, HQ, splits, 2]``."""
 
     values: torch.Tensor
     sums: torch.Tensor
@@ -117,7 +114,7 @@ class Attended(NamedTuple):
 
 def embed(ids: torch.Tensor, table: torch.Tensor, h: torch.Tensor, pdl: bool = True) -> None:
     """h ``[rows, D]`` = table ``[V, D]`` at ids int64 ``[rows]``."""
-    if h.is_cuda:
+    if _on_gpu(h):
         _cuda().embed(ids, table, h, pdl)
         return
     h.copy_(F.embedding(ids, table))
@@ -127,7 +124,7 @@ def norm_product(
     h: torch.Tensor, gain: torch.Tensor, eps: float, matrix: Matrix, out: torch.Tensor, pdl: bool = True
 ) -> None:
     """out float32 ``[rows, N]`` = RMSNorm(h) W^T + b."""
-    if h.is_cuda:
+    if _on_gpu(h):
         _cuda().product("norm", "store", h, matrix, out, gain=gain, eps=eps, pdl=pdl)
         return
     out.copy_(matrix.multiply(rms_norm(h, gain, eps)))
@@ -136,8 +133,8 @@ def norm_product(
 def norm_gated(
     h: torch.Tensor, gain: torch.Tensor, eps: float, matrix: Matrix, act: str, out: torch.Tensor, pdl: bool = True
 ) -> None:
-    """out ``[rows, F]`` in the model's dtype = act(gate) * up of RMSNorm(h); matrix: gate and up, act of `ACTIVATIONS`."""
-    if h.is_cuda:
+    """out ``[rows, F]`` in the model's dtype = act(gate) * up of RMSNorm(h). matrix: gate, up; act: of `ACTIVATIONS`."""
+    if _on_gpu(h):
         _cuda().product("norm", "gated", h, matrix, out, gain=gain, eps=eps, act=act, pdl=pdl)
         return
     gate, up = matrix.multiply(rms_norm(h, gain, eps)).chunk(2, dim=-1)
@@ -146,7 +143,7 @@ def norm_gated(
 
 def add_product(x: torch.Tensor, matrix: Matrix, h: torch.Tensor, pdl: bool = True) -> None:
     """h float32 ``[rows, N]`` += x W^T + b, of x ``[rows, K]`` in the model's dtype."""
-    if h.is_cuda:
+    if _on_gpu(h):
         _cuda().product("plain", "add", x, matrix, h, pdl=pdl)
         return
     h.add_(matrix.multiply(x.float()))
@@ -154,7 +151,7 @@ def add_product(x: torch.Tensor, matrix: Matrix, h: torch.Tensor, pdl: bool = Tr
 
 def add_attention(attended: Attended, matrix: Matrix, h: torch.Tensor, pdl: bool = True) -> None:
     """h float32 ``[rows, N]`` += x W^T + b, of the attention's output x, put together from its parts."""
-    if h.is_cuda:
+    if _on_gpu(h):
         _cuda().product("attention", "add", attended.values, matrix, h, sums=attended.sums, pdl=pdl)
         return
     h.add_(matrix.multiply(combine(attended)))
@@ -182,7 +179,7 @@ def attend(
         first: int32 ``[rows]``: the first position that a row sees (left padding), or None.
         out: overwritten.
     """
-    if qkv.is_cuda:
+    if _on_gpu(qkv):
         _cuda().attend(qkv, heads, keys, values, position, rope_position, first, out, pdl)
         return
     rows, length = qkv.shape[0], keys.shape[2]
@@ -252,6 +249,10 @@ def cost(matrix: Matrix, rows: int) -> tuple[int, int]:
     """Bytes read and FLOPs of a product: weights and scales; activations are small beside them."""
     tensors = [t for part in matrix.parts for t in (part.weight, part.scales, part.nested) if t is not None]
     return sum(t.numel() * t.element_size() for t in tensors), 2 * rows * matrix.rows * matrix.columns
+
+
+def _on_gpu(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda
 
 
 def _cuda() -> Any:
