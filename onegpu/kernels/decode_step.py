@@ -105,8 +105,8 @@ class Heads(NamedTuple):
 
 
 class Attended(NamedTuple):
-    """The attention's output in parts: values in the model's dtype ``[rows, HQ, splits, HD]``, and of each part the maximum
-    (of scores times log2 e) and the sum of exponentials, float32 ``[rows, HQ, splits, 2]``."""
+    """The attention's output in parts: values in the model's dtype ``[rows, HQ, splits, HD]``, and of each part the
+    maximum (of scores times log2 e) and the sum of exponentials, float32 ``[rows, HQ, splits, 2]``."""
 
     values: torch.Tensor
     sums: torch.Tensor
@@ -133,7 +133,7 @@ def norm_product(
 def norm_gated(
     h: torch.Tensor, gain: torch.Tensor, eps: float, matrix: Matrix, act: str, out: torch.Tensor, pdl: bool = True
 ) -> None:
-    """out ``[rows, F]`` in the model's dtype = act(gate) * up of RMSNorm(h). matrix: gate, up; act: of `ACTIVATIONS`."""
+    """out ``[rows, F]`` in the model's dtype = act(gate) * up of RMSNorm(h). matrix: both; act: of `ACTIVATIONS`."""
     if _on_gpu(h):
         _cuda().product("norm", "gated", h, matrix, out, gain=gain, eps=eps, act=act, pdl=pdl)
         return

@@ -1,7 +1,7 @@
 """Launches decode_step_product.cu, decode_step_attention.cu and decode_step_embed.cu; the ops are in decode_step.py.
 
-A block an SM, in every kernel of the chain, and at most half of an SM's shared memory where that is enough: then each SM
-holds a block of the kernel at work and one of the next, which fetches its first weights meanwhile.
+A block an SM, in every kernel of the chain, and at most half of an SM's shared memory where that is enough: then each
+SM holds a block of the kernel at work and one of the next, which fetches its first weights meanwhile.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Shape(NamedTuple):
 
 @lru_cache(maxsize=256)
 def shape(form: str, rows: int, columns: int, nested: bool, fixed: tuple[int, int, int] | None = None) -> Shape | None:
-    """The layout for a product; None if x does not fit into shared memory beside anything. fixed: warps, width, slots."""
+    """The layout for a product; None if x does not fit into shared memory. fixed: warps, width, slots."""
     if fixed is not None:
         return Shape(*fixed, _shared(form, rows, columns, nested, *fixed))
     four = _FORMATS[form] == 2

@@ -1,4 +1,4 @@
-"""The fused step: the logits of the model's own forward, in every structure it recognises; tokens through generate()."""
+"""The fused step: logits of the model's own forward, in every structure it recognises; tokens through generate()."""
 
 from __future__ import annotations
 
@@ -84,7 +84,9 @@ def test_llama_with_biases_and_scaled_rotary_embedding() -> None:
     config = transformers.LlamaConfig(
         vocab_size=100, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=1, max_position_embeddings=256, attention_bias=True, mlp_bias=True, hidden_act="gelu",
-        rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 100.0, "original_max_position_embeddings": 64},
+        rope_parameters={
+            "rope_type": "yarn", "factor": 4.0, "rope_theta": 100.0, "original_max_position_embeddings": 64,
+        },
     )  # fmt: skip
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config).eval()

@@ -1,4 +1,4 @@
-"""The ops of a decoding step: their kernels, emulated and on a GPU, against the definitions; the definitions against torch."""
+"""The ops of a decoding step: kernels, emulated and on a GPU, against the definitions; those against torch."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def test_one_row_leaves_room_for_the_next_kernels_block(form: str, columns: int)
 def test_rows_that_do_not_fit() -> None:
     assert gpu.shape("16bit", 8, 8192, False) is not None
     assert gpu.shape("16bit", 8, 14336, False) is None
-    with pytest.raises(ArgumentError, match="rows=8.*shared memory"):
+    with pytest.raises(ArgumentError, match=r"rows=8.*shared memory"):
         gpu.product(
             "plain", "add", torch.empty(8, 14336), ops.Matrix("16bit", 14336, matrix_parts()), torch.empty(8, 4)
         )
