@@ -19,6 +19,7 @@ from onegpu.engine.sampling import Sampler, Unsupported
 from onegpu.engine.slots import Slot
 from onegpu.engine.step import Start, StaticStep
 from onegpu.engine.stops import Readback, Stops
+from onegpu.errors import KernelError
 
 _WORTH_CAPTURING = 8  # steps to come
 
@@ -115,13 +116,13 @@ class Decoding:
         start = self._start()
         if start is None:
             return None
-        if step.gaps != start.gaps:
-            self.slot.step = None
+        if step.gaps != start.gaps or (step.fused is not None and not step.fused.takes(start.mask)):
+            self.slot.step = None  # made anew for this mask; a fused step takes no gaps, the model's own forward any
             return None
         step.load(start)
         step.logits[: self.rows].copy_(self.logits)
         self._capture_sampler(step)
-        self.run.loop = "captured"
+        self.run.loop, self.run.fused = "captured", step.fused is not None
         return step
 
     def _start(self) -> Start | None:
@@ -213,7 +214,7 @@ class Decoding:
 
     def _make_step(self, inputs: dict[str, Any]) -> tuple[StaticStep, Start] | None:
         """Capture the step that comes next; None, with the reason noted, if that cannot be done."""
-        began = time.perf_counter()
+        began, fuse = time.perf_counter(), self.request.engine.fuse
         try:
             start = self._start()
             if start is None:
@@ -221,9 +222,14 @@ class Decoding:
             with torch.inference_mode(False):
                 logits = self.logits.new_zeros(self.slot.batch, self.logits.shape[-1])
             captured = self.request.device.type == "cuda"
-            step = StaticStep(self.model, self.slot, inputs, start, logits, captured)
+            step = StaticStep(self.model, self.slot, inputs, start, logits, captured, fuse)
         except NotCapturableError as error:
             self._refuse(str(error))
+            return None
+        except KernelError:
+            if not fuse:
+                raise
+            self.request.engine.fuse = False  # the compiler is missing, say; the model's own forward needs none
             return None
         self.run.capture_s += time.perf_counter() - began
         return step, start
@@ -235,6 +241,8 @@ class Decoding:
     def _check_step(self, step: StaticStep, start: Start) -> StaticStep | None:
         """Compare a new step with the ordinary one that was just made: a model may have kept a number on the host."""
         began, expected = time.perf_counter(), self.logits
+        newest = [t[:, :, start.length] for pair in self.slot.full if pair is not None for t in pair]
+        ordinary = [t.clone() for t in newest]
         step.load(start)
         step.input_ids[: self.rows, 0].copy_(self.sampler.out[0])
         got = step()[: self.rows]
@@ -242,12 +250,17 @@ class Decoding:
         spread = expected.amax() - expected.amin()
         wrong = (got - expected).abs().amax() > tolerance * spread.clamp(min=1e-3)
         if bool(wrong & expected.isfinite().all()):
+            for memory, kept in zip(newest, ordinary, strict=True):
+                memory.copy_(kept)
+            if step.fused is not None:
+                self.request.engine.fuse = False  # the next step is the model's own
+                return None
             self._refuse("the captured step's logits are not those of an ordinary step")
             return None
         step.logits[: self.rows].copy_(expected)
         self.slot.step, self.slot.fingerprint = step, self.request.fingerprint
         self._capture_sampler(step)
-        self.run.loop, self.run.reason = "captured", None
+        self.run.loop, self.run.reason, self.run.fused = "captured", None, step.fused is not None
         self.run.capture_s += time.perf_counter() - began
         return step
 

@@ -26,16 +26,18 @@ class Run:
         loop: "captured", "eager" or "transformers". reason: why not the better one.
         steps: forwards after the prefill.
         capture_s: seconds of this call spent capturing.
+        fused: whether a step is kernels of ours from end to end, instead of the model's forward.
     """
 
     loop: str
     reason: str | None = None
     steps: int = 0
     capture_s: float = 0.0
+    fused: bool = False
 
     def __str__(self) -> str:
         words = {"captured": "onegpu's loop, one CUDA graph a step", "eager": "onegpu's loop, steps in Python"}
-        text = words.get(self.loop, "transformers' loop on the same model")
+        text = words.get(self.loop, "transformers' loop on the same model") + (", five kernels a layer" * self.fused)
         return f"generate(): {text}" + (f" ({self.reason})" if self.reason else "")
 
 
@@ -46,15 +48,17 @@ class Engine:
     Attributes:
         capture: "auto" captures on CUDA devices; "never" does not; "emulate" runs the captured step's function
             uncaptured, on any device.
+        fuse: take the fused step (`onegpu.engine.fused_step`) where there is one; False once one was wrong.
     """
 
     capture: str = "auto"
     slots: Slots = field(default_factory=Slots)
     last: Run | None = None
     refusals: dict[Any, str] = field(default_factory=dict)
+    fuse: bool = True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
-        return Engine(self.capture)
+        return Engine(self.capture, fuse=self.fuse)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Engine, (self.capture,)

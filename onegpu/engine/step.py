@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from onegpu.engine.cache import Pair, StepCache, StepLayer, fill_ring, read_ring
 from onegpu.engine.capture import Graph, NotCapturableError, Plain
+from onegpu.engine.fused_step import Fused
 from onegpu.engine.slots import Slot
 from onegpu.nn.attention_context import decode_step
 
@@ -47,9 +48,11 @@ class StaticStep:
         start: where the first request over this memory begins.
         logits: float32 [B, V], for the result.
         captured: as a CUDA graph; else the same function runs each time (tests on the CPU).
+        fuse: take the fused step where the model and the masks have one.
 
     Attributes:
         input_ids: int64 [B, 1]: write the token here. logits: read here.
+        fused: the fused step, or None: the model's own forward runs.
         samplers: captured samplers over ``logits``, by their key.
 
     Raises:
@@ -57,7 +60,14 @@ class StaticStep:
     """
 
     def __init__(
-        self, model: Any, slot: Slot, inputs: dict[str, Any], start: Start, logits: torch.Tensor, captured: bool
+        self,
+        model: Any,
+        slot: Slot,
+        inputs: dict[str, Any],
+        start: Start,
+        logits: torch.Tensor,
+        captured: bool,
+        fuse: bool = False,
     ) -> None:
         self.slot, self.gaps = slot, start.gaps
         device = inputs["input_ids"].device
@@ -75,7 +85,11 @@ class StaticStep:
             self.first = torch.zeros(slot.batch, dtype=torch.int32, device=device)
             self.length = torch.ones(slot.batch, dtype=torch.int32, device=device)
             self.cache = StepCache(self._layers(start))
-            self.mask, self._masks = self._make_masks(model, inputs, start)
+            self.fused = Fused.make(model, slot.batch, start.mask) if fuse else None
+            self.mask: Any = None
+            self._masks: list[tuple[Any, ...]] = []
+            if self.fused is None:
+                self.mask, self._masks = self._make_masks(model, inputs, start)
         self.arguments = self._arguments(inputs)
         self.model: Any = model
         self.logits = logits
@@ -88,6 +102,8 @@ class StaticStep:
             self._run = Graph(self._step, device, self.pool, warm=True) if captured else Plain(self._step)
         if captured:
             self.model = None  # the graph does not need it
+            if self.fused is not None:
+                self.fused.release()
 
     def load(self, start: Start, at: int | None = None) -> None:
         """Begin a request: positions, masks, rings. ``at``: another position than the first one behind the prompt."""
@@ -98,6 +114,8 @@ class StaticStep:
         if self.position_ids is not None:
             assert start.position_ids is not None
             self.position_ids[: start.rows].copy_(start.position_ids)
+        if self.fused is not None:
+            self.fused.load(start.mask)
         for mask, size, hidden, seen in self._masks:
             mask.fill_(hidden)
             held = min(start.length, size)
@@ -129,6 +147,16 @@ class StaticStep:
                 layer.show(length)
 
     def _step(self) -> None:
+        if self.fused is not None:
+            memory = [(layer.keys, layer.values) for layer in self.cache.layers]
+            self.logits.copy_(self.fused(self.input_ids, self.position, self.position_ids, memory))
+        else:
+            self._forward()
+        self.position.add_(1)
+        if self.position_ids is not None:
+            self.position_ids.add_(1)
+
+    def _forward(self) -> None:
         for size, slot in self._slots.items():
             torch.remainder(self.position, size, out=slot)
         for mask, size, _, seen in self._masks:
@@ -139,9 +167,6 @@ class StaticStep:
         with contextlib.nullcontext() if self.gaps else ranges:
             output = self.model(**self.arguments, return_dict=True)
         self.logits.copy_(output.logits[:, -1])
-        self.position.add_(1)
-        if self.position_ids is not None:
-            self.position_ids.add_(1)
 
     def _layers(self, start: Start) -> list[StepLayer]:
         layers = []
