@@ -223,15 +223,17 @@ class Decoding:
                 logits = self.logits.new_zeros(self.slot.batch, self.logits.shape[-1])
             captured = self.request.device.type == "cuda"
             step = StaticStep(self.model, self.slot, inputs, start, logits, captured, fuse)
-        except NotCapturableError as error:
-            self._refuse(str(error))
-            return None
-        except KernelError:
-            if not fuse:
+        except (NotCapturableError, KernelError) as error:
+            if fuse:
+                self.request.engine.fuse = False  # a compiler is missing, say; the model's own forward is tried next
+            elif isinstance(error, KernelError):
                 raise
-            self.request.engine.fuse = False  # the compiler is missing, say; the model's own forward needs none
+            else:
+                self._refuse(str(error))
             return None
-        self.run.capture_s += time.perf_counter() - began
+        finally:
+            self.run.capture_s += time.perf_counter() - began
+        self.run.compile_s += step.warm_s
         return step, start
 
     def _refuse(self, reason: str) -> None:
@@ -248,8 +250,8 @@ class Decoding:
         got = step()[: self.rows]
         tolerance = 1e-3 if self.model.dtype == torch.float32 else 5e-2
         spread = expected.amax() - expected.amin()
-        wrong = (got - expected).abs().amax() > tolerance * spread.clamp(min=1e-3)
-        if bool(wrong & expected.isfinite().all()):
+        right = (got - expected).abs().amax() <= tolerance * spread.clamp(min=1e-3)  # not so for NaN
+        if bool(~right & expected.isfinite().all()):
             for memory, kept in zip(newest, ordinary, strict=True):
                 memory.copy_(kept)
             if step.fused is not None:

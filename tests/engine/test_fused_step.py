@@ -11,6 +11,7 @@ import transformers
 from onegpu.engine.fused_step import Fused, FusedStep, left_padded, plan
 from onegpu.engine.generate import Generate
 from onegpu.engine.loop import Engine
+from onegpu.errors import KernelError
 from onegpu.nn import LinearNF4
 from tests.compare import assert_close
 from tests.decode_structures import caches, moved, structure
@@ -120,18 +121,31 @@ def test_a_mask_with_holes_takes_the_models_forward_even_after_a_fused_request()
     wants = [model.generate(ids, attention_mask=m, max_new_tokens=20, do_sample=False) for m in (mask, holes, mask)]
     engine = Engine("emulate")
     model.__dict__["generate"] = Generate(model, engine)
-    for m, want, fused in zip((mask, holes, mask), wants, (True, False, False), strict=True):
+    for m, want, fused in zip((mask, holes, mask), wants, (True, False, True), strict=True):
         assert torch.equal(model.generate(ids, attention_mask=m, max_new_tokens=20, do_sample=False), want)
         assert engine.last is not None
         assert engine.last.loop == "captured"
-        assert engine.last.fused == fused  # the step over this memory is the model's own by then
+        assert engine.last.fused == fused
 
 
-def test_a_wrong_step_is_found_out_and_not_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def _waits(*_: Any) -> Any:
+    return torch.ones(1).item()
+
+
+def _fails(*_: Any) -> Any:
+    raise KernelError("no compiler")
+
+
+WRONG = {"wrong": lambda *_: torch.arange(128.0)[None], "nan": lambda *_: torch.full((1, 128), float("nan"))}
+WRONG |= {"waits": _waits, "fails": _fails}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_step_is_found_out_and_not_taken_again(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = causal_model("llama")
     ids = torch.randint(4, 100, (1, 9), generator=torch.Generator().manual_seed(1))
     want = model.generate(ids, max_new_tokens=20, do_sample=False)
-    monkeypatch.setattr(Fused, "__call__", lambda self, *_: torch.arange(128.0)[None])
+    monkeypatch.setattr(Fused, "__call__", WRONG[what])
     engine = Engine("emulate")
     model.__dict__["generate"] = Generate(model, engine)
     assert torch.equal(model.generate(ids, max_new_tokens=20, do_sample=False), want)
