@@ -87,7 +87,8 @@ def main(argv: list[str] | None = None) -> int:
             "environment": where,
         }
         rows.append(row)
-        text = f"{case:<20} {row['ours']['tokens_per_s']['median']:6.2f} tokens/s, {ratio['median']:.3f} x transformers "
+        speed = row["ours"]["tokens_per_s"]["median"]
+        text = f"{case:<20} {speed:6.2f} tokens/s, {ratio['median']:.3f} x transformers "
         text += f"({ratio['low']:.3f} to {ratio['high']:.3f})" + ("" if row["passed"] else f"   BELOW {FLOOR}")
         print(json.dumps(row) if arguments.json else text, flush=True)
     if not arguments.no_store:

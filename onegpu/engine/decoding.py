@@ -7,6 +7,7 @@ becomes padding, as it would have been in transformers' loop.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
 from typing import Any
@@ -46,6 +47,9 @@ class Decoding:
         self._next: dict[str, Any] | None = None  # the next call's arguments but for the token, where they are known
         self.keeps = request.config.return_dict_in_generate
         self.history, self.lengths = self._history()
+        # Without autograd's part in every op; what outlives the call has to be an ordinary tensor.
+        lasting = self.keeps or getattr(self.cache, "_is_user_defined", False) or static
+        self._lighter = contextlib.nullcontext() if lasting else torch.inference_mode()
 
     def result(self) -> Any:
         """Run it; returns what ``generate`` returns."""
@@ -180,7 +184,8 @@ class Decoding:
         made: tuple[StaticStep, Start] | None = None
         if self.static and self.request.max_length - self.columns >= _WORTH_CAPTURING:
             made = self._make_step(inputs)
-        output = self.model(**inputs, return_dict=True)
+        with self._lighter:
+            output = self.model(**inputs, return_dict=True)
         self._count(output, inputs)
         self.logits = output.logits[:, -1].to(self.request.device, torch.float32)
         return None if made is None else self._check_step(*made)
