@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from benchmarks import models, timing
+from benchmarks import models
 from benchmarks.case import Case, Context
 from benchmarks.spread import paired_ratio, spread
 
@@ -20,10 +20,7 @@ SHARES = (0, 30, 50)  # percent
 _HEADS, _DIM = 8, 128
 _FILES = ("kernels", "nn/attention.py", "nn/attention_mask.py", "nn/attention_context.py", "convert")
 _SOURCES = ("benchmarks/cases/attention_models.py", *(f"onegpu/{name}" for name in _FILES))
-_TESTS = (
-    "tests/kernels/test_attention.py::test_padded_and_packed_are_unpadded_on_gpu",
-    "tests/nn/test_attention.py::test_on_a_gpu_ranges_and_packing",
-)
+_TESTS = ("tests/nn/test_attention.py::test_on_a_gpu_ranges_and_packing",)
 
 
 def cases() -> Iterator[Case]:
@@ -37,11 +34,19 @@ def cases() -> Iterator[Case]:
         for share in SHARES:
             measure = partial(padded, "Llama-2-7B", batch, length, share)
             name = f"Llama-2-7B batch {batch} x {length}, {share} % padding"
-            yield make(name, measure=measure, bound=1.0, seconds=5, group="Llama-2-7B attention")
+            yield make(name, measure=measure, bound=1.0, seconds=6 if batch == 8 else 3, group="Llama-2-7B attention")
     for batch in BATCHES:
-        measure = partial(dense, "Falcon-7B", ("eager", "sdpa"), batch)
+        # sdpa takes twice eager's time there: once is enough.
+        measure = partial(dense, "Falcon-7B", ("eager", "sdpa") if batch == 1 else ("eager",), batch)
         name = f"Falcon-7B batch {batch} x 4096"
-        yield make(name, measure=measure, bound=1 / 3.5, goal=1 / 4.5, seconds=7 * batch, group="Falcon-7B attention")
+        yield make(
+            name,
+            measure=measure,
+            bound=1 / 3.5,
+            goal=1 / 4.5,
+            seconds=8 if batch == 1 else 4 * batch,
+            group="Falcon-7B attention",
+        )
     for length in LENGTHS:
         bound = 1 / 20 if length == LENGTHS[-1] else None
         yield make(f"memory, length {length}", measure=partial(memory, length), bound=bound, seconds=2)
@@ -80,9 +85,12 @@ def _forwards(shape: str, peers: tuple[str, ...], inputs: dict[str, Any], contex
     for call in calls.values():
         call()  # whatever is set up once
     peaks = {name: _peak(call, context) for name, call in calls.items()}
-    sides = {name: timing.Side([call], context.device, capture=False) for name, call in calls.items()}
-    taken = timing.alternate(sides, 3 if context.tiny else 7, deadline)
-    ms = {name: [s * 1e3 for s in samples] for name, samples in taken.items()}
+    ms: dict[str, list[float]] = {name: [] for name in calls}
+    for round_ in range(3 if context.tiny else 7):
+        for name in list(calls)[:: 1 if round_ % 2 == 0 else -1]:
+            ms[name].append(_milliseconds(calls[name], context))
+        if round_ >= 2 and time.perf_counter() > deadline:
+            break
     found: dict[str, Any] = {name: {"ms": spread(ms[name]), "peak_bytes": peaks[name]} for name in calls}
     ours = found.pop("onegpu")
     others = {
@@ -91,6 +99,22 @@ def _forwards(shape: str, peers: tuple[str, ...], inputs: dict[str, Any], contex
     }
     peer = f"transformers, {peers[0]}"
     return {"peer": peer, "ours": ours, "theirs": others[peer], "peers": others, "ratio": others[peer]["ratio"]}
+
+
+def _milliseconds(call: Callable[[], Any], context: Context) -> float:
+    if context.device != "cuda":
+        start = time.perf_counter()
+        call()
+        return (time.perf_counter() - start) * 1e3
+    import torch
+
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    first.record()
+    call()
+    last.record()
+    last.synchronize()
+    return float(first.elapsed_time(last))
 
 
 def dense(shape: str, peers: tuple[str, ...], batch: int, context: Context) -> dict[str, Any]:

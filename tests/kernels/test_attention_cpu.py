@@ -66,7 +66,9 @@ def test_it_is_the_definition(n: int, m: int, d_v: int, mask: dict[str, Any], dt
 
 @pytest.mark.parametrize("case", ["NaN", "more queries than keys", "wide values", "no keys"])
 def test_what_it_would_answer_otherwise_is_left_to_the_definition(case: str) -> None:
-    tensors = inputs(8, 5 if case == "more queries than keys" else 8, 24 if case == "wide values" else 16, torch.float32)
+    tensors = inputs(
+        8, 5 if case == "more queries than keys" else 8, 24 if case == "wide values" else 16, torch.float32
+    )
     q, k, v = (x.detach() for x in tensors)
     if case == "NaN":
         q[:, 0] = float("nan")
