@@ -16,11 +16,12 @@ import triton.language as tl
 from triton.language.extra import cuda as tl_cuda
 
 from onegpu.kernels.decode_attention import splits
+from onegpu.kernels.launch import triton_launch
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["HKV", "L", "ROW_TILES", "SPLITS", "window"])
 def _split_kernel(
     p_q, p_k, p_v, p_length, p_first, p_slopes, p_out, p_parts, p_stats,
     HKV, L, ROW_TILES, SPLITS, window, scale, softcap,
@@ -111,7 +112,7 @@ def _split_kernel(
         tl.store(p_stats + o_stats * 2 + 1, b_sum, mask=m_m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["HKV", "SPLITS"])
 def _combine_kernel(
     p_parts, p_stats, p_out, HKV, SPLITS, o_b, o_t, o_h,
     T: tl.constexpr, G: tl.constexpr, DV: tl.constexpr, BS: tl.constexpr, BP: tl.constexpr, BDV: tl.constexpr,
@@ -175,8 +176,11 @@ def _padded(d: int) -> int:
 
 
 @functools.cache
-def _device(index: int) -> tuple[int, bool]:
-    properties = torch.cuda.get_device_properties(index)
+def _device(device: torch.device) -> tuple[int, bool]:
+    """Streaming multiprocessors, and whether there is programmatic dependent launch."""
+    if device.type != "cuda":
+        return 1, False
+    properties = torch.cuda.get_device_properties(device)
     return properties.multi_processor_count, properties.major >= 9
 
 
@@ -202,7 +206,7 @@ def decode(
     (b, h, t, d), (_, h_kv, room, d_v) = q.shape, v.shape
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     group, align = h // h_kv, _align(k, v)
-    sms, pdl = _device(q.device.index) if q.is_cuda else (1, False)
+    sms, pdl = _device(q.device)
     seen = min(room, window + t - 1) if window else room
     bm, bn, warps, stages, parts = config or configure(b * h_kv, t * group, d, d_v, seen, q.element_size(), sms)
     tiles, whole = triton.cdiv(t * group, bm), parts == 1
@@ -212,18 +216,19 @@ def decode(
     out_strides = (out.stride(0), out.stride(2), out.stride(1))
     pad_d, pad_dv = _padded(d), _padded(d_v)
     options = {"launch_pdl": True} if pdl else {}
-    with torch.cuda.device(q.device):
-        _split_kernel[(parts * tiles * b * h_kv,)](
-            q, k, v, length, first, slopes, out, scratch, stats,
-            h_kv, room, tiles, parts, window, scale, softcap,
-            *q.stride()[:3], *(s // align for x in (k, v) for s in x.stride()[:3]), *out_strides,
-            T=t, G=group, D=d, DV=d_v, BM=bm, BN=bn, BD=pad_d, BDV=pad_dv, ALIGN=align, FIRST=first is not None,
-            WINDOW=window > 0, SOFTCAP=softcap > 0, SLOPES=slopes is not None, WHOLE=whole, PDL=pdl,
-            PRECISION="ieee" if q.dtype == torch.float32 else None, num_warps=warps, num_stages=stages, **options,
+    triton_launch(
+        _split_kernel, (parts * tiles * b * h_kv,),
+        q, k, v, length, first, slopes, out, scratch, stats,
+        h_kv, room, tiles, parts, window, scale, softcap,
+        *q.stride()[:3], *(s // align for x in (k, v) for s in x.stride()[:3]), *out_strides,
+        T=t, G=group, D=d, DV=d_v, BM=bm, BN=bn, BD=pad_d, BDV=pad_dv, ALIGN=align, FIRST=first is not None,
+        WINDOW=window > 0, SOFTCAP=softcap > 0, SLOPES=slopes is not None, WHOLE=whole, PDL=pdl,
+        PRECISION="ieee" if q.dtype == torch.float32 else None, num_warps=warps, num_stages=stages, **options,
+    )  # fmt: skip
+    if not whole:
+        block = triton.next_power_of_2(parts)
+        triton_launch(
+            _combine_kernel, (b * h * t,),
+            scratch, stats, out, h_kv, parts, *out_strides,
+            T=t, G=group, DV=d_v, BS=block, BP=min(block, 32), BDV=pad_dv, PDL=pdl, num_warps=4, **options,
         )  # fmt: skip
-        if not whole:
-            block = triton.next_power_of_2(parts)
-            _combine_kernel[(b * h * t,)](
-                scratch, stats, out, h_kv, parts, *out_strides,
-                T=t, G=group, DV=d_v, BS=block, BP=min(block, 32), BDV=pad_dv, PDL=pdl, num_warps=4, **options,
-            )  # fmt: skip

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from onegpu.kernels.launch import triton_launch
+
 _ROOT = tl.constexpr(0.7978845608028654)  # sqrt(2 / pi)
 _BLOCK = 1024
 
@@ -78,10 +80,19 @@ def forward(gate: torch.Tensor, up: torch.Tensor, activation: str, y: torch.Tens
         return
     g2, u2 = _rows(gate), _rows(up)
     rows, n = g2.shape
-    with torch.cuda.device(y.device):
-        _forward_kernel[(rows, triton.cdiv(n, _BLOCK))](
-            g2, u2, y, g2.stride(0), u2.stride(0), n, ACTIVATION=activation, BLOCK=_BLOCK, num_warps=4
-        )
+    triton_launch(
+        _forward_kernel,
+        (rows, triton.cdiv(n, _BLOCK)),
+        g2,
+        u2,
+        y,
+        g2.stride(0),
+        u2.stride(0),
+        n,
+        ACTIVATION=activation,
+        BLOCK=_BLOCK,
+        num_warps=4,
+    )
 
 
 def backward(
@@ -97,8 +108,8 @@ def backward(
         return
     d2, g2, u2 = _rows(grad), _rows(gate), _rows(up)
     rows, n = g2.shape
-    with torch.cuda.device(grad.device):
-        _backward_kernel[(rows, triton.cdiv(n, _BLOCK))](
-            d2, g2, u2, grad_gate, grad_up, d2.stride(0), g2.stride(0), u2.stride(0), n,
-            ACTIVATION=activation, BLOCK=_BLOCK, num_warps=4,
-        )  # fmt: skip
+    triton_launch(
+        _backward_kernel, (rows, triton.cdiv(n, _BLOCK)),
+        d2, g2, u2, grad_gate, grad_up, d2.stride(0), g2.stride(0), u2.stride(0), n,
+        ACTIVATION=activation, BLOCK=_BLOCK, num_warps=4,
+    )  # fmt: skip
