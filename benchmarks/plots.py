@@ -70,9 +70,74 @@ def draw_load(points: Points, figure: Any) -> None:
     axes.legend(frameon=False)
 
 
+def decode_points(results: Path = RESULTS) -> Points:
+    """``[device, format and batch, ms of ours, of the hand-captured peer, of generate()]`` of the Llama-2-7B shape."""
+    points: Points = []
+    for file in sorted(results.glob("*/model.jsonl")):
+        for row in read_rows(file):
+            if row["case"].startswith("Llama-2-7B ") and " decode" in row["case"]:
+                name = row["case"].removeprefix("Llama-2-7B ").replace(" decode, ", "\n")
+                eager = row["peers"]["transformers generate, bf16"]["ms"]["median"]
+                ms = [row[side]["ms"]["median"] for side in ("ours", "theirs")]
+                points.append([row["environment"]["device"], name, *ms, eager])
+    return points
+
+
+def draw_decode(points: Points, figure: Any) -> None:
+    """Milliseconds a step on a logarithmic axis, one panel a device."""
+    devices = list(dict.fromkeys(point[0] for point in points))
+    panels = figure.subplots(1, len(devices), sharey=True, squeeze=False)[0]
+    kinds = (
+        (2, _OURS, "onegpu"),
+        (3, _THEIRS, "transformers bf16, captured by hand"),
+        (4, "#c9c2b8", "its generate()"),
+    )
+    for axes, device in zip(panels, devices, strict=True):
+        chosen = [point for point in points if point[0] == device]
+        for place, (column, color, label) in enumerate(kinds):
+            at = [i + 0.27 * (place - 1) for i in range(len(chosen))]
+            bars = axes.bar(at, [point[column] for point in chosen], 0.25, color=color, label=label)
+            axes.bar_label(bars, fmt="%.3g", fontsize=6)
+        axes.set_xticks(range(len(chosen)), [point[1] for point in chosen], fontsize=7)
+        axes.set_yscale("log")
+        axes.set_title(device, fontsize=9)
+    panels[0].set_ylabel("ms a step, Llama-2-7B shape")
+    panels[0].legend(frameon=False, fontsize=7)
+
+
+def step_points(results: Path = RESULTS) -> Points:
+    """``[device and format, [[work, us], …]]`` of one decoding step, idle time as "nothing runs"."""
+    points: Points = []
+    for file in sorted(results.glob("*/model.jsonl")):
+        for row in read_rows(file):
+            if row["case"].endswith("budget of one step") and row.get("work"):
+                kind = row["case"].removesuffix(" budget of one step")
+                work = [[entry["what"], entry["us"]] for entry in row["work"]]
+                points.append([f"{kind}\n{row['environment']['device']}", [*work, ["nothing runs", row["idle_us"]]]])
+    return points
+
+
+def draw_step(points: Points, figure: Any) -> None:
+    """One bar a format, stacked by kind of work."""
+    axes = figure.subplots()
+    kinds = list(dict.fromkeys(kind for _, work in points for kind, _ in work))
+    colors = dict(zip(kinds, (_OURS, _THEIRS, "#edae49", "#6a994e", "#8d6a9f", "#c9c2b8", "#4d4d4d"), strict=False))
+    base = [0.0] * len(points)
+    for kind in kinds:
+        size = [max(dict(work).get(kind, 0.0), 0.0) for _, work in points]
+        axes.barh(range(len(points)), size, left=base, color=colors.get(kind, "#999999"), label=kind)
+        base = [a + b for a, b in zip(base, size, strict=True)]
+    axes.set_yticks(range(len(points)), [name for name, _ in points], fontsize=7)
+    axes.invert_yaxis()
+    axes.set(xlabel="µs of one decoding step, batch 1")
+    axes.legend(frameon=False, fontsize=7, ncols=2)
+
+
 PLOTS: dict[str, tuple[Callable[..., Points], Callable[[Points, Any], None]]] = {
     "perplexity": (perplexity_points, draw_perplexity),
     "load": (load_points, draw_load),
+    "model_decode": (decode_points, draw_decode),
+    "model_step": (step_points, draw_step),
 }
 
 

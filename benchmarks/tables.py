@@ -152,6 +152,96 @@ def bnb_suite(rows: list[Row]) -> str:
     return f"{table}{listed}\nbitsandbytes at {rows[0]['suite_commit'][:7]}; {measured_on(rows)}"
 
 
+def _with_ratio(cell: dict[str, Any] | None) -> str:
+    """``0.31 (0.30–0.33)``: ours / theirs in time."""
+    return "–" if cell is None else f"{cell['median']:.2f} ({cell['low']:.2f}–{cell['high']:.2f})"
+
+
+def _share(row: Row) -> str:
+    return f"{row['share']:.0%}" if row.get("share") is not None else "–"
+
+
+def _ceilings(rows: list[Row]) -> str:
+    """What the device reached in the run of the first row, before its cases."""
+    found, units = rows[0]["ceilings"]["before"], {"copy": "TB/s", "read": "TB/s", "bf16": "TFLOP/s", "int8": "TOP/s"}
+    return "Ceilings: " + ", ".join(f"{name} {found[name] / 1e12:.3g} {units[name]}" for name in units if name in found)
+
+
+def ops(rows: list[Row]) -> str:
+    """Cases of one op: time, ratio to the peer, share of the roofline."""
+    lines = [
+        [
+            row["case"],
+            f"{row['ours']['us']['median']:.1f}",
+            f"{row['theirs']['us']['median']:.1f}" if row["theirs"] else "–",
+            _with_ratio(row["ratio"]),
+            _share(row),
+            f"{row['ours']['host_us']:.1f}",
+        ]
+        for row in rows
+    ]
+    peers = dict.fromkeys(row["peer"] for row in rows if row["peer"])
+    head = ["case", "onegpu, µs", "peer, µs", "ratio", "share of the roofline", "host, µs"]
+    return markdown(head, lines) + f"\nPeer: {', '.join(peers)}. {_ceilings(rows)}. {measured_on(rows)}"
+
+
+def model_decode(rows: list[Row]) -> str:
+    """Milliseconds a token of whole models beside the hand-captured peer and `generate()` as it comes."""
+    lines = []
+    for row in (row for row in rows if " decode" in row["case"]):
+        eager = row["peers"].get("transformers generate, bf16")
+        bnb = next((peer for name, peer in row["peers"].items() if "bitsandbytes" in name), None)
+        lines.append(
+            [
+                row["case"].replace(" decode", ""),
+                f"{row['ours']['ms']['median']:.2f}",
+                f"{row['theirs']['ms']['median']:.2f}" + (" *" if row["note"] else ""),
+                _with_ratio(row["ratio"]),
+                f"{eager['ms']['median']:.1f}" if eager else "–",
+                f"{bnb['ms']['median']:.1f}" if bnb else "–",
+                _share(row),
+            ]
+        )
+    if not lines:
+        return _NONE
+    head = ["ms a step", "onegpu", "transformers bf16 in a CUDA graph by hand", "ratio"]
+    head += ["`generate()` of transformers bf16", "… + bitsandbytes", "share of the roofline"]
+    star = "\\* its forward cannot be captured. " if any(row.get("note") for row in rows if row["theirs"]) else ""
+    return markdown(head, lines) + f"\n{star}{_ceilings(rows)}. {measured_on(rows)}"
+
+
+def model_prefill(rows: list[Row]) -> str:
+    """Milliseconds of a whole prompt."""
+    lines = [
+        [
+            row["case"].replace(" prefill", ""),
+            f"{row['ours']['ms']['median']:.1f}",
+            f"{row['theirs']['ms']['median']:.1f}",
+            _with_ratio(row["ratio"]),
+            _share(row),
+        ]
+        for row in rows
+        if " prefill" in row["case"]
+    ]
+    head = ["ms", "onegpu", "transformers bf16, sdpa", "ratio", "share of the roofline"]
+    return markdown(head, lines) + f"\n{_ceilings(rows)}. {measured_on(rows)}" if lines else _NONE
+
+
+def step(rows: list[Row]) -> str:
+    """Where the time of one decoding step goes, by kind of work."""
+    lines, chosen = [], [row for row in rows if row["case"].endswith("budget of one step") and row.get("work")]
+    for row in chosen:
+        name = row["case"].removesuffix(" budget of one step")
+        for entry in row["work"]:
+            share = f"{entry['share']:.0%}" if "share" in entry else "–"
+            lines.append([name, entry["what"], f"{entry['launches']:.0f}", f"{entry['us']:.0f}", share])
+            name = ""
+        lines.append(["", "nothing runs", "", f"{row['idle_us']:.0f}", ""])
+        lines.append(["", "the step", f"{row['launches']:.0f}", f"{row['ours']['us']['median']:.0f}", ""])
+    head = ["batch 1", "work", "launches", "µs", "share of the roofline"]
+    return markdown(head, lines) + f"\n{_ceilings(chosen)}. {measured_on(chosen)}" if chosen else _NONE
+
+
 # Name in the pages -> results file, and how it reads. A device with no such file has no table.
 TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "fidelity": ("perplexity", fidelity),
@@ -159,6 +249,10 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "load": ("load", load),
     "timing": ("commands", commands),
     "bnb_suite": ("bnb_suite", bnb_suite),
+    "linear": ("linear", ops),
+    "model-decode": ("model", model_decode),
+    "model-prefill": ("model", model_prefill),
+    "model-step": ("model", step),
 }
 
 
@@ -172,7 +266,8 @@ def render(name: str, results: Path = RESULTS) -> str:
         raise ValueError(f"table:{name} is unknown; one of {', '.join(TABLES)}")
     benchmark, make = TABLES[name]
     files = sorted(results.glob(f"*/{benchmark}.jsonl"), key=lambda file: (file.parent.name == "cpu", file))
-    return "\n".join(make(rows) for file in files if (rows := read_rows(file))) or _NONE
+    made = [make(rows) for file in files if (rows := read_rows(file))]
+    return "\n".join(table for table in made if table != _NONE) or _NONE
 
 
 def fill(text: str, results: Path = RESULTS) -> str:

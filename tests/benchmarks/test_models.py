@@ -1,0 +1,95 @@
+"""The peers and the costs of whole models: the hand-captured peer generates what transformers generates."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import models, step_budget
+from benchmarks.hand_captured import HandCaptured
+
+
+@pytest.mark.parametrize("shape", models.SHAPES)
+def test_the_hand_captured_peer_is_transformers(shape: str, device: str) -> None:
+    model = models.plain(shape, device, True, "float32")
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(0, 0.3)
+    ids = torch.randint(3, 250, (3, 7), device=device)
+    peer = HandCaptured(model, 3, 7 + 12)
+    if shape != "BLOOM-7B1":  # its position bias is made from numbers on the host
+        peer.capture(ids)
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)[:, 7:]
+    for _ in range(2):
+        assert torch.equal(peer.generate(ids, 12), expected)
+    assert len(expected.unique()) > 3  # not one token over and over
+    assert (peer.graph is not None) == (device == "cuda" and shape != "BLOOM-7B1")
+
+
+@pytest.mark.parametrize(("shape", "billions", "kv_bytes"), [
+    ("Llama-2-7B", 6.607, 524288), ("Mistral-7B", 7.111, 131072), ("Qwen2.5-0.5B", 0.494, 12288),
+    ("Falcon-7B", 6.922, 8192), ("BLOOM-7B1", 7.069, 491520),
+])  # fmt: skip
+def test_costs_of_the_real_shapes(shape: str, billions: float, kv_bytes: int) -> None:
+    model = models.plain(shape, "meta", False)
+    # Falcon's and BLOOM's head is the embedding: it is read, and counted once.
+    assert models.parameters(model) == pytest.approx(billions * 1e9, rel=1e-3)
+    layers, heads, _, width = models.attention_sizes(model)
+    assert 2 * 2 * layers * models.attention_sizes(model)[2] * width == kv_bytes
+    assert models.attention_flops(model, 1000) == 2 * 10**6 * layers * heads * width
+
+
+def test_step_cost_counts_each_byte_once() -> None:
+    model = models.plain("Llama-2-7B", "cpu", True)
+    costs = models.step_cost(model, 3, 10)
+    weights = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
+    buffers = {b.data_ptr(): b for b in model.buffers()}  # the rotary frequencies, under two names
+    assert costs["linear"] == 2 * weights + sum(b.numel() * b.element_size() for b in buffers.values())
+    assert costs["attention"] == 2 * 2 * 4 * 16 * 2 * 3 * 10
+    assert models.step_cost(models.ours(model, "nf4"), 1, 1)["linear"] < 0.75 * costs["linear"]
+
+
+def test_the_budget_is_the_difference_of_two_traces() -> None:
+    gemm = "void cutlass::gemm::Kernel2<float, int>(float const*, int)"
+    long = {gemm: (12, 240.0), "nvjet_tst_64x8": (4, 40.0), "once": (1, 7.0), "rms_norm_kernel": (4, 8.0)}
+    short = {gemm: (2, 40.0), "once": (1, 8.0)}
+    kernels = step_budget.difference(long, short, 4)
+    assert [(k["kernel"], k["what"], k["launches"], k["us"]) for k in kernels] == [
+        ("Kernel2", "linear", 2.5, 50.0),
+        ("nvjet_tst_64x8", "linear", 1.0, 10.0),
+        ("rms_norm_kernel", "other", 1.0, 2.0),
+    ]
+    work = step_budget.by_work(kernels, {"linear": 30_000_000, "attention": 5}, 1e12)
+    assert work[0] == {
+        "what": "linear", "launches": 3.5, "us": 60.0, "bytes": 30_000_000, "roofline_us": 30.0, "share": 0.5
+    }  # fmt: skip
+    assert [entry["what"] for entry in work] == ["linear", "other"] and "share" not in work[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("_row_4bit", "linear"),
+        ("void gemv2T_kernel_val<int>", "linear"),
+        ("fmha_cutlassF_bf16_aligned_64x64_rf_sm80", "attention"),
+        ("void pytorch_flash::flash_fwd_splitkv_kernel", "attention"),
+        ("Memcpy DtoD (Device -> Device)", "copy"),
+        ("_dequantize_kernel", "dequantise"),
+        (
+            "void at::native::reduce_kernel<512, 1, ReduceOp<float, ArgMaxOps<float>>>",
+            "choice of token",
+        ),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::silu>", "other"),
+    ],
+)
+def test_kernels_are_known_by_their_names(name: str, expected: str) -> None:
+    assert step_budget.what(name) == expected
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_kernels_are_traced() -> None:
+    x = torch.randn(512, 512, device="cuda", dtype=torch.bfloat16)
+    x @ x
+    times = step_budget.kernel_times(lambda: [x @ x for _ in range(5)])
+    count, micro = max(times.values(), key=lambda pair: pair[0])
+    assert count >= 5 and 1 < micro < 1e5
