@@ -14,6 +14,11 @@ OPS = (
     "int8_vectorwise_dequant",
     "int8_linear",
     "linear_4bit",
+    "decode_attention",
+    "rms_norm",
+    "layer_norm",
+    "rotary",
+    "gated_mlp",
 )
 
 
@@ -24,6 +29,7 @@ _TRITON = {
     "int8_vectorwise_dequant": "Triton",
     "int8_linear": "Triton up to 16 rows, then dequantised",
     "linear_4bit": "Triton for one row, else dequantised",
+    **dict.fromkeys(("decode_attention", "rms_norm", "layer_norm", "rotary", "gated_mlp"), "Triton"),
 }
 
 

@@ -166,7 +166,7 @@ def configure(heads: int, rows: int, d: int, d_v: int, keys: int, itemsize: int,
     else:
         bm = max(16, min(64 if wide <= 256 else 32, triton.next_power_of_2(rows)))
         bn = max(16, min(128 if bm == 16 else 64, 16384 // wide))
-        warps, stages = (8, 2) if bm == 64 else (4, 3)
+        warps, stages = (8, 2) if bm == 64 or (bm == 32 and wide > 256) else (4, 3)
     programs = max(1, heads * triton.cdiv(rows, bm))
     return Config(bm, bn, warps, stages, splits(programs, 2, keys, sms))
 
