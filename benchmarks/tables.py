@@ -242,6 +242,24 @@ def step(rows: list[Row]) -> str:
     return markdown(head, lines) + f"\n{_ceilings(chosen)}. {measured_on(chosen)}" if chosen else _NONE
 
 
+def two_gpus(rows: list[Row]) -> str:
+    """How full two budgets are that do not hold the model."""
+    lines = []
+    for row in rows:
+        ours, budgets = row["ours"], row["arguments"]["max_memory"]
+        lines.append(
+            [
+                f'{row["case"]}: `max_memory={{0: "{budgets["0"]}", 1: "{budgets["1"]}"}}`',
+                *(f"{share:.0%}" for share in ours["share"]),
+                f"{ours['cpu_bytes'] / 1e9:.2f} GB",
+                f"{ours['load_s']:.1f} s",
+                f"{ours['s_per_token']:.2f} s",
+            ]
+        )
+    head = ["bloom-3b's shape", "GPU 0 full", "GPU 1 full", "in CPU memory", "load", "a token"]
+    return markdown(head, lines) + f"\n{measured_on(rows)}"
+
+
 # Name in the pages -> results file, and how it reads. A device with no such file has no table.
 TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "fidelity": ("perplexity", fidelity),
@@ -253,6 +271,7 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "model-decode": ("model", model_decode),
     "model-prefill": ("model", model_prefill),
     "model-step": ("model", step),
+    "two-gpus": ("two_gpus", two_gpus),
 }
 
 

@@ -1,8 +1,8 @@
 """The errors a user can meet, in one place.
 
 Each one says what was wrong, with which value, and what to do about it. `OneGPUError` catches them all; each is also
-the built-in error (`ValueError`, `MemoryError`) that existing scripts already catch. The command line prints them
-without a traceback. Anything else that escapes the package is a bug.
+the built-in error (`ValueError`, `MemoryError`, `RuntimeError`) that existing scripts already catch. The command line
+prints them without a traceback. Anything else that escapes the package is a bug.
 """
 
 from __future__ import annotations
@@ -53,6 +53,10 @@ class MemoryBudgetError(OneGPUError, MemoryError):
 
 class KernelError(OneGPUError, RuntimeError):
     """A GPU kernel cannot be compiled, loaded or launched. The message names the op and the reason that was given."""
+
+
+class SamplingError(OneGPUError, RuntimeError):
+    """Scores that no token can be sampled from, where `torch.multinomial` raises a `RuntimeError`."""
 
 
 def bad_argument(name: str, value: object, why: str, fix: str) -> ArgumentError:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from onegpu.errors import ArgumentError, CheckpointError, MemoryBudgetError, OneGPUError, bad_argument
+from onegpu.errors import ArgumentError, CheckpointError, MemoryBudgetError, OneGPUError, SamplingError, bad_argument
 
 
 def test_bad_argument_names_argument_value_and_fix():
@@ -35,7 +35,12 @@ def test_checkpoint_error_keeps_its_parts_through_pickle():
 
 @pytest.mark.parametrize(
     ("kind", "builtin"),
-    [(ArgumentError, ValueError), (CheckpointError, ValueError), (MemoryBudgetError, MemoryError)],
+    [
+        (ArgumentError, ValueError),
+        (CheckpointError, ValueError),
+        (MemoryBudgetError, MemoryError),
+        (SamplingError, RuntimeError),
+    ],
 )
 def test_each_error_is_a_onegpu_error_and_a_builtin_one(kind: type[OneGPUError], builtin: type[Exception]):
     assert issubclass(kind, OneGPUError) and issubclass(kind, builtin)

@@ -23,7 +23,7 @@ PAGE = ROOT / "docs" / "troubleshooting.md"
 _ERRORS: dict[str, tuple[int, str]] = {
     "bad_argument": (2, "why"),
     "CheckpointError": (-1, "reason"),
-    **dict.fromkeys(("ArgumentError", "KernelError", "MemoryBudgetError", "OneGPUError"), (0, "")),
+    **dict.fromkeys(("ArgumentError", "KernelError", "MemoryBudgetError", "OneGPUError", "SamplingError"), (0, "")),
     **dict.fromkeys(("ValueError", "RuntimeError", "TypeError", "KeyError", "AttributeError", "OSError"), (0, "")),
     **dict.fromkeys(("ImportError", "FileNotFoundError", "FileExistsError", "MemoryError", "IndexError"), (0, "")),
     **dict.fromkeys(("NotImplementedError", "BadParameter", "UsageError", "ClickException"), (0, "")),

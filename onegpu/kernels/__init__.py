@@ -26,6 +26,7 @@ _TRITON = {
     "quantize_4bit": "Triton",
     "dequantize_4bit": "Triton",
     "quantize_blockwise": "Triton",
+    "int8_vectorwise_quant": "Triton",
     "int8_vectorwise_dequant": "Triton",
     "int8_linear": "Triton up to 16 rows, then dequantised",
     "linear_4bit": "Triton for one row, else dequantised",

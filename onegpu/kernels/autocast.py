@@ -7,8 +7,9 @@ import torch
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype that autocast gives the inputs of a linear on ``device_type``; None where autocast is off."""
-    # Asking torch about a device without autocast ("meta") is an error there.
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+    # Asking torch about a device without autocast ("meta") is an error there, and asking which devices have it
+    # (torch.amp.is_autocast_available) ends torch 2.11's compiled graphs.
+    if device_type not in ("cpu", "cuda") or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
 

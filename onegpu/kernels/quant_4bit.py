@@ -91,7 +91,7 @@ def _quantize_cuda(
         return _quantize(A, blocksize, quant_type, quant_storage)
     from onegpu.kernels import quant_4bit_triton
 
-    flat = A.reshape(-1)
+    flat = A.reshape(-1).contiguous()  # of every other column, reshape makes a view with a stride of two
     packed = torch.empty(packed_bytes(flat.numel(), quant_storage), dtype=torch.uint8, device=A.device)
     if packed.numel() > (flat.numel() + 1) // 2:
         packed[(flat.numel() + 1) // 2 :] = 0

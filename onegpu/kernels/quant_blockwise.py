@@ -47,7 +47,7 @@ def _quantize_cuda(A: torch.Tensor, code: torch.Tensor, blocksize: int) -> tuple
 
     out = torch.empty(A.shape, dtype=torch.uint8, device=A.device)
     absmax = torch.empty(-(-A.numel() // blocksize), dtype=torch.float32, device=A.device)
-    quant_blockwise_triton.quantize(A.reshape(-1), code.contiguous(), blocksize, out, absmax)
+    quant_blockwise_triton.quantize(A.reshape(-1).contiguous(), code.contiguous(), blocksize, out, absmax)
     return out, absmax
 
 

@@ -36,13 +36,33 @@ def _quantize(A: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Te
     return codes.view(A.shape), absmax, mask
 
 
+def _quantize_cuda(A: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if not has_triton() or not A.numel() or not A.is_contiguous():
+        return _quantize(A, threshold)
+    from onegpu.kernels import quant_int8_triton
+
+    rows = A.view(-1, A.shape[-1])
+    mask = torch.zeros(rows.shape[1], dtype=torch.bool, device=A.device)
+    absmax = torch.empty(rows.shape[0], dtype=torch.float32, device=A.device)
+    codes = torch.empty(rows.shape, dtype=torch.int8, device=A.device)
+    quant_int8_triton.quantize(rows, threshold, codes, absmax, mask)
+    if threshold > 0.0:
+        codes.masked_fill_(mask, 0)
+    return codes.view(A.shape), absmax, mask
+
+
 def _quantize_fake(A: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     rows = A.numel() // A.shape[-1]
     codes = torch.empty(A.shape, dtype=torch.int8, device=A.device)
     return codes, A.new_empty((rows,), dtype=torch.float32), A.new_empty((A.shape[-1],), dtype=torch.bool)
 
 
-define("int8_vectorwise_quant(Tensor A, float threshold) -> (Tensor, Tensor, Tensor)", _quantize, _quantize_fake)
+define(
+    "int8_vectorwise_quant(Tensor A, float threshold) -> (Tensor, Tensor, Tensor)",
+    _quantize,
+    _quantize_fake,
+    cuda=_quantize_cuda,
+)
 
 
 def _dequantize(codes: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -160,7 +160,7 @@ def test_the_registry_is_sound(monkeypatch: pytest.MonkeyPatch) -> None:
         for test in case.tests:
             file, _, name = test.partition("::")
             assert (root / file).is_file() and f"def {name}(" in (root / file).read_text(encoding="utf-8"), test
-    with pytest.raises(ValueError, match="names no/file.py as its source, which does not exist"):
+    with pytest.raises(ValueError, match=r"names no/file\.py as its source, which does not exist"):
         make("a", sources=("no/file.py",)).digest()
     from benchmarks.cases import linear
 

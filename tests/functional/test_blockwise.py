@@ -133,6 +133,9 @@ def test_4bit_quantises_a_view_as_its_elements_stand(device: str) -> None:
         packed, state = F.quantize_4bit(view, quant_type="nf4")
         expected, expected_state = F.quantize_4bit(view.clone(memory_format=torch.contiguous_format), quant_type="nf4")
         assert torch.equal(packed, expected) and torch.equal(state.absmax, expected_state.absmax)
+        codes, blockwise = F.quantize_blockwise(view)
+        expected, expected_state = F.quantize_blockwise(view.clone(memory_format=torch.contiguous_format))
+        assert torch.equal(codes, expected) and torch.equal(blockwise.absmax, expected_state.absmax)
 
 
 def test_4bit_keeps_a_nan_visible(device: str) -> None:
