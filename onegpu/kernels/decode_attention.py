@@ -11,8 +11,6 @@ keys are read once. A second kernel adds the parts in a fixed order, in float32 
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 from onegpu.errors import bad_argument
@@ -20,7 +18,7 @@ from onegpu.kernels.library import define, has_triton
 
 MAX_QUERIES = 8
 _MAX_SPLITS = 256
-_SPLIT_KEYS = 4096  # a split has at most so many, that a long sequence in a batch of short ones is not one program's
+_SPLIT_KEYS = 8192  # a split has at most so many, that a long sequence in a batch of short ones is not one program's
 _FEWEST_KEYS = 128  # and at least so many: less is not worth a part
 
 
@@ -143,23 +141,22 @@ def decode_attention(
     if not q.dtype == k.dtype == v.dtype:
         raise bad_argument("k", k.dtype, f"is not the dtype of q and v, {q.dtype} and {v.dtype}", "convert one of them")
     scale = d**-0.5 if scale is None else scale
-    return torch.ops.onegpu.decode_attention(  # type: ignore[no-any-return]
+    return torch.ops.onegpu.decode_attention.default(  # type: ignore[no-any-return]
         q, k, v, length, first, scale, window, softcap, slopes
     )
 
 
-@functools.lru_cache(maxsize=1024)
-def splits(sequences: int, tiles: int, keys: int, sms: int) -> int:
-    """Into how many parts the keys of a sequence are split: two programs for each SM, at once.
+def splits(programs: int, keys: int, sms: int) -> int:
+    """Into how many parts the keys of a sequence are split: a program for each SM, or two where that leaves many idle.
 
     Args:
-        sequences: batch × key heads × row tiles; each gets as many programs as there are splits.
-        tiles: programs that fit on one SM.
+        programs: batch × key heads × row tiles; each becomes as many programs as there are splits.
         keys: the most keys that a query can see.
         sms: streaming multiprocessors.
     """
-    wanted = max(tiles * sms // sequences, -(-keys // _SPLIT_KEYS))
-    return max(1, min(wanted, -(-keys // _FEWEST_KEYS), _MAX_SPLITS))
+    one = sms // programs if sms >= programs else 1
+    even = one if one * programs >= 0.9 * sms else 2 * sms // programs
+    return max(1, min(max(even, -(-keys // _SPLIT_KEYS)), -(-keys // _FEWEST_KEYS), _MAX_SPLITS))
 
 
 def cost(b: int, h: int, h_kv: int, t: int, keys: int, d: int, d_v: int, itemsize: int) -> tuple[int, int]:

@@ -13,8 +13,12 @@ _BLOCK = 1024
 
 
 @triton.jit
-def _tanh(b_x):
-    return 1.0 - 2.0 / (1.0 + tl.exp(2.0 * b_x))  # of large x: 1 - 2 / inf, and 1 - 2 / 1
+def _sigmoids(b_x):
+    """sigmoid(x) and sigmoid(-x), neither by a difference."""
+    b_small = tl.exp(-tl.abs(b_x))
+    b_large = 1.0 / (1.0 + b_small)
+    b_small *= b_large
+    return tl.where(b_x < 0, b_small, b_large), tl.where(b_x < 0, b_large, b_small)
 
 
 @triton.jit
@@ -23,8 +27,8 @@ def _act(b_x, ACTIVATION: tl.constexpr):
         return b_x / (1.0 + tl.exp(-b_x))
     elif ACTIVATION == "gelu":
         return 0.5 * b_x * (1.0 + tl.erf(b_x * 0.7071067811865476))
-    else:
-        return 0.5 * b_x * (1.0 + _tanh((b_x + 0.044715 * b_x * b_x * b_x) * _ROOT))
+    else:  # 0.5 + 0.5 * tanh(z) is sigmoid(2 z)
+        return b_x / (1.0 + tl.exp((b_x + 0.044715 * b_x * b_x * b_x) * (-2.0 * _ROOT)))
 
 
 @triton.jit
@@ -35,9 +39,9 @@ def _slope(b_x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu":
         return 0.5 * (1.0 + tl.erf(b_x * 0.7071067811865476)) + b_x * tl.exp(-0.5 * b_x * b_x) * (0.5 * _ROOT)
     else:
-        b_tanh = _tanh((b_x + 0.044715 * b_x * b_x * b_x) * _ROOT)
-        b_inner = (1.0 + 0.134145 * b_x * b_x) * _ROOT
-        return 0.5 * (1.0 + b_tanh) + 0.5 * b_x * (1.0 - b_tanh * b_tanh) * b_inner
+        b_plus, b_minus = _sigmoids((b_x + 0.044715 * b_x * b_x * b_x) * (2.0 * _ROOT))
+        b_inner = (1.0 + 0.134145 * b_x * b_x) * (2.0 * _ROOT)
+        return b_plus + b_x * b_plus * b_minus * b_inner
 
 
 @triton.jit

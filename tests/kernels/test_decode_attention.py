@@ -177,12 +177,14 @@ def test_what_does_not_go_together_is_an_error(change: Any, names: str) -> None:
 
 
 def test_splits_fill_the_gpu_and_no_more() -> None:
-    assert splits(8, 2, 32768, 132) == 33  # two programs for each SM
-    assert splits(32, 2, 4096, 132) == 8
-    assert splits(8, 2, 300, 132) == 3  # none has fewer than 128 keys
-    assert splits(1000, 2, 4096, 132) == 1
-    assert splits(1000, 2, 32768, 132) == 8  # a long sequence is not left to one program
-    assert splits(1, 2, 0, 132) == 1
+    assert splits(8, 32768, 132) == 16  # a program for each SM
+    assert splits(32, 4096, 132) == 4
+    assert splits(70, 4096, 132) == 3  # two for each: 70 of 132 would leave half of it idle
+    assert splits(120, 4096, 132) == splits(128, 4096, 132) == 1
+    assert splits(8, 300, 132) == 3  # none has fewer than 128 keys
+    assert splits(1000, 4096, 132) == 1
+    assert splits(1000, 32768, 132) == 4  # a long sequence is not left to one program
+    assert splits(1, 0, 132) == 1
 
 
 def test_cost_counts_keys_values_queries_and_output() -> None:
