@@ -11,6 +11,9 @@ keys are read once. A second kernel adds the parts in a fixed order, in float32 
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 
 from onegpu.errors import bad_argument
@@ -62,7 +65,7 @@ def _decode(
 def _empty(q: torch.Tensor, d_v: int) -> torch.Tensor:
     """In memory ``[B, T, H, D_v]``: the layout that the output projection reads."""
     b, h, t, _ = q.shape
-    return torch.empty(b, t, h, d_v, dtype=q.dtype, device=q.device).transpose(1, 2)
+    return torch.empty_strided((b, h, t, d_v), (t * h * d_v, d_v, h * d_v, 1), dtype=q.dtype, device=q.device)
 
 
 def _decode_cuda(
@@ -78,12 +81,17 @@ def _decode_cuda(
 ) -> torch.Tensor:
     if not has_triton() or q.dtype == torch.float64:
         return _decode(q, k, v, length, first, scale, window, softcap, slopes)
-    from onegpu.kernels import decode_attention_triton
-
     out = _empty(q, v.shape[-1])
     if out.numel():
-        decode_attention_triton.decode(q, k, v, length, first, scale, window, softcap, slopes, out)
+        _kernels().decode(q, k, v, length, first, scale, window, softcap, slopes, out)
     return out
+
+
+@functools.cache
+def _kernels() -> Any:
+    from onegpu.kernels import decode_attention_triton
+
+    return decode_attention_triton
 
 
 def _decode_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, length: torch.Tensor, *_: object) -> torch.Tensor:

@@ -76,19 +76,7 @@ def _descriptor(given: Any, meta: dict[str, Any]) -> list[Any]:
     return [made, *shape, *strides]
 
 
-class Bound:
-    """A launch with fixed grid, numbers and constants; called with its tensors, in the order of the arguments."""
-
-    def __init__(self, launch: Callable[..., None], args: tuple[Any, ...]) -> None:
-        self._launch = launch
-        self._tensors = [index for index, arg in enumerate(args) if isinstance(arg, torch.Tensor)]
-        self._args = [None if isinstance(arg, torch.Tensor) else arg for arg in args]
-
-    def __call__(self, *tensors: torch.Tensor) -> None:
-        args = self._args.copy()
-        for index, tensor in zip(self._tensors, tensors, strict=True):
-            args[index] = tensor
-        self._launch(*args)
+Bound = Callable[..., None]  # called with its tensors, in the order of the arguments
 
 
 class TritonKernel:
@@ -161,8 +149,14 @@ class TritonKernel:
 
     def bind(self, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any], cluster: int) -> Bound:
         """A launch of which only the addresses are open, see `onegpu.kernels.launch.triton_bind`."""
+        tensors = [index for index, arg in enumerate(args) if isinstance(arg, torch.Tensor)]
         if self._interpreted:
-            return Bound(lambda *given: self.function[grid](*given, **constants), args)
+
+            def call(*given: torch.Tensor) -> None:
+                filled = dict(zip(tensors, given, strict=True))
+                self.function[grid](*(filled.get(index, arg) for index, arg in enumerate(args)), **constants)
+
+            return call
         device, key, _ = self._key(args, constants)
         with torch.cuda.device(device):
             made = self._made.get(key) or self._make(key, device, args, constants)
@@ -172,24 +166,26 @@ class TritonKernel:
             raise KernelError(f"{self.op}: descriptors, Triton's scratch and its clusters cannot be bound")
         attributes = driver.attributes(made.pdl, made.cooperative, (cluster, 1, 1), spread=True)
         sizes = (*grid, 1, 1)[:3]
+        values = [args[index] for index in made.indices] + [0, 0]
+        # A tensor that the code does not read has no place among them.
+        places = [made.indices.index(index) if index in made.indices else -1 for index in tensors]
+        values.append(0)  # where those go: taken off again
+        kernel, threads, shared, launch_packed = made.kernel, made.threads, made.shared, made.packer.launch
 
-        def launch(*given: Any) -> None:
+        def launch(*given: torch.Tensor) -> None:
             if device != current_device():
                 with torch.cuda.device(device):
                     return launch(*given)
-            values = [given[index] for index in made.indices]
-            for place in places:
-                tensor = values[place]
+            filled = values.copy()
+            for place, tensor in zip(places, given, strict=True):
                 if tensor.get_device() != device:
                     raise other_device(self.op, tensor, device)
-                values[place] = tensor.data_ptr()
-            values += (0, 0)
-            stream = raw_stream(device)
-            made.packer.launch(made.kernel, sizes, made.threads, made.shared, stream, attributes, values, device)
+                filled[place] = tensor.data_ptr()
+            filled.pop()
+            launch_packed(kernel, sizes, threads, shared, raw_stream(device), attributes, filled, device)
             return None
 
-        places = [place for place, index in enumerate(made.indices) if isinstance(args[index], torch.Tensor)]
-        return Bound(launch, args)
+        return launch
 
     def _make(self, key: tuple[Any, ...], device: int, args: tuple[Any, ...], constants: dict[str, Any]) -> _Made:
         refuse_capture(self.op)
