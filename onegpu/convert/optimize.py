@@ -27,6 +27,12 @@ class State:
     attributes: dict[str, Any] = field(default_factory=dict)
     quantized: bool = False
 
+    def forget_weights(self) -> None:
+        """The weights were expanded in another way than by :func:`restore`."""
+        self.originals.clear()
+        self.attributes.clear()
+        self.quantized = False
+
 
 def optimize(
     model: Any,
@@ -66,10 +72,6 @@ def optimize(
     for rule in RULES:
         rule.apply(model, settings, state, keep_original, report)
     if settings is not None:
-        if not report.swapped:
-            raise bad_argument(
-                "quantize", quantize, f"finds no linear layer in {type(model).__name__}", "leave the model as it is"
-            )
         _mark_quantized(model, settings, state, skips)
         if not keep_original:
             report.notes.append("The float weights are gone; keep_original=True would have kept them in CPU memory.")

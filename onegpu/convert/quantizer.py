@@ -212,7 +212,8 @@ class OneGPUQuantizer(HfQuantizer):
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         dequantize_modules(model, dtype or model.config.dtype or torch.float32)
         instance.unbind(model)
-        model.__dict__.pop("_onegpu", None)  # what optimize() would need to restore: it is no longer so
+        if (state := model.__dict__.get("_onegpu")) is not None:
+            state.forget_weights()
         return model
 
 

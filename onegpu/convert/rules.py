@@ -12,6 +12,7 @@ from torch import nn
 
 from onegpu.convert.quantized import Target, find_targets, is_conv1d, quantized_experts, quantized_linear
 from onegpu.convert.report import Change, Report
+from onegpu.convert.structure_rule import UseKernels
 from onegpu.convert.swap import stack_to_parameter, swap_module
 from onegpu.errors import bad_argument
 from onegpu.formats.bitsandbytes import Settings
@@ -37,6 +38,13 @@ class QuantizeWeights:
             return
         targets, left = find_targets(model, settings)
         report.changes += left
+        if not targets:
+            raise bad_argument(
+                "quantize",
+                settings.quant_type,
+                f"finds no linear layer in {type(model).__name__}",
+                "leave the model as it is",
+            )
         _check_finite(model, targets, settings)
         for target in targets:
             swap = self._experts if target.kind == "experts" else self._linear
@@ -106,4 +114,4 @@ def _to_cpu(module: Any) -> torch.Tensor:
     return values
 
 
-RULES: tuple[Rule, ...] = (QuantizeWeights(),)
+RULES: tuple[Rule, ...] = (QuantizeWeights(), UseKernels())

@@ -9,20 +9,23 @@ from torch import nn
 from onegpu.convert.optimize import State
 from onegpu.convert.report import Report
 from onegpu.convert.rules import RULES, QuantizeWeights
+from onegpu.convert.structure_rule import UseKernels
 from onegpu.errors import ArgumentError
 from onegpu.formats.bitsandbytes import Settings
 from tests.tiny import tiny_model
 
 
 def test_the_registry():
-    assert [type(rule) for rule in RULES] == [QuantizeWeights]
+    assert [type(rule) for rule in RULES] == [QuantizeWeights, UseKernels]
 
 
-def test_no_settings_no_change():
+def test_no_settings_no_change_of_weights():
     model, report = tiny_model("llama"), Report("optimize")
+    before = dict(model.named_parameters())
     for rule in RULES:
         rule.apply(model, None, State(), False, report)
-    assert not report.changes
+    assert {change.after for change in report.changes} == {"onegpu RMSNorm", "onegpu GatedMLP"}
+    assert all(before[name] is parameter for name, parameter in model.named_parameters())
 
 
 def test_apply_and_restore_are_inverse_and_noted():

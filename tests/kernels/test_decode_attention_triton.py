@@ -22,7 +22,8 @@ def _compiled_split(architecture: int, dtype: str, d: int, rows: int, whole: boo
     constants = {
         "T": 1, "G": rows, "D": d, "DV": d, "BM": config.bm, "BN": config.bn, "BD": kernels._padded(d),
         "BDV": kernels._padded(d), "ALIGN": 8, "FIRST": whole, "WINDOW": whole, "SOFTCAP": whole, "SLOPES": whole,
-        "WHOLE": whole, "PDL": architecture >= 90, "PRECISION": "ieee" if dtype == "fp32" else None, "UNIT": 1.4426950408889634 if dtype == "fp32" else 1.0,
+        "WHOLE": whole, "PDL": architecture >= 90, "PRECISION": "ieee" if dtype == "fp32" else None,
+        "UNIT": 1.4426950408889634 if dtype == "fp32" else 1.0,
         "BS": 4 if architecture >= 90 and not whole else 0,
     }  # fmt: skip
     arguments = {name: arguments[name] for name in kernels._split_kernel.arg_names if name in arguments}
