@@ -22,7 +22,8 @@ from tests.tiny import tiny_config, tiny_model
 # model type -> norms, gated MLPs: of two layers
 COUNTS = {
     "llama": (5, 2), "mistral": (5, 2), "qwen2": (5, 2), "gemma3_text": (13, 2), "mixtral": (5, 0),
-    "falcon_old": (3, 0), "falcon_new": (5, 0), "bloom": (6, 0), "opt": (5, 0), "gpt2": (5, 0), "t5": (12, 0), "bert": (6, 0),
+    "falcon_old": (3, 0), "falcon_new": (5, 0), "bloom": (6, 0),
+    "opt": (5, 0), "gpt2": (5, 0), "t5": (12, 0), "bert": (6, 0),
 }  # fmt: skip
 MORE = {"Olmo2": (9, 2), "Qwen3": (9, 2), "Gemma2": (9, 2), "Phi3": (5, 0), "Cohere": (0, 2)}
 
