@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks import timing
+
 
 class HandCaptured:
     """Greedy decoding of a fixed batch with a fixed cache.
@@ -54,17 +56,8 @@ class HandCaptured:
         if self.model.device.type != "cuda":
             return
         self.start(ids)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.inference_mode(), torch.cuda.stream(stream):
-            for _ in range(2):
-                self._forward(self.token)
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.inference_mode(), torch.cuda.graph(graph, stream=stream):
-            self._forward(self.token)
-        self.graph = graph
+        with torch.inference_mode():
+            self.graph = timing.capture(lambda: self._forward(self.token))
 
     def step(self) -> None:
         """The next token, in `token` once the device is done."""

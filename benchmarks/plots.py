@@ -100,9 +100,13 @@ def draw_decode(points: Points, figure: Any) -> None:
             axes.bar_label(bars, fmt="%.3g", fontsize=6)
         axes.set_xticks(range(len(chosen)), [point[1] for point in chosen], fontsize=7)
         axes.set_yscale("log")
+        axes.set_yticks(ticks := [1, 2, 5, 10, 20, 50, 100, 200], [str(tick) for tick in ticks])
+        axes.minorticks_off()
+        axes.set_ylim(0.8 * min(min(p[2:]) for p in points), 1.4 * max(max(p[2:]) for p in points))
         axes.set_title(device, fontsize=9)
     panels[0].set_ylabel("ms a step, Llama-2-7B shape")
-    panels[0].legend(frameon=False, fontsize=7)
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, frameon=False, fontsize=7, ncols=3, loc="outside lower center")
 
 
 def step_points(results: Path = RESULTS) -> Points:
@@ -130,7 +134,7 @@ def draw_step(points: Points, figure: Any) -> None:
     axes.set_yticks(range(len(points)), [name for name, _ in points], fontsize=7)
     axes.invert_yaxis()
     axes.set(xlabel="µs of one decoding step, batch 1")
-    axes.legend(frameon=False, fontsize=7, ncols=2)
+    figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=7, ncols=4, loc="outside lower center")
 
 
 PLOTS: dict[str, tuple[Callable[..., Points], Callable[[Points, Any], None]]] = {

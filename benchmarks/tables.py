@@ -185,6 +185,22 @@ def ops(rows: list[Row]) -> str:
     return markdown(head, lines) + f"\nPeer: {', '.join(peers)}. {_ceilings(rows)}. {measured_on(rows)}"
 
 
+def launches(rows: list[Row]) -> str:
+    """Host microseconds of one launch."""
+    lines = [
+        [
+            f"{row['case']}, beside {row['peer']}",
+            f"{row['ours']['us']['median']:.1f}",
+            f"{row['theirs']['us']['median']:.1f}",
+            _with_ratio(row["ratio"]),
+        ]
+        for row in rows
+    ]
+    return (
+        markdown(["a launch with nine arguments", "onegpu, µs", "peer, µs", "ratio"], lines) + f"\n{measured_on(rows)}"
+    )
+
+
 def model_decode(rows: list[Row]) -> str:
     """Milliseconds a token of whole models beside the hand-captured peer and `generate()` as it comes."""
     lines = []
@@ -267,6 +283,7 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "load": ("load", load),
     "timing": ("commands", commands),
     "bnb_suite": ("bnb_suite", bnb_suite),
+    "launch": ("launch", launches),
     "linear": ("linear", ops),
     "model-decode": ("model", model_decode),
     "model-prefill": ("model", model_prefill),

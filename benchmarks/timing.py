@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -11,6 +13,38 @@ from benchmarks.case import Call
 
 ROUNDS = 21  # samples a side
 _SAMPLE = 1e-3  # seconds that one sample should take, so that the clock's steps do not matter
+
+
+def capture(run: Callable[[], Any], warm: int = 2) -> Any:
+    """A CUDA graph of ``run``, which is called ``warm`` times before, on the stream that is captured.
+
+    Raises:
+        RuntimeError: it waits for the host. torch's allocator is then told that the capture is over: by itself it would
+            go on refusing to give memory back.
+    """
+    import torch
+
+    gc.collect()  # not during the capture
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(warm):
+            run()
+        torch.cuda.synchronize()
+        pool = torch.cuda.graph_pool_handle()
+        graph.capture_begin(pool=pool)
+        try:
+            run()
+        except Exception:
+            with contextlib.suppress(RuntimeError):
+                graph.capture_end()
+            with contextlib.suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+            torch.cuda.synchronize()
+            raise
+        graph.capture_end()
+    torch.cuda.current_stream().wait_stream(stream)
+    return graph
 
 
 class Side:
@@ -31,26 +65,13 @@ class Side:
             call()
 
     def _capture(self) -> None:
-        """A CUDA graph of all calls; a side that synchronises cannot be captured and is timed from its host loop."""
-        import torch
-
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                self._all()
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
+        """A side that waits for the host cannot be captured and is timed from its host loop."""
         try:
-            with torch.cuda.graph(graph, stream=stream):
-                self._all()
+            self._run = capture(self._all).replay
+            self.launch = "graph"
         except RuntimeError as error:
-            torch.cuda.synchronize()
             self.launch = "eager: cannot be captured"
             print(f"{self.launch} ({str(error).partition(chr(10))[0]})", file=sys.stderr)
-            return
-        self.launch, self._run = "graph", graph.replay
 
     def _time(self) -> float:
         """Seconds of all calls, once."""

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
     from onegpu import errors, functional, nn
     from onegpu.auto import AutoConfig, AutoProcessor, AutoTokenizer, BitsAndBytesConfig, pipeline
-    from onegpu.convert import Report, optimize, restore
+    from onegpu.convert import Report
+    from onegpu.engine.optimize import optimize, restore
     from onegpu.kernels.warmup import warmup
 
 __version__ = "0.1.0.dev0"
@@ -43,8 +44,8 @@ _OWNERS = {
     "BitsAndBytesConfig": "onegpu.auto",
     "pipeline": "onegpu.auto",
     "Report": "onegpu.convert",
-    "optimize": "onegpu.convert",
-    "restore": "onegpu.convert",
+    "optimize": "onegpu.engine.optimize",
+    "restore": "onegpu.engine.optimize",
     "warmup": "onegpu.kernels.warmup",
 }
 

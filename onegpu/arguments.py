@@ -139,7 +139,8 @@ def _attention(kwargs: dict[str, Any], request: Request) -> None:
         )
     request.flash = flash or attention in _FLASH
     if request.flash:
-        # Until the kernels of onegpu register themselves, transformers' choice (SDPA where the model has it) serves.
+        # Loaded with what transformers chooses: models that have no other attention than their own load as well, and
+        # whatever ours can serve is converted after that.
         kwargs.pop("attn_implementation", None)
 
 

@@ -22,8 +22,13 @@ from transformers.initialization import no_init_weights
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from onegpu.arguments import Request, check_path, checkpoint_dtype, translate
+from onegpu.convert import instance
+from onegpu.convert.attention import register
+from onegpu.convert.attention_rule import say_left, take_attention
 from onegpu.convert.dequantize import leave_new_layers
+from onegpu.convert.optimize import optimize
 from onegpu.convert.session import Session, loading
+from onegpu.engine.generate import attach as attach_generate
 from onegpu.errors import ArgumentError, CheckpointError, bad_argument
 from onegpu.formats.bitsandbytes import Settings
 from onegpu.formats.checkpoint import read_headers
@@ -39,6 +44,8 @@ from onegpu.placement.sizes import stored_sizes
 logger = logging.getLogger("onegpu")
 
 __all__ = ["AutoConfig", "AutoProcessor", "AutoTokenizer", "BitsAndBytesConfig", "pipeline"]
+
+register()  # two entries in dictionaries: attn_implementation="onegpu" works in plain transformers from here on
 
 _CONFIG_ARGUMENTS = ("dtype", "torch_dtype", "quantization_config", "attn_implementation", "experts_implementation")
 
@@ -72,7 +79,8 @@ def load(from_pretrained: Any, path: Any, model_args: tuple[Any, ...], kwargs: d
         quantization_config: a ``BitsAndBytesConfig`` (or dict) served by onegpu; another one goes to transformers.
         bnb_4bit_*, llm_int8_*: fields of ``BitsAndBytesConfig``, beside ``load_in_…bit``.
         replace_default_skips: ``llm_int8_skip_modules`` replaces the default skip list instead of adding to it.
-        use_flash_attention_2: the same as ``attn_implementation="flash_attention_2"``; no package is needed.
+        use_flash_attention_2: the same as ``attn_implementation="flash_attention_2"`` and ``"onegpu"``: FlashAttention,
+            no package needed. Parts of a model that it does not serve keep their own attention, and it says so.
         torch_dtype, dtype: dtype of the float weights; the checkpoint's by default.
         device_map: "auto", "balanced", "balanced_low_0", "sequential", a device, or a dict from parts to devices. What
             does not fit on GPUs goes to CPU memory, quantised weights as they are.
@@ -92,6 +100,7 @@ def load(from_pretrained: Any, path: Any, model_args: tuple[Any, ...], kwargs: d
         path = materialize(path, gguf_file=gguf_file)
     check_path(path)
     config, kwargs = _load_config(path, kwargs)
+    flash = take_attention(config) or request.flash
     session = _claim(path, config, request, kwargs)
     kwargs["dtype"] = _resolve_dtype(path, config, request)
     placement = _settle(from_pretrained, path, config, request, session, kwargs)
@@ -116,6 +125,10 @@ def load(from_pretrained: Any, path: Any, model_args: tuple[Any, ...], kwargs: d
         logger.warning("%s", placement.text)
     else:
         allow_expansion(model)
+    instance.bind_conversions(model)
+    if flash:
+        say_left(optimize(model), model)
+    attach_generate(model)
     return (model, info) if wants_info else model
 
 

@@ -23,3 +23,22 @@ template <int TIMES> __global__ void scale(const float* x, float* y, long long n
 
 def scale_kernel(**constants: Any) -> CudaKernel:
     return CudaKernel("scale", SCALE, "scale<3>", "PPqf", {"SHARED": False, **constants})
+
+
+# Reads its own element, waits a while in some blocks, writes the next buffer and poisons the one it read.
+CHAIN = """
+extern "C" __global__ void stage(float* x, float* y, int n, int number) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if ((blockIdx.x + number) % 3 == 0)
+        for (int j = 0; j < 4; ++j) __nanosleep(500);
+    if (i < n) {
+        float value = x[i];
+        x[i] = __int_as_float(0x7fffffff);
+        y[i] = value + 1.0f;
+    }
+}
+"""

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import transformers
 
+from tests.tiny_more import MORE
+
 VOCAB_SIZE = 128
 CONTEXT = 256
 PAD, BOS, EOS, UNK = range(4)
@@ -211,9 +213,13 @@ def tiny_tokenizer(context: int = CONTEXT) -> transformers.PreTrainedTokenizerFa
     return fast
 
 
+def _recipe(model_type: str) -> tuple[str, str, dict[str, Any]]:
+    return _RECIPES[model_type] if model_type in _RECIPES else MORE[model_type]
+
+
 def tiny_config(model_type: str, **overrides: Any) -> transformers.PreTrainedConfig:
-    """The configuration of `model_type` (a name of MODEL_TYPES); `overrides` replace single fields."""
-    config_class, _, arguments = _RECIPES[model_type]
+    """The configuration of `model_type` (a name of MODEL_TYPES or MORE); `overrides` replace single fields."""
+    config_class, _, arguments = _recipe(model_type)
     arguments = {"vocab_size": VOCAB_SIZE, **_IDS, **arguments, **overrides}
     config: transformers.PreTrainedConfig = getattr(transformers, config_class)(**arguments)
     return config
@@ -226,7 +232,7 @@ def tiny_model(
     config = tiny_config(model_type, **overrides)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: transformers.PreTrainedModel = getattr(transformers, _RECIPES[model_type][1])(config)
+        model: transformers.PreTrainedModel = getattr(transformers, _recipe(model_type)[1])(config)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if parameter.dim() == 1:

@@ -51,3 +51,30 @@ def stack_bytes(kernel: Any) -> int:
         text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
     (stack, local) = re.findall(r" STACK:(\d+) .* LOCAL:(\d+)", text.stdout)[0]
     return int(stack) + int(local)
+_PTX_BYTES = {"u64": 8, "b64": 8, "s64": 8, "f64": 8, "u32": 4, "b32": 4, "s32": 4, "f32": 4, "u16": 2, "b16": 2}
+
+
+def ptx_parameter_bytes(ptx: str) -> list[int]:
+    """Size of each parameter of the only kernel in a PTX text, in order."""
+    head = re.search(r"\.entry [^(]*\((.*?)\n\)", ptx, re.DOTALL)
+    assert head is not None
+    sizes = []
+    for line in head[1].split(",\n"):
+        found = re.search(r"\.param(?: \.align \d+)? \.(\w+)[^,]*? \w+(?:\[(\d+)\])?\s*$", line.strip())
+        assert found is not None, line
+        sizes.append(_PTX_BYTES.get(found[1], 1) * int(found[2] or 1))
+    return sizes
+
+
+def spills(made: Any) -> int:
+    """Bytes of registers that ptxas moves to memory, stores and loads together, in a compiled kernel."""
+    import triton.backends.nvidia
+
+    target = re.search(r"\.target (sm_\w+)", made.asm["ptx"])
+    assert target is not None
+    program = Path(triton.backends.nvidia.__file__).parent / "bin" / "ptxas"
+    command = [program, "-v", f"--gpu-name={target[1]}", "-", "-o", os.devnull]
+    run = subprocess.run(command, input=made.asm["ptx"], capture_output=True, text=True, timeout=240)
+    found = re.findall(r"(\d+) bytes spill (?:stores|loads)", run.stderr)
+    assert run.returncode == 0 and found, run.stderr[-3000:]
+    return sum(map(int, found))

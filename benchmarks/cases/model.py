@@ -21,7 +21,7 @@ from benchmarks.spread import paired_ratio, spread
 PROMPT, PREFILL = 128, 4096
 _SOURCES = tuple(f"onegpu/{part}" for part in ("engine", "kernels", "nn", "convert"))
 _SOURCES += tuple(f"benchmarks/{name}.py" for name in ("cases/model", "models", "hand_captured", "step_budget"))
-_TESTS = ("tests/kernels/test_linear_few_rows_triton.py::test_on_a_gpu",)
+_TESTS = tuple(f"tests/nn/test_linear_{bits}bit.py::test_forward_and_gradient" for bits in (4, 8))
 _ROUNDS = 3
 
 

@@ -77,6 +77,23 @@ def save_pretrained(
         self.config.quantization_config = config
 
 
+def to_bettertransformer(self: Any) -> Any:
+    """``onegpu.optimize(self)``, in place: attention becomes FlashAttention where it can be. Returns the model."""
+    from onegpu.convert.attention_rule import say_left
+    from onegpu.convert.optimize import optimize
+
+    say_left(optimize(self), self)
+    return self
+
+
+def reverse_bettertransformer(self: Any) -> Any:
+    """``onegpu.restore(self)``: takes :func:`to_bettertransformer` back, in place. Returns the model."""
+    from onegpu.convert.optimize import restore
+
+    restore(self)
+    return self
+
+
 class BoundMethod:
     """``types.MethodType`` that can be pickled: that one comes back as whatever the *class* calls by its name."""
 
@@ -89,6 +106,12 @@ class BoundMethod:
 
 
 _METHODS = (num_parameters, to, cuda, save_pretrained)
+
+
+def bind_conversions(model: Any) -> None:
+    """Give a model of our Auto classes the methods that optimum once gave it."""
+    for method in (to_bettertransformer, reverse_bettertransformer):
+        model.__dict__[method.__name__] = BoundMethod(method, model)
 
 
 def bind(model: Any) -> None:

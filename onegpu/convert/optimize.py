@@ -25,6 +25,7 @@ class State:
 
     originals: dict[str, Any] = field(default_factory=dict)
     attributes: dict[str, Any] = field(default_factory=dict)
+    attention: list[tuple[Any, Any]] = field(default_factory=list)  # (config, its attention's name)
     quantized: bool = False
 
     def forget_weights(self) -> None:

@@ -1,6 +1,6 @@
 """The registry of conversions: each rule finds, by structure, what it can change, changes it and takes it back.
 
-Later rules (norms, MLPs, attention, fused projections) are added to ``RULES``; the order is the order of application.
+Later rules (fused projections) are added to ``RULES``; the order is the order of application.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from onegpu.convert.attention_rule import UseAttention
 from onegpu.convert.quantized import Target, find_targets, is_conv1d, quantized_experts, quantized_linear
 from onegpu.convert.report import Change, Report
 from onegpu.convert.structure_rule import UseKernels
@@ -114,4 +115,4 @@ def _to_cpu(module: Any) -> torch.Tensor:
     return values
 
 
-RULES: tuple[Rule, ...] = (QuantizeWeights(), UseKernels())
+RULES: tuple[Rule, ...] = (QuantizeWeights(), UseAttention(), UseKernels())

@@ -41,7 +41,7 @@ def sanitize(config: Any) -> list[str]:
     Returns the fields dropped, as ``name=value``; each is logged once.
     """
     dropped = []
-    for part in _with_subconfigs(config):
+    for part in with_subconfigs(config):
         for field, allowed in (("_attn_implementation", ATTENTION_NAMES), ("_experts_implementation", EXPERTS_NAMES)):
             value = getattr(part, field, None)
             if value is not None and value not in allowed:
@@ -60,10 +60,11 @@ def sanitize(config: Any) -> list[str]:
     return dropped
 
 
-def _with_subconfigs(config: Any) -> list[Any]:
+def with_subconfigs(config: Any) -> list[Any]:
+    """A config and all that it is composed of."""
     parts = [config]
     for name in getattr(config, "sub_configs", None) or {}:
         part = getattr(config, name, None)
         if part is not None and hasattr(part, "__dict__"):
-            parts += _with_subconfigs(part)
+            parts += with_subconfigs(part)
     return parts

@@ -14,6 +14,7 @@ OPS = (
     "int8_vectorwise_dequant",
     "int8_linear",
     "linear_4bit",
+    "linear_16bit",
     "decode_attention",
     "rms_norm",
     "layer_norm",
@@ -28,8 +29,9 @@ _TRITON = {
     "quantize_blockwise": "Triton",
     "int8_vectorwise_quant": "Triton",
     "int8_vectorwise_dequant": "Triton",
-    "int8_linear": "Triton up to 16 rows, then dequantised",
-    "linear_4bit": "Triton for one row, else dequantised",
+    "int8_linear": "CUDA C++ up to 128 rows, then dequantised",
+    "linear_4bit": "CUDA C++ up to 64 rows, then dequantised",
+    "linear_16bit": "CUDA C++ up to 8 rows, then cuBLAS",
     **dict.fromkeys(("decode_attention", "rms_norm", "layer_norm", "rotary", "gated_mlp"), "Triton"),
 }
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from onegpu.errors import bad_argument
+
 _LIBRARY = torch.library.Library("onegpu", "DEF")
 
 
@@ -38,3 +40,9 @@ def define(
     _LIBRARY.impl(name, definition, "CPU")
     _LIBRARY.impl(name, cuda or definition, "CUDA")
     torch.library.register_fake(f"onegpu::{name}", fake, lib=_LIBRARY)
+
+
+def check_implementation(implementation: str) -> None:
+    """Raises ArgumentError unless it is "auto" or "portable"."""
+    if implementation not in ("auto", "portable"):
+        raise bad_argument("implementation", implementation, "is not known", 'Use "auto" or "portable"')

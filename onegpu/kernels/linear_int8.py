@@ -5,7 +5,7 @@ of x are quantised to int8, multiplied exactly in integers and scaled back; colu
 ``threshold`` are taken out and multiplied in the dtype of x (arXiv:2208.07339, section 3). Bound by N*K bytes for few
 rows, by 2*M*N*K integer operations for many.
 
-On a GPU x stays as it is and the weights are converted (in registers for few rows), unless ``exact`` asks for the
+On a GPU x stays as it is and the weights are converted (in registers for up to 128 rows), unless ``exact`` asks for the
 paper's arithmetic: that is faster, rounds no activation and makes the threshold irrelevant. Exact, outlier columns are
 found by mask and never counted on the host: ``nonzero`` would synchronise and could not be captured in a CUDA graph.
 The CPU, where counting is free, multiplies only those columns. It is exact unless asked not to be: bitsandbytes leaves
@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
+from onegpu.kernels import few_rows
 from onegpu.kernels.autocast import autocast_input
-from onegpu.kernels.library import define, has_triton
+from onegpu.kernels.library import check_implementation, define, has_triton
 from onegpu.kernels.quant_int8 import dequantize_rows
 from onegpu.kernels.warmup import register
 
@@ -56,6 +57,25 @@ def integer_product(a: torch.Tensor, b: torch.Tensor, exact: bool = False) -> to
     return total
 
 
+def _few_rows(
+    x: torch.Tensor, weight: torch.Tensor, SCB: torch.Tensor, bias: torch.Tensor | None, portable: bool
+) -> torch.Tensor | None:
+    """The product ``[M, N]`` of ``[M, K]`` by a kernel that converts as it reads; None where there is none."""
+    n, k = weight.shape
+    SCB = SCB.contiguous()
+    if not portable and few_rows.supports("int8", x, weight, k):
+        y = few_rows.launch("int8", x, weight, n, bias, SCB)
+        if y is not None:
+            return y
+    if has_triton() and x.shape[0] <= few_rows.PORTABLE_ROWS:
+        from onegpu.kernels import linear_few_rows_triton as triton_kernels
+
+        y = x.new_empty((x.shape[0], n))
+        triton_kernels.linear_int8(x, weight, SCB, bias, y)
+        return y
+    return None
+
+
 def _forward_cuda(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -63,15 +83,14 @@ def _forward_cuda(
     bias: torch.Tensor | None,
     threshold: float,
     exact: bool,
+    implementation: str = "auto",
 ) -> torch.Tensor:
-    rows = x.numel() // max(x.shape[-1], 1)
-    if not exact and has_triton() and rows and x.dtype != torch.float32 and weight.is_contiguous():
-        from onegpu.kernels import linear_few_rows_triton as few_rows
-
-        if rows <= few_rows.MAX_ROWS:
-            y = torch.empty((rows, weight.shape[0]), dtype=x.dtype, device=x.device)
-            few_rows.linear_int8(x.reshape(rows, -1).contiguous(), weight, SCB.contiguous(), bias, y)
-            return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+    n, k = weight.shape
+    small = 0 < x.numel() <= few_rows.MAX_ROWS["int8"] * k and x.dtype != torch.float32
+    if small and not exact and weight.is_contiguous():
+        y = _few_rows(x.reshape(-1, k).contiguous(), weight, SCB, bias, implementation == "portable")
+        if y is not None:
+            return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
     return _forward(x, weight, SCB, bias, threshold, exact)
 
 
@@ -82,6 +101,7 @@ def _forward(
     bias: torch.Tensor | None,
     threshold: float,
     exact: bool,
+    implementation: str = "auto",
 ) -> torch.Tensor:
     if not exact:
         return torch.nn.functional.linear(x, dequantize_rows(weight, SCB, x.dtype), bias)
@@ -111,6 +131,7 @@ def _forward_fake(
     bias: torch.Tensor | None,
     threshold: float,
     exact: bool,
+    implementation: str = "auto",
 ) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
@@ -124,7 +145,8 @@ def _backward_fake(grad: torch.Tensor, weight: torch.Tensor, SCB: torch.Tensor) 
 
 
 define(
-    "int8_linear(Tensor x, Tensor weight, Tensor SCB, Tensor? bias, float threshold, bool exact) -> Tensor",
+    "int8_linear(Tensor x, Tensor weight, Tensor SCB, Tensor? bias, float threshold, bool exact, "
+    "str implementation='auto') -> Tensor",
     _forward,
     _forward_fake,
     cuda=_forward_cuda,
@@ -143,19 +165,21 @@ class _LinearInt8(torch.autograd.Function):
         bias: torch.Tensor | None,
         threshold: float,
         exact: bool,
+        implementation: str,
     ) -> torch.Tensor:
         ctx.weight, ctx.SCB = weight, SCB
         # x is kept only where a 16-bit weight learns from it (has_fp16_weights).
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None)
-        return torch.ops.onegpu.int8_linear(x, weight, SCB, bias, threshold, exact)  # type: ignore[no-any-return]
+        arguments = (x, weight, SCB, bias, threshold, exact, implementation)
+        return torch.ops.onegpu.int8_linear(*arguments)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        need_x, need_source, _, _, need_bias, _, _ = ctx.needs_input_grad
+        need_x, need_source, _, _, need_bias, _, _, _ = ctx.needs_input_grad
         grad_x = torch.ops.onegpu.int8_linear_backward(grad, ctx.weight, ctx.SCB) if need_x else None
         grad_source = grad.t() @ x if need_source else None
-        return grad_x, grad_source, None, None, grad.sum(dim=0) if need_bias else None, None, None
+        return grad_x, grad_source, None, None, grad.sum(dim=0) if need_bias else None, None, None, None
 
 
 def linear_int8(
@@ -166,6 +190,7 @@ def linear_int8(
     threshold: float = 0.0,
     source: torch.Tensor | None = None,
     exact: bool | None = None,
+    implementation: str = "auto",
 ) -> torch.Tensor:
     """Multiply by an int8 matrix.
 
@@ -177,10 +202,15 @@ def linear_int8(
         threshold: outlier threshold in units of x; 0 quantises every column.
         exact: the paper's arithmetic, or x as it is; by default the former on a CPU and the latter on a GPU.
         source: the float matrix that ``weight`` was just made from, where it learns; gets the gradient.
+        implementation: "auto", or "portable": on a GPU no kernel but Triton's, which run everywhere.
 
     Returns:
         ``[..., N]`` in the dtype of x (of autocast, where it is on). Gradients flow to x, bias and ``source``.
+
+    Raises:
+        ArgumentError: the implementation has another name.
     """
+    check_implementation(implementation)
     x = autocast_input(x)
     if exact is None:
         exact = x.device.type == "cpu"
@@ -188,9 +218,9 @@ def linear_int8(
         bias = bias.to(x.dtype)
     learns = any(t is not None and t.requires_grad for t in (x, bias, source))
     if torch.is_grad_enabled() and learns:
-        y = _LinearInt8.apply(x.reshape(-1, x.shape[-1]), source, weight, SCB, bias, threshold, exact)
+        y = _LinearInt8.apply(x.reshape(-1, x.shape[-1]), source, weight, SCB, bias, threshold, exact, implementation)
         return y.view(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
-    return torch.ops.onegpu.int8_linear(x, weight, SCB, bias, threshold, exact)  # type: ignore[no-any-return]
+    return torch.ops.onegpu.int8_linear(x, weight, SCB, bias, threshold, exact, implementation)  # type: ignore[no-any-return]
 
 
 @register("linear_int8")

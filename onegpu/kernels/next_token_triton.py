@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from onegpu.kernels.launch import triton_launch
 from onegpu.kernels.next_token import Shape, State
 
 _BLOCK = 1024
@@ -127,25 +128,26 @@ def take(scores: torch.Tensor, noise: torch.Tensor | None, temperature: float, s
     parts = triton.cdiv(vocab, span)
     best = torch.empty(rows, parts, dtype=torch.int64, device=scores.device)
     race = noise is not None
-    with torch.cuda.device(scores.device):
-        _best_kernel[(rows, parts)](
-            scores, noise if race else scores, best, vocab, scores.stride(0), 1.0 / temperature, span,
-            BLOCK=_BLOCK, RACE=race,
-        )  # fmt: skip
-        _take_kernel[(rows,)](
-            best, parts, *_pointers(state), PARTS=_PROGRAMS, RACE=race, **_constants(state), num_warps=1
-        )  # fmt: skip
+    triton_launch(
+        _best_kernel, (rows, parts),
+        scores, noise if race else scores, best, vocab, scores.stride(0), 1.0 / temperature, span,
+        BLOCK=_BLOCK, RACE=race,
+    )  # fmt: skip
+    triton_launch(
+        _take_kernel, (rows,),
+        best, parts, *_pointers(state), PARTS=_PROGRAMS, RACE=race, **_constants(state), num_warps=1,
+    )  # fmt: skip
 
 
 def take_candidates(values: torch.Tensor, ids: torch.Tensor, noise: torch.Tensor, shape: Shape, state: State) -> None:
     """As `next_token.take_candidates`; K is a power of two, and all tensors contiguous."""
     rows, count = values.shape
     temperature, top_k, top_p, least_top_p, min_p, least_min_p = shape
-    with torch.cuda.device(values.device):
-        _candidates_kernel[(rows,)](
-            values, ids, noise, noise.shape[1], 1.0 / temperature, top_k, 1.0 - top_p, least_top_p, min_p, least_min_p,
-            *_pointers(state), K=count, TOP_P=top_p < 1, MIN_P=min_p > 0, **_constants(state), num_warps=4,
-        )  # fmt: skip
+    triton_launch(
+        _candidates_kernel, (rows,),
+        values, ids, noise, noise.shape[1], 1.0 / temperature, top_k, 1.0 - top_p, least_top_p, min_p, least_min_p,
+        *_pointers(state), K=count, TOP_P=top_p < 1, MIN_P=min_p > 0, **_constants(state), num_warps=4,
+    )  # fmt: skip
 
 
 def _pointers(state: State) -> tuple[torch.Tensor | int, ...]:

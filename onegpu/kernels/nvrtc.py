@@ -55,7 +55,9 @@ def compile_cubin(
         key, _, value = option.partition("=")
         extra[key] = int(value) if value.isdigit() else value or True
     try:
-        settings = ProgramOptions(std="c++17", arch=arch, define_macro=macros, include_path=include_paths(), **extra)
+        # None for "no such option": an empty list is an error there.
+        folders = include_paths() or None
+        settings = ProgramOptions(std="c++17", arch=arch, define_macro=macros or None, include_path=folders, **extra)
         made = Program(source, "c++", settings).compile("cubin", name_expressions=(name,))
     except Exception as error:
         raise KernelError(f"{op or name}: NVRTC cannot compile {name} for {arch}: {error}") from error

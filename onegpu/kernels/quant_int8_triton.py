@@ -69,6 +69,4 @@ def quantize(
     """rows: contiguous ``[R, K]``; codes: int8 ``[R, K]``; absmax: float32 ``[R]``; mask: bool ``[K]``, all False."""
     r, k = rows.shape
     flags = mask.view(torch.int8)
-    triton_launch(
-        _quantize_kernel, (r,), rows, codes, absmax, flags, k, threshold, SPLIT=threshold > 0.0, BLOCK=_BLOCK
-    )
+    triton_launch(_quantize_kernel, (r,), rows, codes, absmax, flags, k, threshold, SPLIT=threshold > 0.0, BLOCK=_BLOCK)

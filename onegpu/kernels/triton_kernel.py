@@ -25,6 +25,17 @@ _CONSTANT = "constexpr"
 _TF32 = 11  # CU_TENSOR_MAP_DATA_TYPE_TFLOAT32
 
 
+_TENSORS: set[type] = {torch.Tensor, torch.nn.Parameter}  # and subclasses that were met: isinstance is slow for those
+
+
+def _is_tensor(arg: Any) -> bool:
+    """Whether an argument is a tensor, else it is a descriptor of one."""
+    found = isinstance(arg, torch.Tensor)
+    if found:
+        _TENSORS.add(type(arg))
+    return found
+
+
 class _Made:
     """One compiled form: how its arguments are written, and the kernel."""
 
@@ -122,7 +133,7 @@ class TritonKernel:
         """The device, what decides the compiled form, and the arguments with addresses for tensors."""
         key: list[Any] = []
         addresses: list[Any] = []
-        device = None
+        device, unaligned, bit = None, 0, 1
         for arg, specialize in zip(args, self._specialize, strict=False):
             kind = type(arg)
             if kind is int:
@@ -131,21 +142,25 @@ class TritonKernel:
             elif kind is float or kind is bool or arg is None:
                 key.append(kind)
             else:
-                base = arg if isinstance(arg, torch.Tensor) else arg.base
-                where, address = base.get_device(), base.data_ptr()
-                if device is None:
-                    device = where
-                elif where != device:
-                    raise other_device(self.op, base, device)
-                if base is arg:
-                    key.append((arg.dtype, address & 15 == 0))
+                base = arg
+                if kind in _TENSORS or _is_tensor(arg):
+                    key.append(arg.dtype)
                 else:
+                    base = arg.base
                     key.append((base.dtype, *arg.block_shape, getattr(arg, "layout", None)))
-                arg = address
+                where = base.get_device()
+                if where != device:
+                    if device is not None:
+                        raise other_device(self.op, base, device)
+                    device = where
+                arg = base.data_ptr()
+                if arg & 15:
+                    unaligned |= bit
+                bit += bit
             addresses.append(arg)
         if device is None or device < 0:
             raise not_on_cuda(self.op)
-        return device, (device, *key, *constants.items()), addresses
+        return device, (*key, device, unaligned, *constants.values(), *constants), addresses
 
     def bind(self, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any], cluster: int) -> Bound:
         """A launch of which only the addresses are open, see `onegpu.kernels.launch.triton_bind`."""

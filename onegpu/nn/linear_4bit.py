@@ -180,7 +180,7 @@ class Linear4bit(nn.Linear):
         """What `onegpu.warmup` runs for this layer."""
         blocksize, quant_type, _ = self._facts()
         sizes = {"n": self.out_features, "k": self.in_features, "blocksize": blocksize, "quant_type": quant_type}
-        return [("linear_4bit", {**sizes, "bias": self.bias is not None})]
+        return [("linear_4bit", {**sizes, "bias": self.bias is not None, "nested": self.nested_absmax is not None})]
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The weight as floats, ``[N, K]``, in ``dtype`` (by default the one it had before quantisation)."""

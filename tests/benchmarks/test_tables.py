@@ -72,6 +72,50 @@ def test_the_suite_is_counted_by_file_and_its_exceptions_by_reason(tmp_path: Pat
     assert "| all | 2,000 | 1 | 0 | 11 | 12 |" in tables.render("bnb_suite", tmp_path)
 
 
+def spread(median: float) -> dict[str, object]:
+    return {"median": median, "low": median * 0.9, "high": median * 1.1, "n": 3}
+
+
+def speed_row(benchmark: str, case: str, **fields: object) -> dict[str, object]:
+    row = {"benchmark": benchmark, "case": case, "peer": "cuBLAS", "ratio": spread(0.5), "share": 0.87, "note": None}
+    ceilings = {"before": {"read": 3.1e12, "bf16": 7.5e14}}
+    return {**row, **fields, "ceilings": ceilings, "environment": {**WHERE, "device": "A GPU", "driver": "580"}}
+
+
+def test_tables_and_plots_of_speed(tmp_path: Path):
+    theirs = {"us": spread(40.0), "ms": spread(8.3)}
+    op = speed_row("linear", "nf4 M=1", ours={"us": spread(20.0), "host_us": 7.0}, theirs=theirs)
+    peers = {"graph": theirs, "transformers generate, bf16": {"ms": spread(40.0)}, "bitsandbytes": {"ms": spread(50.0)}}
+    name = "Llama-2-7B nf4"
+    decode = speed_row("model", f"{name} decode, batch 1", ours={"ms": spread(2.0)}, theirs=theirs, peers=peers)
+    late = speed_row("model", "B decode, batch 1", ours={"ms": spread(2.0)}, theirs=theirs, peers=peers, note="why")
+    prompt = speed_row("model", f"{name} prefill 1x4096", ours={"ms": spread(100.0)}, theirs={"ms": spread(120.0)})
+    work = [
+        {"what": "linear", "launches": 129.0, "us": 1500.0, "share": 0.8},
+        {"what": "other", "launches": 64.0, "us": 90.0},
+    ]
+    step = speed_row(
+        "model", f"{name} budget of one step", ours={"us": spread(1700.0)}, theirs=None, work=work, idle_us=110.0,
+        launches=193.0,
+    )  # fmt: skip
+    store_rows(tmp_path / "gpu" / "linear.jsonl", [op])
+    store_rows(tmp_path / "gpu" / "model.jsonl", [decode, late, prompt, step])
+    assert "| nf4 M=1 | 20.0 | 40.0 | 0.50 (0.45–0.55) | 87% | 7.0 |" in (table := tables.render("linear", tmp_path))
+    assert "Peer: cuBLAS. Ceilings: read 3.1 TB/s, bf16 750 TFLOP/s. <small>A GPU;" in table
+    table = tables.render("model-decode", tmp_path)
+    assert f"| {name}, batch 1 | 2.00 | 8.30 | 0.50 (0.45–0.55) | 40.0 | 50.0 | 87% |\n" in table
+    assert "| B, batch 1 | 2.00 | 8.30 * |" in table and "\\* its forward cannot be captured" in table
+    assert f"| {name} 1x4096 | 100.0 | 120.0 |" in tables.render("model-prefill", tmp_path)
+    table = tables.render("model-step", tmp_path)
+    assert (
+        f"| {name} | linear | 129 | 1500 | 80% |\n|  | other | 64 | 90 | – |\n|  | nothing runs |  | 110 |  |" in table
+    )
+    names = ["docs/images/model_decode.svg", "docs/images/model_step.svg"]
+    assert plots.stale(tmp_path, tmp_path) == names
+    pytest.importorskip("matplotlib")
+    assert plots.draw_all(names, tmp_path, tmp_path) and plots.stale(tmp_path, tmp_path) == []
+
+
 def test_without_a_run_there_is_no_claim(tmp_path: Path):
     for name in tables.TABLES:
         assert tables.render(name, tmp_path) == "*No run is stored yet.*\n"

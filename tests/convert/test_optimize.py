@@ -40,7 +40,9 @@ def same_files(one: Path, two: Path) -> list[str]:
 @pytest.mark.parametrize("model_type", TYPES)
 def test_optimize_is_a_quantised_load(tiny, tmp_path, model_type, kind):
     auto = getattr(onegpu, AUTO_CLASS[model_type])
-    model, loaded = auto.from_pretrained(tiny(model_type)), auto.from_pretrained(tiny(model_type), **FORMATS[kind])
+    model = auto.from_pretrained(tiny(model_type))
+    same_attention = {"attn_implementation": "onegpu", "dtype": torch.float32}
+    loaded = auto.from_pretrained(tiny(model_type), **FORMATS[kind], **same_attention)
     optimize(model, quantize=kind)
     assert quantized(model) == quantized(loaded) and type(model) is type(loaded)
     torch.testing.assert_close(logits(model), logits(loaded), rtol=0, atol=0)
@@ -49,7 +51,8 @@ def test_optimize_is_a_quantised_load(tiny, tmp_path, model_type, kind):
     assert same_files(tmp_path / "optimized", tmp_path / "loaded") == []
     assert model.num_parameters() == loaded.num_parameters()
     assert model.is_loaded_in_8bit == (kind == "int8") == (not model.is_loaded_in_4bit)
-    torch.testing.assert_close(logits(auto.from_pretrained(tmp_path / "optimized")), logits(model), rtol=0, atol=0)
+    again = auto.from_pretrained(tmp_path / "optimized", **same_attention)
+    torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=0)
 
 
 def test_double_quantisation_and_a_skip_list(tiny, tmp_path):
@@ -99,7 +102,7 @@ def test_without_originals_restore_leaves_the_codes_and_says_so(model_type):
     report = restore(model)
     assert quantized(model) == modules and all(change.reason == "as it was" for change in report.changes)
     assert "keep_original=True" in report.notes[0] and "dequantize=True" in report.notes[0]
-    torch.testing.assert_close(logits(model), answer, rtol=0, atol=0)
+    torch.testing.assert_close(logits(model), answer, rtol=1e-4, atol=1e-4)
     report = restore(model, dequantize=True)
     assert {change.name for change in report.swapped} == set(modules) and not quantized(model)
     assert [name for name, _ in model.named_modules()] == names
@@ -113,11 +116,12 @@ def test_the_report(capsys):
     assert {(c.before, c.after, c.reason) for c in report.swapped} == {
         ("Conv1D", "nf4 Linear4bit", "linear"),
         ("LayerNorm", "onegpu LayerNorm", "layer norm"),
+        ("GPT2Attention (sdpa)", "onegpu attention", "attention interface"),
     }
     assert [(c.name, c.before, c.after) for c in report.left] == [("lm_head", "Linear", None)]
     assert "tied weights" in report.left[0].reason or "output" in report.left[0].reason
     data = json.loads(report.json())
-    assert data["action"] == "optimize" and len(data["changes"]) == 14 and data == report.to_dict()
+    assert data["action"] == "optimize" and len(data["changes"]) == 16 and data == report.to_dict()
     print(report)
     shown = capsys.readouterr().out
     assert "8" in shown and "Conv1D" in shown and "nf4 Linear4bit" in shown and "keep_original" in shown
@@ -130,10 +134,12 @@ def test_restore_of_a_model_that_was_not_touched():
 
 def test_structure_only_changes_no_weight():
     model = tiny_model("llama")
-    answer = logits(model)
-    assert {change.after for change in optimize(model).swapped} == {"onegpu RMSNorm", "onegpu GatedMLP"}
-    torch.testing.assert_close(logits(model), answer, rtol=0, atol=0)
+    answer, before = logits(model), copy.deepcopy(model.state_dict())
+    assert {c.after for c in optimize(model).swapped} == {"onegpu RMSNorm", "onegpu GatedMLP", "onegpu attention"}
+    torch.testing.assert_close(logits(model), answer, rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     restore(model)
+    torch.testing.assert_close(logits(model), answer, rtol=0, atol=0)
 
 
 def test_a_plain_module_is_taken_too():

@@ -13,9 +13,7 @@ def test_limits(model_type: str) -> None:
     assert context_length(config) == CONTEXT
     check_prompt(1, config)
     check_prompt(CONTEXT - 1, config, 1)
-    with pytest.raises(
-        ArgumentError, match=rf"prompt='{CONTEXT} tokens' does not fit .*{CONTEXT} tokens.*Shorten"
-    ):
+    with pytest.raises(ArgumentError, match=rf"prompt='{CONTEXT} tokens' does not fit .*{CONTEXT} tokens.*Shorten"):
         check_prompt(CONTEXT, config)
     with pytest.raises(ArgumentError, match=r"max_new_tokens=57 .*200 tokens.*at most 56"):
         check_prompt(200, config, 57)

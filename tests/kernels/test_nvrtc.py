@@ -66,3 +66,17 @@ def test_i_a_source_that_does_not_compile_shows_the_compilers_log() -> None:
     with pytest.raises(KernelError, match=r"(?s)scale: NVRTC cannot compile scale<3> for sm_80.*undefined_thing"):
         CudaKernel("scale", SCALE + "__device__ int f() { return undefined_thing; }", "scale<3>", "PPqf",
                    {"SHARED": 0}).compile("sm_80")  # fmt: skip
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_120a"])
+def test_i_headers_are_found_and_names_come_plain_or_as_templates(arch: str) -> None:
+    source = """
+    #include <cuda_bf16.h>
+    #include <cuda_fp16.h>
+    template <typename T> __device__ float up(T x) { return float(x); }
+    extern "C" __global__ void plain(const __half* x, float* y) { y[0] = up(x[0]); }
+    template <typename T> __global__ void many(const T* x, float* y) { y[0] = up(x[0]); }
+    """
+    assert CudaKernel("up", source, "plain", "PP").compile(arch).name == "plain"
+    assert CudaKernel("up", source, "many<__nv_bfloat16>", "PP", options=("use_fast_math",)).compile(arch).code

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from onegpu.errors import KernelError
+from onegpu.kernels import launch
+from onegpu.kernels.driver import KINDS
 from onegpu.kernels.launch import triton_bind, triton_launch
 from tests.fake_driver import FakeDriver, on_gpu
 from tests.nvrtc_tools import scale_kernel
-from tests.triton_tools import needs_triton
+from tests.triton_tools import needs_triton, ptx_parameter_bytes
 
 
 @needs_triton
@@ -100,6 +102,24 @@ def test_a_launch_that_is_settled_takes_its_tensors_alone(fake: FakeDriver, cpu_
     fake.capturing = False
     triton_bind(cpu_compiled.scale, (1,), *there, None, 4, 2.0, 1, BIAS=False)(*there)
     assert (fake.launches[-1].device, fake.current) == (1, 0)
+
+
+@needs_triton
+def test_what_is_written_is_what_the_compiled_kernel_takes(fake: FakeDriver, cpu_compiled: Any) -> None:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    x, block = on_gpu(torch.zeros(16, 64)), {"ROWS": 16, "COLUMNS": 64}
+    for kernel, args, constants in (
+        (cpu_compiled.scale, (x, x, x, 1 << 40, 2.0, 3), {"BIAS": True}),
+        (cpu_compiled.scale, (x, x, None, 5, 2.0, 1), {"BIAS": False}),
+        (cpu_compiled.through_descriptor, (TensorDescriptor.from_tensor(x, [16, 64]), x), block),
+        (cpu_compiled.device_descriptor, (x, x, 16), block),
+    ):
+        triton_launch(kernel, (0,), *args, **constants)  # makes it, launches nothing
+        (made,) = list(launch._TRITON[id(kernel)]._made.values())[-1:]
+        written = [KINDS[kind][1] for kind in made.packer.kinds]
+        assert written == ptx_parameter_bytes(made.compiled.asm["ptx"]), made.packer.kinds
+    assert not fake.launches
 
 
 @needs_triton

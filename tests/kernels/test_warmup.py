@@ -66,9 +66,11 @@ def test_quantised_layers_tell_their_sizes() -> None:
     four = onegpu.nn.Linear4bit(64, 32, quant_type="nf4").to("cpu")
     eight = onegpu.nn.Linear8bitLt(64, 32, bias=False, has_fp16_weights=False).to("cpu")
     sizes = {"n": 32, "k": 64}
-    assert four.warmup_shapes() == [("linear_4bit", {**sizes, "blocksize": 64, "quant_type": "nf4", "bias": True})]
+    facts = {"blocksize": 64, "quant_type": "nf4", "bias": True, "nested": True}
+    assert four.warmup_shapes() == [("linear_4bit", {**sizes, **facts})]
     assert eight.warmup_shapes() == [("linear_int8", {**sizes, "bias": False})]
-    for kind, arguments in (*four.warmup_shapes(), *eight.warmup_shapes()):
+    plain = [("linear_4bit", {**sizes, **facts, "nested": False}), ("linear_16bit", {**sizes, "bias": True})]
+    for kind, arguments in (*four.warmup_shapes(), *eight.warmup_shapes(), *plain):
         module._REGISTRY[kind](torch.device("cpu"), torch.float32, 3, **arguments)  # runs as registered
 
 

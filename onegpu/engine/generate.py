@@ -1,0 +1,190 @@
+"""``model.generate`` bound to the instance: transformers prepares the call, our loop runs it.
+
+Whatever our loop does not serve goes to transformers' own on the same model; ``model.generate.report`` says which it
+was, and why. The class is untouched, and ``detach`` gives the instance its class's method back.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from onegpu.engine.loop import Engine, Run, UnservedError, decode
+
+logger = logging.getLogger("onegpu")
+
+# Settings of other ways to generate than greedy search and sampling, and the values that mean "not that".
+_OTHER_WAYS: dict[str, tuple[Any, ...]] = {
+    "num_beams": (None, 1),
+    "num_beam_groups": (None, 1),
+    "constraints": (None,),
+    "force_words_ids": (None,),
+    "penalty_alpha": (None, 0, 0.0),
+    "dola_layers": (None,),
+    "prompt_lookup_num_tokens": (None,),
+    "assistant_early_exit": (None,),
+    "speculation_type": (None,),
+    "use_mtp": (None, False),
+}
+_REPLACED = ("assistant_model", "custom_generate", "synced_gpus")
+
+
+class Generate:
+    """``generate`` of one model: called as transformers' method is, with the same result.
+
+    Attributes:
+        engine: what is kept between calls.
+    """
+
+    __name__ = "generate"
+
+    def __init__(self, model: Any, engine: Engine | None = None) -> None:
+        self.__self__, self.engine = model, engine or Engine()
+
+    @property
+    def __func__(self) -> Callable[..., Any]:
+        return type(self.__self__).generate  # type: ignore[no-any-return]
+
+    @property
+    def __doc__(self) -> str | None:  # type: ignore[override]
+        return self.__func__.__doc__
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        signature = inspect.signature(self.__func__)
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+    @property
+    def report(self) -> Run | None:
+        """How the last call went; prints as a sentence."""
+        return self.engine.last
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model, generate = self.__self__, self.__func__
+        given = self.__signature__.bind(*args, **kwargs).arguments
+        given.update(given.pop("kwargs", {}))
+        reason = _other_way(model, given)
+        if reason is not None:
+            self.engine.last = Run("transformers", reason)
+            return generate(model, *args, **kwargs)
+        streamer = given.get("streamer")
+        given.pop("custom_generate", None)
+        _stop_strings(model, given)
+        return generate(model, **given, custom_generate=functools.partial(_custom, self.engine, streamer))
+
+
+def _custom(
+    engine: Engine,
+    streamer: Any,
+    model: Any,
+    input_ids: torch.Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    **model_kwargs: Any,
+) -> Any:
+    """What transformers calls in the place of its own loop."""
+    prepared = {
+        "generation_config": generation_config,
+        "logits_processor": logits_processor,
+        "stopping_criteria": stopping_criteria,
+        "streamer": streamer,
+        "model_kwargs": model_kwargs,
+    }
+    try:
+        return decode(engine, model, input_ids, prepared)
+    except UnservedError as error:
+        engine.last = Run("transformers", str(error))
+    return type(model)._sample(
+        model,
+        input_ids,
+        logits_processor=logits_processor,
+        stopping_criteria=stopping_criteria,
+        generation_config=generation_config,
+        streamer=streamer,
+        **model_kwargs,
+    )
+
+
+def attach(model: Any) -> str | None:
+    """Give ``model`` our ``generate``; returns why not where transformers' stays."""
+    reason = _never(model)
+    if reason is None and not isinstance(model.__dict__.get("generate"), Generate):
+        model.__dict__["generate"] = Generate(model)
+    return reason
+
+
+def detach(model: Any) -> bool:
+    """Give the class's ``generate`` back, with all memory that ours held; whether there was something to do."""
+    ours = isinstance(model.__dict__.get("generate"), Generate)
+    if ours:
+        del model.__dict__["generate"]
+    return ours
+
+
+def _never(model: Any) -> str | None:
+    from transformers import GenerationMixin, PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel) or not isinstance(model, GenerationMixin) or not model.can_generate():
+        return "the model does not generate"
+    if model.config.is_encoder_decoder:
+        return "encoder-decoder models generate with transformers' loop"
+    if type(model).generate is not GenerationMixin.generate or type(model)._sample is not GenerationMixin._sample:
+        return f"{type(model).__name__} has a loop of its own"
+    if "generate" in model.__dict__ and not isinstance(model.__dict__["generate"], Generate):
+        return "the checkpoint brought its own generate"
+    if model._is_stateful:
+        return "the model keeps a state that is no key/value cache"
+    return None
+
+
+def _other_way(model: Any, given: dict[str, Any]) -> str | None:
+    """Why this call is none of greedy search or sampling, or None."""
+    for name in _REPLACED:
+        if given.get(name):
+            return f"{name} is given"
+    for name, ordinary in _OTHER_WAYS.items():
+        value = _setting(model, given, name)
+        if not any(value is None if plain is None else value == plain for plain in ordinary):
+            return f"{name}={value!r}"
+    if model.generation_config.stop_strings is not None:
+        return "stop_strings stand in the model's generation_config"
+    if _sharded(model):
+        return "the model is sharded over processes"
+    return None
+
+
+def _setting(model: Any, given: dict[str, Any], name: str) -> Any:
+    """What transformers will take: the argument, else the configuration given, else the model's."""
+    for source in (given.get(name), getattr(given.get("generation_config"), name, None)):
+        if source is not None:
+            return source
+    return getattr(model.generation_config, name, None)
+
+
+def _sharded(model: Any) -> bool:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    return torch.distributed.get_world_size() > 1
+
+
+def _stop_strings(model: Any, given: dict[str, Any]) -> None:
+    """Turn ``stop_strings`` into the criterion that they are: transformers loses the tokenizer on its way to us."""
+    from transformers import StoppingCriteriaList, StopStringCriteria
+
+    strings, tokenizer = _setting(model, given, "stop_strings"), given.get("tokenizer")
+    if strings is None or tokenizer is None:
+        return
+    del given["tokenizer"]
+    given.pop("stop_strings", None)
+    if getattr(given.get("generation_config"), "stop_strings", None) is not None:
+        given["generation_config"] = copy.copy(given["generation_config"])
+        given["generation_config"].stop_strings = None
+    criterion = StopStringCriteria(stop_strings=strings, tokenizer=tokenizer)
+    given["stopping_criteria"] = StoppingCriteriaList([*(given.get("stopping_criteria") or []), criterion])

@@ -1,0 +1,124 @@
+"""What ends a row: the end-of-sequence token on the device, everything else on the host, one step late."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import Any
+
+import torch
+from transformers.generation.stopping_criteria import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StopStringCriteria,
+)
+
+
+class Readback:
+    """Copies of a small device tensor to the host, in the order of :meth:`push`, without waiting for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._free: list[tuple[torch.Tensor, Any]] = []
+        self._waiting: deque[tuple[torch.Tensor, Any]] = deque()
+        self._on_gpu = device.type == "cuda"
+
+    def push(self, source: torch.Tensor) -> None:
+        """Take a copy of ``source`` as it is now in its stream."""
+        if not self._on_gpu:
+            self._waiting.append((source.clone(), None))
+            return
+        if self._free:
+            pinned, event = self._free.pop()
+        else:
+            pinned = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+            event = torch.cuda.Event()
+        pinned.copy_(source, non_blocking=True)
+        event.record()
+        self._waiting.append((pinned, event))
+
+    def pop(self) -> torch.Tensor:
+        """The oldest copy, once it is there."""
+        copy, event = self._waiting.popleft()
+        if event is None:
+            return copy
+        event.synchronize()
+        self._free.append((copy, event))
+        return copy.clone()
+
+
+class Stops:
+    """The stopping criteria and the streamer of a request.
+
+    Attributes:
+        eos: whether end-of-sequence tokens end a row. pads: whether an ended row is filled with the pad token.
+        looks: whether the host has to see each token. eos_only: it has to see only whether all rows have ended.
+    """
+
+    def __init__(self, request: Any) -> None:
+        self._rows = request.rows
+        self._streamer = request.streamer
+        criteria = list(request.stopping)
+        self.eos = any(type(c) is EosTokenCriteria for c in criteria)
+        self.pads = any(hasattr(c, "eos_token_id") for c in criteria)
+        self._time = [c for c in criteria if type(c) is MaxTimeCriteria]
+        self._limits = [c for c in criteria if type(c) is MaxLengthCriteria]
+        self._others = [c for c in criteria if type(c) not in (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria)]
+        self._pad = None if request.config._pad_token_tensor is None else int(request.config._pad_token_tensor)
+        self.looks = bool(self.eos or self._time or self._others or self._streamer is not None)
+        self.eos_only = self.looks and not (self._time or self._others or self._streamer is not None)
+        self._done = torch.zeros(self._rows, dtype=torch.bool)
+        self._text: torch.Tensor | None = None
+        if any(type(c) is StopStringCriteria for c in self._others):
+            self._text = torch.zeros(self._rows, request.max_length + 1, dtype=torch.long)
+            self._text[:, : request.columns] = request.ids.cpu()
+
+    def __call__(
+        self, out: torch.Tensor, columns: int, history: torch.Tensor, scores: tuple[torch.Tensor, ...]
+    ) -> tuple[bool, torch.Tensor | None]:
+        """Judge one token of each row.
+
+        Args:
+            out: int64 [3, B] on the host: tokens, finished.
+            columns: tokens in ``history``, those of ``out`` the last of them.
+            scores: processed scores so far, empty where nobody asked for them.
+
+        Returns:
+            whether all rows are done, and which rows a criterion on the host ended just now (None: none).
+        """
+        tokens = out[0].clone()
+        if self.pads and self._pad is not None:
+            tokens.masked_fill_(self._done, self._pad)
+        if self._text is not None:
+            self._text[:, columns - 1] = tokens
+        newly = self._ended(columns, history, scores)
+        if newly is not None:
+            newly &= ~self._done
+            self._done |= newly
+        if self._streamer is not None:
+            self._streamer.put(tokens)
+        done = bool((self._done | out[1].bool()).all())
+        return done, newly if newly is not None and bool(newly.any()) else None
+
+    def remind(self, columns: int, history: torch.Tensor) -> None:
+        """Let transformers warn, as it does, once an answer leaves the model's context behind."""
+        for limit in self._limits:
+            if limit.max_position_embeddings is not None and columns == limit.max_position_embeddings + 1:
+                limit(history[:, :columns], None)
+
+    def _ended(self, columns: int, history: torch.Tensor, scores: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
+        ended: torch.Tensor | None = None
+        seen: torch.Tensor | None = None
+        for criterion in self._others:
+            if type(criterion) is StopStringCriteria:
+                assert self._text is not None
+                verdict = criterion(self._text[:, :columns], scores or None)
+            else:
+                if seen is None:
+                    seen = history[:, :columns].contiguous()
+                verdict = criterion(seen, scores or None)
+            verdict = torch.as_tensor(verdict).to("cpu", torch.bool).expand(self._rows)
+            ended = verdict if ended is None else ended | verdict
+        if any(time.time() - c.initial_timestamp > c.max_time for c in self._time):
+            ended = torch.ones(self._rows, dtype=torch.bool)
+        return None if ended is None else ended.clone()

@@ -1,0 +1,187 @@
+"""Launching the Hopper attention: what it serves, its descriptors, its configurations."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from onegpu.kernels import attention_sm90, attention_sm90_backward, attention_sm90_rows
+from onegpu.kernels.hopper import LOG2E
+from onegpu.kernels.launch import triton_launch
+
+TRITON_VERSIONS = ("3.6.", "3.7.")  # what the kernels were compiled with; Gluon changes between releases
+_L2_BYTES = 32 << 20  # what the keys and values of the heads that run together may take of it
+_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+_SMALLEST = 32  # head dim from which on padding it to 64 pays
+
+
+def serves(*tensors: torch.Tensor, backward: bool = False) -> bool:
+    """Whether the kernels take these q, k, v: Hopper, 16 bits, aligned for TMA; the backward, head dims up to 128."""
+    if not triton.__version__.startswith(TRITON_VERSIONS) or tensors[0].dtype not in _DTYPES:
+        return False
+    if backward and not boxed(tensors[0].shape[-1]) == boxed(tensors[2].shape[-1]) <= 128:
+        return False
+    return _is_hopper(tensors[0].get_device()) and all(map(_for_tma, tensors))
+
+
+@lru_cache
+def _is_hopper(device: int) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@lru_cache
+def processors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _for_tma(x: torch.Tensor) -> bool:
+    """Head dim side by side, and everything else on 16 bytes."""
+    *outer, last = x.stride()
+    if last != 1 or x.shape[-1] <= _SMALLEST or x.shape[-1] % 8 or x.data_ptr() % 16:
+        return False
+    return all(n == 1 or (stride > 0 and stride % 8 == 0) for n, stride in zip(x.shape, outer, strict=False))
+
+
+def boxed(d: int) -> int:
+    """The head dim in shared memory; TMA fills what is past the real one with zeros."""
+    return 64 if d <= 64 else 128 if d <= 128 else 256
+
+
+@lru_cache
+def _layout(box: tuple[int, ...], dtype: torch.dtype) -> Any:
+    return gl.NVMMASharedLayout.get_default_for(list(box), _DTYPES[dtype])
+
+
+def descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
+    """A TMA descriptor of ``[B, S, H, D]`` (or packed ``[T, H, D]``) as (batch, head, row, column)."""
+    s_row, s_head, _ = x.stride()[-3:]
+    n_row, heads, d = x.shape[-3:]
+    batch, s_batch = (x.shape[0], x.stride(0)) if x.ndim == 4 else (1, 8)
+    box = [1, 1, rows, boxed(d)]
+    made = object.__new__(TensorDescriptor)  # the constructor checks, in 5 microseconds, what `serves` has checked
+    made.base, made.padding, made.block_shape = x, "zero", box
+    # the stride of a single row, head or sequence may be anything: 8 is allowed
+    made.shape = [batch, heads, n_row, d]
+    made.strides = [s_batch if batch > 1 else 8, s_head if heads > 1 else 8, s_row if n_row > 1 else 8, 1]
+    made.layout = _layout(tuple(box), x.dtype)
+    return made
+
+
+def scratch(rows: torch.Tensor, total: torch.Tensor) -> list[TensorDescriptor]:
+    """Descriptors of the backward's float32 scratch memory: a block's (lse, delta), and a 64 x 64 tile of dQ."""
+    made = []
+    for x, box, swizzle in ((rows, [1, rows.shape[1]], 0), (total, [64, 64], 128)):
+        one = object.__new__(TensorDescriptor)
+        one.base, one.padding, one.block_shape = x, "zero", box
+        one.shape, one.strides = list(x.shape), list(x.stride())
+        one.layout = _scratch_layout(swizzle)
+        made.append(one)
+    return made
+
+
+@lru_cache
+def _scratch_layout(swizzle: int) -> Any:
+    return gl.NVMMASharedLayout(swizzle, 32, rank=2)
+
+
+def rows_of(
+    rows: torch.Tensor | None, cu_seqlens: torch.Tensor | None, unused: torch.Tensor
+) -> tuple[torch.Tensor, int]:
+    """Where the kernels read a sequence's first row and length, and how."""
+    if cu_seqlens is not None:
+        return cu_seqlens, 2
+    return (unused, 0) if rows is None else (rows, 1)
+
+
+def counter(device: torch.device, tiles: int, blocks: int) -> torch.Tensor | None:
+    """What tiles are drawn from: of this call alone, so that two graphs never share it. None: there is one a block."""
+    return torch.zeros(1, dtype=torch.int32, device=device) if tiles > blocks else None
+
+
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, scale: float, left: int,
+    right: int, q_range: torch.Tensor | None, k_range: torch.Tensor | None, cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None, max_seqlen_q: int, **options: Any,
+) -> None:  # fmt: skip
+    """As the op, for what `serves`; out contiguous. options: constants of the kernel, other than chosen here."""
+    (s_q, heads, d), (s_k, heads_kv, d_v) = q.shape[-3:], v.shape[-3:]
+    q_rows, how_q = rows_of(q_range, cu_seqlens_q, lse)
+    k_rows, how_k = rows_of(k_range, cu_seqlens_k, lse)
+    batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.numel() - 1
+    bn = options.pop("BN", 64 if max(d, d_v) > 128 else 128)
+    n_m = triton.cdiv(s_q if cu_seqlens_q is None else max_seqlen_q, 128)
+    tiles = n_m * heads * batch
+    blocks = min(tiles, processors(q.get_device()))
+    drawn = counter(q.device, tiles, blocks)
+    group = heads // heads_kv
+    section = max(1, min(batch * heads, _L2_BYTES // (s_k * (d + d_v) * 2) * group))
+    aligned = right >= 0 and not how_q and not how_k and (s_k - s_q + right) % 64 == 0
+    constants = {
+        "HEAD": d_v, "BN": bn, "ST": 2, "LEFT": left >= 0, "RIGHT": right >= 0, "ALIGNED": aligned, "RQ": how_q,
+        "RK": how_k, "DRAW": drawn is not None, "CARRY": 0, "POLY": 0, "ALIAS": boxed(d) == boxed(d_v) == 256,
+    } | options  # fmt: skip
+    triton_launch(
+        attention_sm90.forward_kernel, (blocks,), descriptor(q, 64), descriptor(k, bn), descriptor(v, bn),
+        descriptor(out, 64), out, lse, q_rows, k_rows, lse if drawn is None else drawn, batch, heads, group, s_q, s_k,
+        n_m, section, scale * LOG2E.value, left, right, **constants, num_warps=4,
+    )  # fmt: skip
+
+
+def backward(
+    grad: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    out: torch.Tensor, lse: torch.Tensor, gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor], scale: float,
+    left: int, right: int, q_range: torch.Tensor | None, k_range: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor | None, cu_seqlens_k: torch.Tensor | None, max_seqlen_q: int, max_seqlen_k: int,
+    **options: Any,
+) -> None:  # fmt: skip
+    """As the op, for what `serves`; out and the gradients (dq, dk, dv) contiguous.
+
+    Of packed ones, rows of no sequence are not written. options: constants of the main kernel.
+    """
+    (s_q, heads, d), (s_k, heads_kv, d_v) = q.shape[-3:], v.shape[-3:]
+    dq, dk, dv = gradients
+    if not _for_tma(grad):
+        grad = grad.contiguous()
+    q_rows, how_q = rows_of(q_range, cu_seqlens_q, lse)
+    k_rows, how_k = rows_of(k_range, cu_seqlens_k, lse)
+    packed = cu_seqlens_q is not None
+    batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.numel() - 1
+    wide = boxed(d)
+    m = 8192 // wide  # queries of a step
+    n_m, n_n = triton.cdiv(max_seqlen_q if packed else s_q, m), triton.cdiv(max_seqlen_k if packed else s_k, 128)
+    # Scratch memory in blocks of m queries: a packed sequence begins a block of its own, at cu_seqlens[b] // m + b.
+    n_b = s_q // m + batch if packed else n_m
+    blocks = n_b * heads * (1 if packed else batch)
+    total = torch.empty((blocks * m, wide), dtype=torch.float32, device=q.device)
+    rows = torch.empty((blocks, 2 * m), dtype=torch.float32, device=q.device)
+    strides = (0, *grad.stride()[:2]) if packed else grad.stride()[:3]
+    sizes = {"D": wide, "M": m, "RQ": how_q}
+    triton_launch(
+        attention_sm90_rows.before_kernel, (n_m * heads * batch,), out, grad, lse, grad_lse, rows, total, q_rows,
+        *strides, heads, s_q, n_b, n_m, HEAD=d_v, **sizes, num_warps=4,
+    )  # fmt: skip
+    tiles = n_n * heads_kv * batch
+    started = min(tiles, processors(q.get_device()))
+    drawn = counter(q.device, tiles, started)
+    section = max(1, min(batch * heads_kv, _L2_BYTES // (heads // heads_kv * s_q * wide * 8)))
+    constants = {
+        "HEAD": d, "HEAD_V": d_v, "ST": 2, "LEFT": left >= 0, "RIGHT": right >= 0,
+        "EVEN": not how_k and s_k % 128 == 0, "RQ": how_q, "RK": how_k, "DRAW": drawn is not None, "SWAP": False,
+        "TMA_DQ": False,
+    } | options  # fmt: skip
+    triton_launch(
+        attention_sm90_backward.backward_kernel, (started,), descriptor(q, m), descriptor(k, 64), descriptor(v, 64),
+        descriptor(grad, m), descriptor(dk, 64), descriptor(dv, 64), *scratch(rows, total), total, dk, dv, q_rows,
+        k_rows, lse if drawn is None else drawn, batch, heads, heads_kv, s_q, s_k, n_b, n_n, section, scale,
+        scale * LOG2E.value, left, right, **constants, num_warps=4,
+    )  # fmt: skip
+    tiles_q = triton.cdiv(max_seqlen_q if packed else s_q, 64) * (wide // 64)
+    triton_launch(
+        attention_sm90_rows.after_kernel, (tiles_q * heads * batch,), total, dq, q_rows, heads, s_q, n_b, tiles_q,
+        scale, HEAD=d, **sizes, FRAGMENTS=not constants["TMA_DQ"], num_warps=4,
+    )  # fmt: skip

@@ -1,0 +1,261 @@
+"""The kernels of one decoding step: a layer is five of them, each with what stands before and after its product.
+
+For ``rows`` sequences of one new token each, with the residual stream ``h`` float32 ``[rows, D]``:
+
+    embed        h = table[ids]
+    norm_product qkv = RMSNorm(h) Wqkv^T + b                     float32 [rows, (HQ + 2 HKV) HD]
+    attend       head norms, rotary embedding, cache write, and the attention over `splits` parts of the keys
+    add_attention  h += (the parts put together) Wo^T + b
+    norm_gated   a = act(RMSNorm(h) Wgate^T) * (RMSNorm(h) Wup^T)  16-bit [rows, F]
+    add_product  h += a Wdown^T + b
+    norm_product logits = RMSNorm(h) Whead^T                     float32 [rows, V]
+
+Bound by the bytes of the weights and of the cache, each read once. Outputs are written into tensors that the caller
+passes, so that a whole step allocates a handful of tensors; `h` is changed in place. No op here has a gradient, none is
+registered with torch: a step runs inside a captured CUDA graph (`onegpu.engine.fused_step`).
+
+On a CPU the definitions below run. On a GPU `decode_step_cuda.py` launches the kernels of decode_step_product.cu and
+decode_step_attention.cu, each of which may start before the one in front has ended (programmatic dependent launch).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from onegpu.kernels.linear_4bit import Packed4bit
+from onegpu.kernels.quant_int8 import dequantize_rows
+
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
+
+
+class Part(NamedTuple):
+    """Rows of a matrix as they are stored.
+
+    weight: 16-bit or float32 ``[N, K]``, int8 ``[N, K]``, or packed codes ``[N * K / 2, 1]``. scales: None; the row
+    maxima float32 ``[N]``; float32 ``[N * K / blocksize]``, or uint8 codes of them if `nested` (float32, one per 256)
+    and `offset` (float32 scalar) are set. bias: ``[N]`` in the activations' dtype.
+    """
+
+    rows: int
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    scales: torch.Tensor | None = None
+    nested: torch.Tensor | None = None
+    offset: torch.Tensor | None = None
+
+
+class Matrix(NamedTuple):
+    """Up to three parts below one another, which share K and the format: "16bit", "int8", "nf4" or "fp4"."""
+
+    format: str
+    columns: int
+    parts: tuple[Part, ...]
+    blocksize: int = 64
+
+    @property
+    def rows(self) -> int:
+        """N, of all parts."""
+        return sum(part.rows for part in self.parts)
+
+    def dense(self) -> torch.Tensor:
+        """float32 ``[N, K]``."""
+        return torch.cat([self._dense(part) for part in self.parts])
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """float32 ``x W^T + b`` of x float32 ``[rows, K]``."""
+        biases = [torch.zeros(part.rows, device=x.device) if part.bias is None else part.bias for part in self.parts]
+        return F.linear(x, self.dense(), torch.cat([bias.float() for bias in biases]))
+
+    def _dense(self, part: Part) -> torch.Tensor:
+        if self.format == "16bit":
+            return part.weight.float()
+        assert part.scales is not None
+        if self.format == "int8":
+            return dequantize_rows(part.weight, part.scales, torch.float32)
+        packed = Packed4bit(part.weight, part.scales, self.blocksize, self.format, (part.rows, self.columns))
+        return packed._replace(nested_absmax=part.nested, offset=part.offset).dequantize(torch.float32)
+
+
+class Heads(NamedTuple):
+    """What a layer's attention is made of.
+
+    query, kv: heads; size: HD. scale: of the scores. window: how many keys back a token sees, itself among them, or
+    None. inv_freq: float32 ``[rotated / 2]`` of the rotary embedding, None for none; rope_scale: what its sines and
+    cosines are multiplied by. q_gain, k_gain: ``[HD]`` of the head norms, with their epsilon, or None.
+    """
+
+    query: int
+    kv: int
+    size: int
+    scale: float
+    window: int | None = None
+    inv_freq: torch.Tensor | None = None
+    rope_scale: float = 1.0
+    q_gain: torch.Tensor | None = None
+    k_gain: torch.Tensor | None = None
+    eps: float = 0.0
+
+    @property
+    def width(self) -> int:
+        """Columns of qkv."""
+        return (self.query + 2 * self.kv) * self.size
+
+
+class Attended(NamedTuple):
+    """The attention's output in parts: values in the model's dtype ``[rows, HQ, splits, HD]``, and of each part the
+    maximum (of scores times log2 e) and the sum of exponentials, float32 ``[rows, HQ, splits, 2]``."""
+
+    values: torch.Tensor
+    sums: torch.Tensor
+
+
+def embed(ids: torch.Tensor, table: torch.Tensor, h: torch.Tensor, pdl: bool = True) -> None:
+    """h ``[rows, D]`` = table ``[V, D]`` at ids int64 ``[rows]``."""
+    if _on_gpu(h):
+        _cuda().embed(ids, table, h, pdl)
+        return
+    h.copy_(F.embedding(ids, table))
+
+
+def norm_product(
+    h: torch.Tensor, gain: torch.Tensor, eps: float, matrix: Matrix, out: torch.Tensor, pdl: bool = True
+) -> None:
+    """out float32 ``[rows, N]`` = RMSNorm(h) W^T + b."""
+    if _on_gpu(h):
+        _cuda().product("norm", "store", h, matrix, out, gain=gain, eps=eps, pdl=pdl)
+        return
+    out.copy_(matrix.multiply(rms_norm(h, gain, eps)))
+
+
+def norm_gated(
+    h: torch.Tensor, gain: torch.Tensor, eps: float, matrix: Matrix, act: str, out: torch.Tensor, pdl: bool = True
+) -> None:
+    """out ``[rows, F]`` in the model's dtype = act(gate) * up of RMSNorm(h). matrix: both; act: of `ACTIVATIONS`."""
+    if _on_gpu(h):
+        _cuda().product("norm", "gated", h, matrix, out, gain=gain, eps=eps, act=act, pdl=pdl)
+        return
+    gate, up = matrix.multiply(rms_norm(h, gain, eps)).chunk(2, dim=-1)
+    out.copy_(activation(act, gate) * up)
+
+
+def add_product(x: torch.Tensor, matrix: Matrix, h: torch.Tensor, pdl: bool = True) -> None:
+    """h float32 ``[rows, N]`` += x W^T + b, of x ``[rows, K]`` in the model's dtype."""
+    if _on_gpu(h):
+        _cuda().product("plain", "add", x, matrix, h, pdl=pdl)
+        return
+    h.add_(matrix.multiply(x.float()))
+
+
+def add_attention(attended: Attended, matrix: Matrix, h: torch.Tensor, pdl: bool = True) -> None:
+    """h float32 ``[rows, N]`` += x W^T + b, of the attention's output x, put together from its parts."""
+    if _on_gpu(h):
+        _cuda().product("attention", "add", attended.values, matrix, h, sums=attended.sums, pdl=pdl)
+        return
+    h.add_(matrix.multiply(combine(attended)))
+
+
+def attend(
+    qkv: torch.Tensor,
+    heads: Heads,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    position: torch.Tensor,
+    rope_position: torch.Tensor,
+    first: torch.Tensor | None,
+    out: Attended,
+    pdl: bool = True,
+) -> None:
+    """One query a row against the cache and its own key, which is written into the cache.
+
+    Args:
+        qkv: float32 ``[rows, (HQ + 2 HKV) HD]``.
+        keys, values: ``[rows, HKV, L, HD]``, contiguous, in the model's dtype; the token at position p stands in slot
+            p % L.
+        position: int64 ``[1]`` or ``[rows]``: of the new token in the cache. rope_position: the same for the rotary
+            embedding.
+        first: int32 ``[rows]``: the first position that a row sees (left padding), or None.
+        out: overwritten.
+    """
+    if _on_gpu(qkv):
+        _cuda().attend(qkv, heads, keys, values, position, rope_position, first, out, pdl)
+        return
+    rows, length = qkv.shape[0], keys.shape[2]
+    q, k, v = new_heads(qkv, heads, rope_position)
+    q = q.to(keys.dtype).float()
+    now = position.expand(rows)
+    slot = now % length
+    each = torch.arange(rows)
+    keys[each, :, slot], values[each, :, slot] = k.to(keys.dtype), v.to(values.dtype)
+    ago = (slot[:, None] - torch.arange(length)) % length
+    begin = 0 if first is None else first[:, None]
+    seen = (ago <= now[:, None] - begin) & (ago < (heads.window or length)) | (ago == 0)
+    group = heads.query // heads.kv
+    k, v = (t.float().masked_fill(~seen[:, None, :, None], 0.0).repeat_interleave(group, 1) for t in (keys, values))
+    scores = torch.einsum("bhd,bhjd->bhj", q, k) * heads.scale
+    scores = scores.masked_fill(~seen[:, None], float("-inf"))
+    out.values.zero_()
+    out.values[:, :, 0] = torch.einsum("bhj,bhjd->bhd", scores.softmax(-1), v).to(out.values.dtype)
+    out.sums.copy_(out.sums.new_tensor([float("-inf"), 0.0]))
+    out.sums[:, :, 0] = out.sums.new_tensor([0.0, 1.0])
+
+
+def new_heads(
+    qkv: torch.Tensor, heads: Heads, rope_position: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values ``[rows, H, HD]`` in float32, after head norms and the rotary embedding."""
+    sizes = (heads.query, heads.kv, heads.kv)
+    q, k, v = (t.view(len(qkv), -1, heads.size) for t in qkv.split([n * heads.size for n in sizes], -1))
+    if heads.q_gain is not None and heads.k_gain is not None:
+        q, k = rms_norm(q, heads.q_gain, heads.eps), rms_norm(k, heads.k_gain, heads.eps)
+    if heads.inv_freq is not None:
+        angle = rope_position.view(-1, 1).float() * heads.inv_freq
+        cos, sin = (wave.repeat(1, 2)[:, None] * heads.rope_scale for wave in (angle.cos(), angle.sin()))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    return q, k, v
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """The rotary embedding of the first values of each head, in halves; the rest passes."""
+    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    a, b = turned.chunk(2, dim=-1)
+    return torch.cat([turned * cos + torch.cat([-b, a], -1) * sin, rest], -1)
+
+
+def combine(attended: Attended) -> torch.Tensor:
+    """float32 ``[rows, HQ * HD]`` of the parts."""
+    top, total = attended.sums.unbind(-1)
+    weight = torch.exp2(top - top.amax(-1, keepdim=True)) * total
+    whole = (attended.values.float() * weight[..., None]).sum(2) / weight.sum(-1, keepdim=True)
+    return whole.flatten(1)
+
+
+def rms_norm(x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
+    """float32 ``x / sqrt(mean(x^2) + eps) * gain``."""
+    x = x.float()
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * gain.float()
+
+
+def activation(name: str, x: torch.Tensor) -> torch.Tensor:
+    """One of `ACTIVATIONS`."""
+    if name == "silu":
+        return F.silu(x)
+    return F.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")
+
+
+def cost(matrix: Matrix, rows: int) -> tuple[int, int]:
+    """Bytes read and FLOPs of a product: weights and scales; activations are small beside them."""
+    tensors = [t for part in matrix.parts for t in (part.weight, part.scales, part.nested) if t is not None]
+    return sum(t.numel() * t.element_size() for t in tensors), 2 * rows * matrix.rows * matrix.columns
+
+
+def _on_gpu(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda
+
+
+def _cuda() -> Any:
+    from onegpu.kernels import decode_step_cuda
+
+    return decode_step_cuda

@@ -1,0 +1,197 @@
+// One query per row of the batch against its keys: the new head norms, rotary embedding, the write into the cache and the
+// attention over SPLITS parts of the keys, which the next product puts together.
+//
+// qkv float32 [rows, (HKV * GQ + 2 HKV) * HD] -> parts 16-bit [rows, HKV * GQ, SPLITS, HD], sums float2 (maximum of the
+// scores in base 2, sum) of each. Caches [rows, HKV, length, HD]; the token at position p stands in slot p % length.
+// Filled in: HD, GQ (query heads of a key head, up to 8), HKV, SPLITS, ROT (rotated values of a head), NORMS (q and k norms),
+// WARPS, STAGES (tiles of a warp's ring).
+//
+// A warp takes 16 keys at a time: K and V by asynchronous copies into a ring of its own, both products by mma with the
+// query heads as rows. Keys that a row may not see are copied as zeros. The new key never goes through the cache: the
+// last part takes it from registers.
+constexpr int THREADS = WARPS * 32;
+constexpr int UNITS = HD / 8, ROW = HD * 2, TILE = 16 * ROW, STAGE = 2 * TILE;       // 16-byte units of a row; bytes
+constexpr int K_SWAP = HD % 64 == 0 ? 4 : 0, V_MASK = UNITS % 8 == 0 ? 7 : 3;
+constexpr int HEADS = HKV * GQ, WIDTH = (HEADS + 2 * HKV) * HD, HALF = ROT / 2;
+constexpr int RING = WARPS * STAGES * STAGE;                           // later the outputs of the warps, [WARPS, 8, HD] float32
+static_assert(STAGE >= 8 * HD * 4, "room for the outputs");
+static_assert(HD % 32 == 0 && HD <= 128 && GQ <= 8 && ROT <= HD, "head dimensions");
+
+DEVICE int key_at(int key, int unit) { return key * ROW + (unit ^ (key & 1 ? K_SWAP : 0)) * 16; }
+DEVICE int value_at(int key, int unit) { return key * ROW + (unit ^ (key & V_MASK)) * 16; }
+
+// Which keys of the cache a row sees, in the order of their slots.
+struct Seen {
+  int length, slot, window, back, from, to;                              // back: how far before the new token its row begins
+  DEVICE bool at(int j) const {
+    int ago = slot - j;
+    if (ago <= 0) ago += length;
+    return j < to && ago < window && ago <= back;
+  }
+};
+
+__global__ void __launch_bounds__(THREADS, 1)
+attend(const float* qkv, const i64* position, const i64* rope_position, const int* first, u16* keys, u16* values, const float* inv_freq,
+       const u16* q_gain, const u16* k_gain, u16* parts, float2* sums, int rows, int length, int window, int position_step, int rope_step,
+       float scale, float rope_scale, float eps) {
+  SHARED(smem);
+  u8* ring = smem;
+  u8* fresh_tile = smem + RING;                                          // the new key and value, as a tile of 16 keys
+  u16* qs = (u16*)(fresh_tile + STAGE);                                  // [8, HD] rotated queries
+  float* heads = (float*)(qs + 8 * HD);                                  // [WARPS, HD] a head at work
+  float* turn = heads + WARPS * HD;                                      // [2, HALF] cosines and sines
+  float* ends = turn + (HALF ? 2 * HALF : 2);                            // [WARPS, 8, 2] maxima and sums
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
+
+  let_next_kernel_start();
+  wait_before_reading_x();
+  for (int item = blockIdx.x; item < rows * HKV * SPLITS; item += gridDim.x) {
+    const int split = item % SPLITS, kv = item / SPLITS % HKV, row = item / SPLITS / HKV;
+    const i64 now = fresh_i64(position + (i64)row * position_step);
+    const i64 begin = first ? (i64)*(first + row) : 0;
+    Seen seen; seen.length = length; seen.slot = (int)(now % length); seen.window = min(window, length); seen.back = (int)(now - begin);
+    const bool whole = now >= length;                                    // the ring is full: its slots are not in order
+    int lo = whole ? 0 : (int)max(begin, now - window + 1), hi = whole ? length : (int)now;
+    lo = max(lo, 0);
+    const int share = ((hi - lo + SPLITS - 1) / SPLITS + 15) / 16 * 16;
+    seen.from = min(lo + split * share, hi); seen.to = min(seen.from + share, hi);
+    const i64 base = ((i64)row * HKV + kv) * length;
+    const int tiles = (seen.to - seen.from + 15) / 16;
+
+    auto fetch = [&](int tile, int stage) {
+      if (tile < tiles) {
+        u8* to = ring + (warp * STAGES + stage) * STAGE;
+#pragma unroll
+        for (int i = 0; i < UNITS / 2; i++) {
+          int u = lane + 32 * i, key = u / UNITS, unit = u % UNITS, j = seen.from + tile * 16 + key;
+          bool ok = seen.at(j); i64 from = (base + (ok ? j : 0)) * HD + unit * 8;
+          copy16(to + key_at(key, unit), keys + from, ok ? 16 : 0);
+          copy16(to + TILE + value_at(key, unit), values + from, ok ? 16 : 0);
+        }
+      }
+      commit();
+    };
+#pragma unroll
+    for (int i = 0; i < STAGES; i++) fetch(warp + i * WARPS, i);
+
+    if (HALF) {
+      const float p = (float)fresh_i64(rope_position + (i64)row * rope_step);
+      for (int i = threadIdx.x; i < HALF; i += THREADS) { float a = p * inv_freq[i]; turn[i] = cosf(a) * rope_scale; turn[HALF + i] = sinf(a) * rope_scale; }
+    }
+    for (int i = threadIdx.x; i < STAGE / 16; i += THREADS) *(uint4*)(fresh_tile + i * 16) = make_uint4(0, 0, 0, 0);
+    for (int i = threadIdx.x; i < HD; i += THREADS) *(uint4*)(qs + i * 8) = make_uint4(0, 0, 0, 0);
+    __syncthreads();
+    // A warp a head: the queries of this key head, then the new key, then the new value.
+    for (int h = warp; h < GQ + 2; h += WARPS) {
+      const bool query = h < GQ, key = h == GQ;
+      if (!query && split != SPLITS - 1) continue;
+      const float* from = qkv + (i64)row * WIDTH + (query ? kv * GQ + h : HEADS + kv + (key ? 0 : HKV)) * HD;
+      float* work = heads + warp * HD; float v[HD / 32], squares = 0.f;
+#pragma unroll
+      for (int i = 0; i < HD / 32; i++) { v[i] = fresh(from + lane + 32 * i); squares = fmaf(v[i], v[i], squares); }
+      if (NORMS && (query || key)) {
+        const float r = rsqrtf(warp_sum(squares) * (1.f / HD) + eps);
+#pragma unroll
+        for (int i = 0; i < HD / 32; i++) v[i] *= r * value((query ? q_gain : k_gain)[lane + 32 * i]);
+      }
+      if (HALF && (query || key)) {
+#pragma unroll
+        for (int i = 0; i < HD / 32; i++) work[lane + 32 * i] = v[i];
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < HD / 32; i++) {
+          const int d = lane + 32 * i;
+          if (d < HALF) v[i] = work[d] * turn[d] - work[d + HALF] * turn[HALF + d];
+          else if (d < ROT) v[i] = work[d] * turn[d - HALF] + work[d - HALF] * turn[d];
+        }
+        __syncwarp();
+      }
+#pragma unroll
+      for (int i = 0; i < HD / 32; i++) {
+        const int d = lane + 32 * i; const u16 r = (u16)pack(v[i], 0.f);
+        if (query) qs[h * HD + d] = r;
+        else {
+          *(u16*)(fresh_tile + (key ? key_at(0, d / 8) : TILE + value_at(0, d / 8)) + d % 8 * 2) = r;
+          (key ? keys : values)[(base + seen.slot) * HD + d] = r;
+        }
+      }
+    }
+    __syncthreads();
+
+    u32 q[HD / 32][4];
+#pragma unroll
+    for (int i = 0; i < HD / 32; i++) { uint4 a = *(const uint4*)(qs + g * HD + 32 * i + 8 * t); q[i][0] = a.x; q[i][1] = a.y; q[i][2] = a.z; q[i][3] = a.w; }
+    const float ninf = -__uint_as_float(0x7f800000u);
+    float out[HD / 8][4], top = ninf, total = 0.f;
+#pragma unroll
+    for (int i = 0; i < HD / 8; i++) out[i][0] = out[i][1] = out[i][2] = out[i][3] = 0.f;
+    auto tile_of_keys = [&](const u8* k, const u8* v, u32 mask) {        // mask: bit j, key j of the 16 is seen
+      float s[2][4];
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        s[half][0] = s[half][1] = s[half][2] = s[half][3] = 0.f;
+#pragma unroll
+        for (int i = 0; i < HD / 32; i++) {
+          uint4 b = *(const uint4*)(k + key_at(half * 8 + g, 4 * i + t));
+          mma<BF16>(s[half], q[i][0], 0, q[i][1], 0, b.x, b.y);
+          mma<BF16>(s[half], q[i][2], 0, q[i][3], 0, b.z, b.w);
+        }
+      }
+      float w[4] = {s[0][0], s[0][1], s[1][0], s[1][1]}, most = top;     // keys 2t, 2t + 1, 2t + 8, 2t + 9
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        w[i] = mask >> (2 * t + i % 2 + i / 2 * 8) & 1 ? w[i] * scale * LOG2E : ninf;
+        most = larger(most, w[i]);
+      }
+      most = larger(most, shuffle_xor(most, 1)); most = larger(most, shuffle_xor(most, 2));
+      const float shrink = top == most ? 1.f : exp2_(top - most), base_ = most == ninf ? 0.f : most;
+      top = most; total *= shrink;
+#pragma unroll
+      for (int i = 0; i < 4; i++) { w[i] = exp2_(w[i] - base_); total += w[i]; }
+#pragma unroll
+      for (int i = 0; i < HD / 8; i++) { out[i][0] *= shrink; out[i][1] *= shrink; }
+      const u32 p0 = pack(w[0], w[1]), p1 = pack(w[2], w[3]);
+#pragma unroll
+      for (int i = 0; i < HD / 16; i++) {
+        u32 b[4]; transposed(b, v + value_at(lane & 15, 2 * i + (lane >> 4)));
+        mma<BF16>(out[2 * i], p0, 0, p1, 0, b[0], b[1]);
+        mma<BF16>(out[2 * i + 1], p0, 0, p1, 0, b[2], b[3]);
+      }
+    };
+    if (split == SPLITS - 1 && warp == WARPS - 1) tile_of_keys(fresh_tile, fresh_tile + TILE, 1);
+    for (int tile = warp, stage = 0; tile < tiles; tile += WARPS) {
+      copies_left<STAGES - 1>();
+      __syncwarp();
+      u32 mask = 0;
+#pragma unroll
+      for (int i = 0; i < 4; i++) { int j = 2 * t + i % 2 + i / 2 * 8; mask |= (u32)seen.at(seen.from + tile * 16 + j) << j; }
+      const u8* k = ring + (warp * STAGES + stage) * STAGE;
+      tile_of_keys(k, k + TILE, mask);
+      __syncwarp();
+      fetch(tile + STAGES * WARPS, stage);
+      if (++stage == STAGES) stage = 0;
+    }
+    copies_left<0>();
+    total += shuffle_xor(total, 1); total += shuffle_xor(total, 2);
+    __syncthreads();
+    float* all = (float*)ring;                                           // [WARPS, 8, HD]
+#pragma unroll
+    for (int i = 0; i < HD / 8; i++) *(float2*)(all + (warp * 8 + g) * HD + 8 * i + 2 * t) = make_float2(out[i][0], out[i][1]);
+    if (t == 0) { ends[(warp * 8 + g) * 2] = top; ends[(warp * 8 + g) * 2 + 1] = total; }
+    __syncthreads();
+    for (int i = threadIdx.x; i < GQ * HD; i += THREADS) {
+      const int h = i / HD, d = i % HD; float most = ninf, sum = 0.f, o = 0.f;
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) most = larger(most, ends[(w * 8 + h) * 2]);
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) {
+        float m = ends[(w * 8 + h) * 2], e = m == most ? 1.f : exp2_(m - most);
+        sum = fmaf(e, ends[(w * 8 + h) * 2 + 1], sum); o = fmaf(e, all[(w * 8 + h) * HD + d], o);
+      }
+      const i64 to = ((i64)row * HEADS + kv * GQ + h) * SPLITS + split;
+      parts[to * HD + d] = (u16)pack(sum == 0.f ? 0.f : o / sum, 0.f);
+      if (d == 0) sums[to] = make_float2(most, sum);
+    }
+    __syncthreads();
+  }
+}

@@ -1,0 +1,23 @@
+// What the kernels of a decoding step need beyond few_rows_common.cu, which comes before this text.
+#ifndef EMULATED
+// Values that the kernel before wrote: read past the L1 cache, which may hold them as they were.
+DEVICE float4 fresh4(const float* p) { float4 v; asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p) : "memory"); return v; }
+DEVICE float2 fresh2(const void* p) { float2 v; asm volatile("ld.global.cg.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p) : "memory"); return v; }
+DEVICE float fresh(const float* p) { float v; asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory"); return v; }
+DEVICE i64 fresh_i64(const i64* p) { i64 v; asm volatile("ld.global.cg.s64 %0, [%1];" : "=l"(v) : "l"(p) : "memory"); return v; }
+DEVICE float exp2_(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+DEVICE float shuffle_xor(float v, int o) { return __shfl_xor_sync(~0u, v, o); }
+// Two 8 x 16 tiles of 16-bit values as right operands of an mma that sums over their rows.
+DEVICE void transposed(u32 (&b)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3]) : "r"(saddr(row)) : "memory");
+}
+#endif
+
+constexpr float LOG2E = 1.4426950408889634f;
+DEVICE float warp_sum(float v) {
+#pragma unroll
+  for (int o = 16; o; o >>= 1) v += shuffle_xor(v, o);
+  return v;
+}
+// The larger one; NaN counts as nothing, it shows up elsewhere.
+DEVICE float larger(float a, float b) { return fmaxf(a, b); }

@@ -1,0 +1,167 @@
+"""Launches decode_step_product.cu, decode_step_attention.cu and decode_step_embed.cu; the ops are in decode_step.py.
+
+A block an SM, in every kernel of the chain, and at most half of an SM's shared memory where that is enough: then each
+SM holds a block of the kernel at work and one of the next, which fetches its first weights meanwhile.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from onegpu.errors import bad_argument
+from onegpu.kernels.codebooks import dynamic_map
+from onegpu.kernels.decode_step import ACTIVATIONS, Attended, Heads, Matrix
+from onegpu.kernels.launch import CudaKernel, source_text
+
+MAX_ROWS, MAX_GROUP, MAX_SPLITS = 8, 8, 8
+_FORMATS = {"16bit": 0, "int8": 1, "nf4": 2, "fp4": 2}
+_SOURCES, _SINKS = ("norm", "attention", "plain"), ("store", "add", "gated")
+_WHOLE = 232448  # bytes of shared memory that a block may have on Hopper
+_HALF = 115712  # two blocks an SM: half of its 228 KiB, less the 1 KiB that each block costs
+_COMMON = {"NESTED": 0, "TABLE_SHIFT": 7, "CL": 1, "CLUSTERED": 0, "FP4": 0}
+
+
+class Shape(NamedTuple):
+    """How a product is laid out on an SM.
+
+    warps: of a block. width: bytes of a row of W in a piece. slots: pieces in a warp's ring. shared: bytes of shared
+    memory.
+    """
+
+    warps: int
+    width: int
+    slots: int
+    shared: int
+
+
+@lru_cache(maxsize=256)
+def shape(form: str, rows: int, columns: int, nested: bool, fixed: tuple[int, int, int] | None = None) -> Shape | None:
+    """The layout for a product; None if x does not fit into shared memory. fixed: warps, width, slots."""
+    if fixed is not None:
+        return Shape(*fixed, _shared(form, rows, columns, nested, *fixed))
+    four = _FORMATS[form] == 2
+    for limit, fewest in ((_HALF, 4), (_HALF, 3), (_WHOLE, 2)):
+        for width in (64,) if four else (128, 64):
+            fitting = [n for n in range(fewest, 9) if _shared(form, rows, columns, nested, 8, width, n) <= limit]
+            if fitting:
+                return Shape(8, width, fitting[-1], _shared(form, rows, columns, nested, 8, width, fitting[-1]))
+    return None
+
+
+def _shared(form: str, rows: int, columns: int, nested: bool, warps: int, width: int, slots: int) -> int:
+    """As the kernel divides it: table, map, x, sums, shares of the norm, rings."""
+    fmt = _FORMATS[form]
+    piece = (width // 2, width, 2 * width)[fmt]
+    pitch = -(-(-(-columns // piece) * piece * 2) // 128) * 128 + (16 if fmt else 64)
+    table = ((256 << _COMMON["TABLE_SHIFT"]) + 1024 * nested) if fmt == 2 else 0
+    sums = 2 * _tiles(rows) * warps * 16 * rows * 4
+    shares = (2 * rows * warps + rows + 3) // 4 * 16
+    return table + rows * pitch + sums + shares + warps * slots * (16 * width + (piece if fmt == 2 else 0))
+
+
+def _tiles(rows: int) -> int:
+    return max(1, 8 // rows)
+
+
+def product(
+    source: str,
+    sink: str,
+    x: torch.Tensor,
+    matrix: Matrix,
+    out: torch.Tensor,
+    *,
+    gain: torch.Tensor | None = None,
+    eps: float = 0.0,
+    sums: torch.Tensor | None = None,
+    act: str = "silu",
+    pdl: bool = True,
+    fixed: tuple[int, int, int] | None = None,
+) -> None:
+    """One launch of decode_step_product.cu, whose head says what source and sink are."""
+    rows, columns = len(x), matrix.columns
+    nested = matrix.parts[0].nested is not None
+    found = shape(matrix.format, rows, columns, nested, fixed)
+    if found is None:
+        raise bad_argument("rows", rows, f"x of {columns} columns does not fit into shared memory", "Use fewer rows")
+    dtype = gain.dtype if gain is not None else x.dtype
+    splits, size = (sums.shape[2], x.shape[3]) if sums is not None else (1, 64)
+    kernel = _kernel("product").variant(
+        None, **_COMMON | {"NESTED": int(nested), "FP4": int(matrix.format == "fp4")},
+        FMT=_FORMATS[matrix.format], BF16=int(dtype == torch.bfloat16), M=rows, K=columns, WARPS=found.warps,
+        SLOTS=found.slots, CB=found.width, TG=_tiles(rows), SOURCE=_SOURCES.index(source), SINK=_SINKS.index(sink),
+        SPLITS=splits, HD=size, ACT=ACTIVATIONS.index(act),
+    )  # fmt: skip
+    parts = [*matrix.parts, *[None] * (3 - len(matrix.parts))]
+    pointers = [
+        None if part is None else getattr(part, name)
+        for name in ("weight", "scales", "nested", "offset", "bias")
+        for part in parts
+    ]
+    table = dynamic_map(out.device) if nested else None
+    counts = [0 if part is None else part.rows for part in parts]
+    blocks = matrix.blocksize.bit_length() - 7  # log2 of how many 64 columns share a scale
+    kernel(
+        (multiprocessors(out.get_device()),), 32 * found.warps, found.shared,
+        *pointers, table, gain, x, sums, out, *counts, blocks, eps, pdl=pdl,
+    )  # fmt: skip
+
+
+def attend(
+    qkv: torch.Tensor,
+    heads: Heads,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    position: torch.Tensor,
+    rope_position: torch.Tensor,
+    first: torch.Tensor | None,
+    out: Attended,
+    pdl: bool = True,
+    warps: int = 4,
+    stages: int = 3,
+) -> None:
+    """One launch of decode_step_attention.cu."""
+    size, rotated = heads.size, 0 if heads.inv_freq is None else 2 * heads.inv_freq.numel()
+    kernel = _kernel("attention").variant(
+        None, **_COMMON, FMT=0, BF16=int(keys.dtype == torch.bfloat16), HD=size, GQ=heads.query // heads.kv,
+        HKV=heads.kv, SPLITS=out.values.shape[2], ROT=rotated, NORMS=int(heads.q_gain is not None), WARPS=warps,
+        STAGES=stages,
+    )  # fmt: skip
+    shared = (warps * stages + 1) * 64 * size + 16 * size + 4 * warps * size + 4 * max(rotated, 2) + 64 * warps
+    length = keys.shape[2]
+    kernel(
+        (multiprocessors(qkv.get_device()),), 32 * warps, shared,
+        qkv, position, rope_position, first, keys, values, heads.inv_freq, heads.q_gain, heads.k_gain, *out,
+        len(qkv), length, heads.window or length, int(position.numel() > 1), int(rope_position.numel() > 1),
+        heads.scale, heads.rope_scale, heads.eps, pdl=pdl,
+    )  # fmt: skip
+
+
+def embed(ids: torch.Tensor, table: torch.Tensor, h: torch.Tensor, pdl: bool = True) -> None:
+    """One launch of decode_step_embed.cu."""
+    kernel = _kernel("embed").variant(None, **_COMMON, FMT=0, BF16=int(table.dtype == torch.bfloat16))
+    kernel((len(h),), 256, 0, ids, table, h, table.shape[0], table.shape[1], pdl=pdl)
+
+
+def splits(device: int, rows: int, kv_heads: int) -> int:
+    """Into how many parts the keys of a head are cut."""
+    return min(MAX_SPLITS, max(1, multiprocessors(device) // (rows * kv_heads)))
+
+
+@lru_cache(maxsize=64)
+def multiprocessors(device: int) -> int:
+    """Of a CUDA device."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+_KERNELS = {"product": ("product", "PPPPPPPPPPPPPPPPPPPPiiiif"), "attention": ("attend", "PPPPPPPPPPPiiiiifff"),
+            "embed": ("embed", "PPPqi")}  # fmt: skip
+
+
+@lru_cache(maxsize=8)
+def _kernel(kind: str) -> CudaKernel:
+    name, arguments = _KERNELS[kind]
+    files = ("few_rows_common.cu", "decode_step_common.cu", f"decode_step_{kind}.cu")
+    return CudaKernel("decode_step", "".join(map(source_text, files)), name, arguments)

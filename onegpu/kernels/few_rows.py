@@ -1,0 +1,260 @@
+"""Launches the few-row products of few_rows_narrow.cu and few_rows_wide.cu: ``y[M, N] = x[M, K] @ W[N, K].T + bias``.
+
+W is read once, as it is stored (4-bit, int8 or 16-bit), so the bound is its bytes. `narrow` holds x in shared memory
+and serves up to 16 rows, `wide` streams it and serves up to 128. Both want whole groups of columns and 16-byte
+alignment: where a product has them not, `supports` says so, and the op takes its portable kernel or the dequantised
+product.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import ClassVar, NamedTuple
+
+import torch
+
+from onegpu.kernels.guard import aligned
+from onegpu.kernels.launch import CudaKernel, source_text
+
+FORMATS = {"16bit": 0, "int8": 1, "4bit": 2}
+MAX_ROWS = {"16bit": 8, "int8": 128, "4bit": 64}  # past that cuBLAS, on dequantised weights, is as fast
+PORTABLE_ROWS = 16  # of linear_few_rows_triton.py, which serves what these kernels do not
+_COLUMNS = {"16bit": 8, "int8": 16, "4bit": 64}  # K must be a multiple: 16 bytes of a row, or a block of scales
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """Configuration of few_rows_narrow.cu.
+
+    rows: of x that fit. width: bytes of a row of W in a piece. slots: of a warp's ring. tiles: of 16 rows between two
+    meetings of the warps. cluster: blocks that share the columns. table_shift: 7 makes the look-up table of 4-bit
+    products half as large and its look-ups a little slower. per_sm: blocks a multiprocessor.
+    """
+
+    rows: int
+    warps: int
+    slots: int
+    width: int
+    tiles: int
+    cluster: int = 1
+    table_shift: int = 8
+    per_sm: int = 1
+
+    source: ClassVar[str] = "few_rows_narrow.cu"
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps
+
+    def piece(self, fmt: str) -> int:
+        """Columns of a piece, the unit that the blocks of a cluster share out."""
+        return self.width // 2 if fmt == "16bit" else self.width if fmt == "int8" else 2 * self.width
+
+    def shared(self, fmt: str, nested: bool, n: int, k: int, clusters: int, half: bool) -> int:
+        """Bytes of shared memory; the kernel lays it out in this order."""
+        columns, four = self.piece(fmt), fmt == "4bit"
+        share = _ceil(_ceil(k, columns), self.cluster)
+        pitch = _ceil(share * columns * 2, 128) * 128 + (64 if fmt == "16bit" else 16)
+        sums = self.tiles * self.warps * 16 * self.rows * 4
+        slot = 16 * self.width + (columns if four else 0)
+        total = (256 << self.table_shift) + 1024 * nested if four else 0
+        total += self.rows * pitch + (0 if four and self.table_shift == 8 else sums) + self.warps * self.slots * slot
+        if self.cluster > 1:
+            total += _ceil(_ceil(n, clusters), 16) * 64 * self.rows
+        return total
+
+    def constants(self, half: bool) -> dict[str, int]:
+        names = {"MP": self.rows, "WARPS": self.warps, "SLOTS": self.slots, "CB": self.width, "TG": self.tiles}
+        return {**names, "CL": self.cluster, "TABLE_SHIFT": self.table_shift}
+
+
+@dataclass(frozen=True)
+class Wide:
+    """Configuration of few_rows_wide.cu: a tile is 16 * row_tiles * warps_n rows of W, a stage has `columns` of it.
+
+    eights: rows of x, in eights. warps_n x warps_k warps share the rows and the columns. stages: of the ring.
+    """
+
+    eights: int
+    row_tiles: int
+    warps_n: int
+    warps_k: int
+    columns: int
+    stages: int
+    cluster: int = 1
+    table_shift: int = 8
+    per_sm: int = 1
+    wide_table: bool = False
+
+    source: ClassVar[str] = "few_rows_wide.cu"
+
+    @property
+    def rows(self) -> int:
+        return 8 * self.eights
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps_n * self.warps_k
+
+    def piece(self, fmt: str) -> int:
+        return self.columns
+
+    def shared(self, fmt: str, nested: bool, n: int, k: int, clusters: int, half: bool) -> int:
+        tile, four = 16 * self.row_tiles * self.warps_n, fmt == "4bit"
+        scales = tile * self.columns // (32 if half else 64) * 4 if four else 0
+        stage = tile * self.columns // (2 if four else 1) + self.rows * (self.columns * 2 + 16) + scales
+        total = (256 << self.table_shift) + 1024 * nested if four else 0
+        return total + self.rows * (tile + 4) * 4 + self.stages * stage
+
+    def constants(self, half: bool) -> dict[str, int]:
+        names = {"NT": self.eights, "RT": self.row_tiles, "WN": self.warps_n, "WK": self.warps_k, "KC": self.columns}
+        return {**names, "STAGES": self.stages, "CL": self.cluster, "TABLE_SHIFT": self.table_shift,
+                "WIDE_TABLE": int(self.wide_table), "HALF_BLOCK": int(half)}  # fmt: skip
+
+
+# By format, in order of preference: the first that holds the rows and fits is taken.
+_CONFIGURATIONS: dict[str, tuple[Narrow | Wide, ...]] = {
+    "16bit": (
+        Narrow(1, 16, 3, 128, 12), Narrow(2, 16, 3, 128, 8), Narrow(4, 16, 3, 128, 4), Narrow(4, 16, 2, 64, 2),
+        Narrow(8, 16, 2, 128, 2), Narrow(8, 16, 3, 128, 2, cluster=2), Narrow(8, 16, 2, 64, 1, cluster=4),
+        Narrow(1, 8, 2, 64, 4), Narrow(2, 8, 2, 64, 2), Narrow(4, 8, 2, 64, 1), Narrow(8, 8, 2, 64, 1),
+    ),
+    "int8": (
+        Narrow(1, 16, 3, 128, 12), Narrow(2, 16, 3, 128, 8), Narrow(4, 16, 3, 128, 4), Narrow(4, 16, 2, 64, 2),
+        Narrow(8, 16, 2, 128, 2), Narrow(8, 16, 3, 128, 2, cluster=2),
+        Wide(1, 2, 4, 2, 128, 4, cluster=2), Wide(2, 2, 4, 2, 128, 4, cluster=2), Wide(4, 2, 4, 2, 128, 4, cluster=2),
+        Wide(8, 2, 4, 2, 128, 4, cluster=2), Wide(16, 1, 4, 2, 128, 3, cluster=2),
+        Narrow(1, 8, 2, 64, 4), Wide(1, 1, 4, 2, 128, 3), Wide(2, 1, 4, 2, 128, 3), Wide(4, 1, 4, 2, 128, 3),
+        Wide(8, 1, 4, 1, 64, 3), Wide(16, 1, 4, 1, 64, 2),
+    ),
+    "4bit": (
+        Narrow(1, 16, 3, 128, 12), Narrow(2, 16, 3, 128, 8), Narrow(2, 16, 3, 64, 8),
+        Narrow(4, 16, 3, 128, 6), Narrow(4, 16, 3, 64, 6), Narrow(8, 16, 3, 64, 4), Narrow(8, 16, 3, 64, 4, cluster=2),
+        Wide(1, 2, 4, 2, 128, 4, cluster=2), Wide(2, 2, 4, 2, 128, 4, cluster=2), Wide(4, 2, 4, 2, 128, 4, cluster=2),
+        Wide(8, 2, 4, 2, 128, 4, cluster=2),
+        Narrow(1, 8, 2, 64, 4, table_shift=7), Wide(1, 1, 4, 2, 128, 3, table_shift=7),
+        Wide(2, 1, 4, 2, 128, 3, table_shift=7), Wide(4, 1, 4, 2, 128, 2, table_shift=7),
+        Wide(8, 1, 2, 2, 128, 2, table_shift=7),
+    ),
+}  # fmt: skip
+_STATIC = 1024  # shared memory that the kernels declare themselves, and what the driver keeps, at most
+
+
+class Plan(NamedTuple):
+    """One launch: the kernel, its grid, threads, shared memory and cluster."""
+
+    kernel: CudaKernel
+    grid: tuple[int]
+    threads: int
+    shared: int
+    cluster: tuple[int, int, int]
+
+
+def fits(
+    config: Narrow | Wide, fmt: str, nested: bool, m: int, n: int, k: int, half: bool, sms: int, limit: int
+) -> tuple[int, int] | None:
+    """(clusters, bytes of shared memory) of a launch with this configuration, or None where it cannot serve.
+
+    half: scales for 32 columns. sms, limit: multiprocessors, and bytes of shared memory that a block may have.
+    """
+    if m > config.rows or (half and isinstance(config, Narrow)):
+        return None
+    pieces = _ceil(k, config.piece(fmt))
+    if (config.cluster - 1) * _ceil(pieces, config.cluster) >= pieces:
+        return None  # a block would have no columns
+    # Clusters of four and more do not fill a GPU: its multiprocessors come in groups of 16 or 18.
+    usable = sms if config.cluster <= 2 else sms - sms // 32
+    clusters = min(usable * config.per_sm // config.cluster, n)
+    shared = config.shared(fmt, nested, n, k, clusters, half)
+    return (clusters, shared) if shared + _STATIC <= limit else None
+
+
+@lru_cache(maxsize=4096)
+def plan(fmt: str, m: int, n: int, k: int, bf16: bool, fp4: bool, nested: bool, half: bool, device: int) -> Plan | None:
+    """The launch for a product, or None where no configuration serves it."""
+    properties = torch.cuda.get_device_properties(device)
+    if properties.major < 8:
+        return None
+    limit = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+    for config in _CONFIGURATIONS[fmt]:
+        if config.cluster > 1 and properties.major < 9:
+            continue
+        found = fits(config, fmt, nested, m, n, k, half, properties.multi_processor_count, limit)
+        if found:
+            clusters, shared = found
+            made = kernel(config, fmt, bf16, fp4, nested, half)
+            return Plan(made, (clusters * config.cluster,), config.threads, shared, (config.cluster, 1, 1))
+    return None
+
+
+@lru_cache(maxsize=2)
+def _kernel(source: str) -> CudaKernel:
+    text = source_text("few_rows_common.cu") + source_text(source)
+    return CudaKernel("few_rows", text, "few_rows", "PPPPPPPPiiiii")
+
+
+def kernel(config: Narrow | Wide, fmt: str, bf16: bool, fp4: bool, nested: bool, half: bool) -> CudaKernel:
+    """The kernel of a configuration, not yet compiled."""
+    constants = {"FMT": FORMATS[fmt], "BF16": int(bf16), "FP4": int(fp4), "NESTED": int(nested)}
+    return _kernel(config.source).variant(None, **constants, **config.constants(half))
+
+
+def supports(fmt: str, x: torch.Tensor, weight: torch.Tensor, k: int, blocksize: int = 64) -> bool:
+    """Whether the kernels can multiply these: 16-bit x ``[M, K]`` of 1 to MAX_ROWS rows, all aligned."""
+    return (
+        0 < x.shape[0] <= MAX_ROWS[fmt]
+        and x.dtype != torch.float32
+        and k > 0
+        and k % _COLUMNS[fmt] == 0
+        and blocksize >= 32
+        and find_spec("cuda") is not None
+        and aligned(x, weight)
+    )
+
+
+def launch(
+    fmt: str,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    n: int,
+    bias: torch.Tensor | None,
+    scales: torch.Tensor | None = None,
+    *,
+    blocksize: int = 64,
+    quant_type: str = "nf4",
+    nested: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    nested_blocksize: int = 256,
+    pdl: bool = False,
+) -> torch.Tensor | None:
+    """One product, or None where no configuration serves it. The caller has asked `supports`.
+
+    Args:
+        fmt: "4bit", "int8" or "16bit".
+        x: contiguous float16 or bfloat16 ``[M, K]``.
+        weight: contiguous; as stored.
+        n: rows of W.
+        bias: ``[N]`` in the dtype of x, contiguous, or None.
+        scales: 4-bit: float32 absmax of each block, or its uint8 codes where `nested` is given; int8: float32 SCB.
+        nested: float32 absmax of the codes, their 256 values, and the offset.
+        pdl: launched so that it may start, and read weights, before the kernel in front of it has ended: only where
+            nothing in front writes weight or scales.
+    """
+    m, k = x.shape
+    half, device = blocksize == 32, x.get_device()
+    found = plan(fmt, m, n, k, x.dtype == torch.bfloat16, quant_type == "fp4", nested is not None, half, device)
+    if found is None:
+        return None
+    y = x.new_empty((m, n))
+    absmax, table, offset = nested or (None, None, None)
+    shift = 0 if fmt != "4bit" else (blocksize // (32 if half else 64)).bit_length() - 1
+    found.kernel(
+        found.grid, found.threads, found.shared, weight, x, y, bias, scales, absmax, table, offset, m, n, k, shift,
+        nested_blocksize.bit_length() - 1, pdl=pdl, cluster=found.cluster,
+    )  # fmt: skip
+    return y

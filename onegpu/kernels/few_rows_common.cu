@@ -1,0 +1,140 @@
+// Pieces that both few-row kernels share; few_rows.py puts one kernel's text behind this and sets, as macros: FMT (0: 16-bit
+// weights, 1: int8, 2: 4-bit), FP4 (the codebook), BF16 (activations and outputs; else fp16), NESTED (absmax is quantised),
+// TABLE_SHIFT (log2 of a table row's bytes, 7 or 8) and CL (blocks of a cluster, which share the columns).
+typedef unsigned int u32; typedef unsigned short u16; typedef unsigned char u8; typedef long long i64; typedef unsigned long long u64;
+
+#ifndef ENTRY
+#define ENTRY
+#endif
+#ifndef L2_PREFETCH
+#define L2_PREFETCH ""
+#endif
+#ifndef EMULATED
+#define DEVICE __device__ __forceinline__
+#define CONSTANT __constant__
+#define SHARED(name) extern __shared__ __align__(1024) u8 name[]
+#define SHARED_ARRAY(type, name, count) __shared__ type name[count]
+DEVICE float h2f(u32 h) { float f; asm("{ .reg .b16 a; cvt.u16.u32 a, %1; cvt.f32.f16 %0, a; }" : "=f"(f) : "r"(h)); return f; }
+DEVICE u32 pack_h(float lo, float hi) { u32 d; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(hi), "f"(lo)); return d; }
+DEVICE u32 pack_b(float lo, float hi) { u32 d; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(hi), "f"(lo)); return d; }
+DEVICE u32 sub_h(u32 a, u32 b) { u32 d; asm("sub.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d; }
+DEVICE u32 add_b(u32 a, u32 b) { u32 d; asm("{ .reg .b32 one; mov.b32 one, 0x3f803f80; fma.rn.bf16x2 %0, %1, one, %2; }" : "=r"(d) : "r"(a), "r"(b)); return d; }
+DEVICE u32 saddr(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+// Where in shared memory a copy goes. The shuffle hides the address from ptxas, which otherwise (13.0) gives copies a uniform
+// base register; with a cache hint it encodes those as an illegal instruction.
+typedef u32 Shared;
+DEVICE Shared shared(const void* p) { return __shfl_sync(~0u, saddr(p), threadIdx.x & 31); }
+DEVICE u64 evict_first() { u64 v; asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(v)); return v; }
+// Asynchronous copies; `bytes` past the first `take` are zeros.
+DEVICE void copy16(Shared dst, const void* src, int take, u64 policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint" L2_PREFETCH " [%0], [%1], 16, %2, %3;" :: "r"(dst), "l"(src), "r"(take), "l"(policy) : "memory");
+}
+DEVICE void copy16(Shared dst, const void* src, int take) { asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(dst), "l"(src), "r"(take) : "memory"); }
+DEVICE void copy4(Shared dst, const void* src, int take) { asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" :: "r"(dst), "l"(src), "r"(take) : "memory"); }
+DEVICE void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N> DEVICE void copies_left() { asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory"); }
+DEVICE void wait_before_reading_x() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+DEVICE void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+DEVICE int cluster_rank() {
+  u32 r = 0;
+  if (CL > 1) asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+  return r;
+}
+DEVICE void cluster_sync() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+DEVICE float cluster_read(const float* p, int rank) {
+  float v = 0.f;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("{ .reg .b32 a; mapa.shared::cluster.u32 a, %1, %2; ld.shared::cluster.f32 %0, [a]; }" : "=f"(v) : "r"(saddr(p)), "r"(rank) : "memory");
+#endif
+  return v;
+}
+// c[16 rows of W, 8 rows of x] += a[16, 16] b[16, 8], float32 sums.
+template <int B> DEVICE void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  if (B) asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  else asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+DEVICE u32 warp_max(u32 v) { return __reduce_max_sync(~0u, v); }
+#endif
+
+DEVICE float lo_b(u32 v) { return __uint_as_float(v << 16); }
+DEVICE float hi_b(u32 v) { return __uint_as_float(v & 0xffff0000u); }
+DEVICE float value(u16 v) { return BF16 ? __uint_as_float((u32)v << 16) : h2f(v); }
+DEVICE u32 pack(float lo, float hi) { return BF16 ? pack_b(lo, hi) : pack_h(lo, hi); }
+
+// What the epilogue adds: y = sum * row scale (int8: SCB / 127) + bias.
+struct Output {
+  u16* y; const u16* bias; const float* row_scale; int n;
+  DEVICE void put(int m, int row, float sum) const {
+    if (FMT == 1) sum *= row_scale[row] * (1.f / 127.f);
+    if (bias) sum += value(bias[row]);
+    y[(i64)m * n + row] = (u16)pack(sum, 0.f);
+  }
+};
+
+// The float32 scale of 64 (or 32) columns of a row. Quantised scales travel as the aligned word that holds the code.
+struct Scales {
+  const void* absmax; const float *nested, *map, *offset; int shift, nested_shift;
+  DEVICE void fetch(Shared dst, i64 block, bool inside) const {
+    i64 i = inside ? block >> shift : 0;
+    const u8* p = (const u8*)absmax + (NESTED ? i : i * 4);
+    copy4(dst, (const void*)((u64)p & ~3ull), inside ? 4 : 0);
+  }
+  // map_: the table of 256 values in shared memory.
+  DEVICE float decode(u32 word, i64 block, const float* map_) const {
+    i64 i = block >> shift;
+    u32 at = (u32)((u64)absmax + i) & 3;
+    return fmaf(map_[word >> (8 * at) & 255], nested[i >> nested_shift], *offset);
+  }
+};
+
+// The two values of every byte, once for each lane, so that no two lanes meet in a bank: fp16 pairs.
+constexpr int TABLE = FMT == 2 ? 256 << TABLE_SHIFT : 0;
+CONSTANT float CODE[16] = {
+#if FP4
+  0.f, 0.0625f / 12, 8.f / 12, 1.f, 4.f / 12, 6.f / 12, 2.f / 12, 3.f / 12, 0.f, -0.0625f / 12, -8.f / 12, -1.f, -4.f / 12, -6.f / 12, -2.f / 12, -3.f / 12
+#else
+  -1.f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.f,
+  0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.f
+#endif
+};
+DEVICE void build_table(u8* table, int threads) {
+  if (FMT != 2) return;
+  SHARED_ARRAY(float, code, 16);                                         // indexed by lane: from constant memory that would be serial
+  if (threadIdx.x < 16) code[threadIdx.x] = CODE[threadIdx.x];
+  __syncthreads();
+  for (int i = threadIdx.x; i < 2048; i += threads) {
+    u32 p = pack_h(code[i >> 7], code[i >> 3 & 15]);
+    *(uint4*)(table + (i >> 3 << TABLE_SHIFT) + (i & 7) * 16) = make_uint4(p, p, p, p);
+  }
+}
+template <int B> DEVICE u32 look_up(const u8* table, u32 w, u32 lane4) {
+  if (TABLE_SHIFT == 8) return *(const u32*)(table + __byte_perm(w, lane4, 0x5504 | B << 4));
+  u32 at = B == 0 ? w << 7 : w >> (8 * B - 7);
+  return *(const u32*)(table + (at & 0x7f80u | lane4));
+}
+// Two of four int8 as a pair of 16-bit floats, exactly. fp16: byte + 128 under the exponent of 1024. bf16: the low seven
+// bits under that of 128, and the sign bit as -128 or -256 to add.
+template <int H> DEVICE u32 int8_pair(u32 w) {
+  if (!BF16) return sub_h(__byte_perm(w ^ 0x80808080u, 0x64646464u, H ? 0x4342 : 0x4140), 0x64806480u);
+  u32 v = __byte_perm(w, 0, H ? 0x3322 : 0x1100);
+  return add_b(v & 0x007f007fu | 0x43004300u, v & 0x00800080u | 0xc300c300u);
+}
+
+// Units of 16 bytes of a row of `width` bytes change places so that the eight rows of a fragment spread over the banks:
+// 4-bit fragments are 8 bytes a lane (32 a row), others 16 (64 a row).
+template <int WIDTH> DEVICE int swizzled(int row, int unit) {
+  if (FMT == 2) return unit ^ (WIDTH == 128 ? (row & 3) << 1 : (row >> 1 & 1) << 1);
+  return WIDTH == 128 ? unit ^ (row & 1) << 2 : unit;
+}

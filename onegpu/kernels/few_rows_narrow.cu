@@ -1,0 +1,224 @@
+// Few rows of x, held whole in shared memory: y = x W^T for up to MP (1, 2, 4, 8 or 16) rows.
+//
+// A cluster takes a range of whole rows of W, in tiles of 16; its CL blocks split the columns. Within a block, the pieces
+// (16 rows, CB bytes of each) of its tiles go round the warps. Each warp streams its own pieces through a ring of its
+// own, without a barrier, and multiplies with the weights as the 16-row operand: the contraction runs in whatever order the
+// stored bytes have, x is read to match. Sums of the warps meet in shared memory after every TG tiles, in fixed order.
+//
+// 4-bit: looked-up fp16 pairs are the operand, the sum over each 64 columns is scaled in float32. bf16 x becomes fp16,
+// exactly up to a factor: each row is scaled by a power of two (its largest value below 2^15; sums are float32).
+// Filled in: MP, WARPS, SLOTS, CB, TG.
+constexpr int NT = MP > 8 ? 2 : 1, THREADS = WARPS * 32;
+constexpr int KB = FMT == 0 ? CB / 2 : FMT == 1 ? CB : 2 * CB;         // columns of a piece
+constexpr int GROUP = FMT == 0 ? 32 : 64, GROUPS = KB / GROUP;         // columns that the four lanes of a row take together
+constexpr int SCALES = FMT == 2 ? GROUPS : 0, PER_ROW = SCALES ? SCALES : 1, PIECE = 16 * CB, SLOT = PIECE + 64 * SCALES;
+constexpr int SUMS = TG * WARPS * 16 * MP;                             // of the warps, in floats
+constexpr int IN_TABLE = FMT == 2 && TABLE_SHIFT == 8;                 // the table leaves 128 of every 256 bytes free: the sums go there
+static_assert(!IN_TABLE || SUMS <= 8192, "TG * WARPS * MP is at most 512");
+constexpr int TO_FP16 = FMT == 2 && BF16, MMA_BF16 = BF16 && FMT != 2;
+
+DEVICE void advance(int& tile, int& piece, int by, int pieces) {
+  piece += by;
+  while (piece >= pieces) { piece -= pieces; tile++; }
+}
+
+ENTRY __global__ void __launch_bounds__(THREADS, 1)
+few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ y, const u16* __restrict__ bias,
+         const void* __restrict__ absmax, const float* __restrict__ nested, const float* __restrict__ map,
+         const float* __restrict__ offset, int m, int n, int k, int shift, int nested_shift) {
+  SHARED(smem);
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, rank = cluster_rank();
+  const int cluster = blockIdx.x / CL, clusters = gridDim.x / CL;
+  const int r0 = (int)((i64)n * cluster / clusters), r1 = (int)((i64)n * (cluster + 1) / clusters);
+  const int tiles = (r1 - r0 + 15) / 16, all = (k + KB - 1) / KB, share = (all + CL - 1) / CL;
+  const int p0 = rank * share, pieces = max(min(share, all - p0), 0);  // of this block
+  const int pitch = (share * KB * 2 + 127) / 128 * 128 + (FMT == 0 ? 64 : 16), nb = k / 64;
+  const int row_bytes = FMT == 0 ? 2 * k : FMT == 1 ? k : k / 2;
+  u8* table = smem;
+  float* map_ = (float*)(smem + TABLE);
+  u8* xs = smem + TABLE + (NESTED ? 1024 : 0);
+  float* red = (float*)(xs + MP * pitch);
+  u8* ring = (u8*)(red + (IN_TABLE ? 0 : SUMS)) + warp * SLOTS * SLOT;
+  auto sum_at = [&](int i) { return IN_TABLE ? (float*)(table + (i >> 5) * 256 + 128) + (i & 31) : red + i; };
+  float* part = (float*)(ring + (WARPS - warp) * SLOTS * SLOT);          // CL > 1: sums of this block, [tiles, 16, MP]
+  SHARED_ARRAY(u32, top, 16);                                            // largest |x| of each row, as bits
+  const Scales scales = {absmax, nested, map, offset, shift, nested_shift};
+  const Output out = {y, bias, (const float*)absmax, n};
+  const u64 policy = evict_first();
+
+  constexpr int UNITS = CB / 16, STEP = 32 / UNITS;                      // a warp copies STEP rows at once
+  const int f_row = lane / UNITS, f_unit = lane % UNITS, f_place = f_row * CB + swizzled<CB>(f_row, f_unit) * 16;
+  const Shared first_slot = shared(ring + f_place);
+  Shared f_slot = first_slot;
+  int f_tile = 0, f_piece = 0;
+  auto fetch = [&]() {
+    if (f_tile < tiles) {
+      const int tile_row = r0 + f_tile * 16, row0 = tile_row + f_row, piece = p0 + f_piece, at = piece * CB + f_unit * 16, take = at < row_bytes ? 16 : 0;
+      const u8* from = w + (i64)row0 * row_bytes + (take ? at : 0);
+#pragma unroll
+      for (int j = 0; j < 16 / STEP; j++)                                // the swizzle is the same every STEP rows
+        if (row0 + j * STEP < r1) copy16(f_slot + j * STEP * CB, from + (i64)(j * STEP) * row_bytes, take, policy);
+#pragma unroll
+      for (int j = 0; j < SCALES / 2; j++) {
+        int e = lane + 32 * j, row = tile_row + e / PER_ROW, b = piece * SCALES + e % PER_ROW;
+        scales.fetch(f_slot + (PIECE + e * 4 - f_place), (i64)row * nb + b, row < r1 && b < nb);
+      }
+      advance(f_tile, f_piece, WARPS, pieces);
+    }
+    f_slot = f_slot == first_slot + (SLOTS - 1) * SLOT ? first_slot : f_slot + SLOT;
+    commit();
+  };
+
+  let_next_kernel_start();
+  if (pieces) advance(f_tile, f_piece, warp, pieces); else f_tile = tiles;
+  int tile = f_tile, piece = f_piece;
+#pragma unroll
+  for (int i = 0; i < SLOTS - 1; i++) fetch();
+  if (threadIdx.x < 16) top[threadIdx.x] = 0;
+  if (NESTED) for (int i = threadIdx.x; i < 256; i += THREADS) map_[i] = map[i];
+  build_table(table, THREADS);
+  wait_before_reading_x();
+  if (TO_FP16) __syncthreads();
+  const int vectors = share * KB / 8;
+  for (int r = 0; r < MP; r++) {
+    u32 biggest = 0;
+    for (int v = threadIdx.x; v < vectors; v += THREADS) {
+      int col = p0 * KB + v * 8; uint4 q = make_uint4(0, 0, 0, 0);
+      if (r < m && col < k) q = *(const uint4*)(x + (i64)r * k + col);
+      *(uint4*)(xs + r * pitch + v * 16) = q;
+      if (TO_FP16) {
+        const u32 p[4] = {q.x, q.y, q.z, q.w};
+#pragma unroll
+        for (int i = 0; i < 4; i++) biggest = max(biggest, max(p[i] & 0x7fffu, p[i] >> 16 & 0x7fffu));
+      }
+    }
+    if (TO_FP16) { biggest = warp_max(biggest); if (lane == 0) atomicMax(&top[r], biggest); }
+  }
+  __syncthreads();
+  if (TO_FP16) {
+    for (int r = 0; r < MP; r++) {
+      const float scale = __uint_as_float((u32)min(141 - (int)(top[r] >> 7) + 127, 253) << 23);
+      for (int v = threadIdx.x; v < vectors; v += THREADS) {
+        uint4* p = (uint4*)(xs + r * pitch + v * 16); uint4 q = *p;
+        *p = make_uint4(pack_h(lo_b(q.x) * scale, hi_b(q.x) * scale), pack_h(lo_b(q.y) * scale, hi_b(q.y) * scale),
+                        pack_h(lo_b(q.z) * scale, hi_b(q.z) * scale), pack_h(lo_b(q.w) * scale, hi_b(q.w) * scale));
+      }
+    }
+    __syncthreads();
+  }
+
+  const u32 lane4 = lane * 4;
+  const u8* x_lane[NT];
+#pragma unroll
+  for (int i = 0; i < NT; i++) x_lane[i] = xs + (MP >= 8 ? g + 8 * i : g % MP) * pitch + t * (GROUP / 2);
+  float acc[NT][4];
+#pragma unroll
+  for (int i = 0; i < NT; i++) acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = 0.f;
+  int slot_no = 0;
+  for (int q0 = 0; q0 < tiles; q0 += TG) {
+    const int q1 = min(q0 + TG, tiles); int done = q0;
+    auto flush = [&](int upto) {
+      for (; done < upto; done++) {
+        const int first = ((done - q0) * WARPS + warp) * 16 * MP;
+#pragma unroll
+        for (int i = 0; i < NT; i++) {
+          if (MP == 1) { if (t == 0) { *sum_at(first + g) = acc[i][0]; *sum_at(first + g + 8) = acc[i][2]; } }
+          else if (2 * t < MP) {
+            *(float2*)sum_at(first + g * MP + 8 * i + 2 * t) = make_float2(acc[i][0], acc[i][1]);
+            *(float2*)sum_at(first + (g + 8) * MP + 8 * i + 2 * t) = make_float2(acc[i][2], acc[i][3]);
+          }
+          acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = 0.f;
+        }
+      }
+    };
+    while (tile < q1) {
+      flush(tile);
+      fetch();
+      copies_left<SLOTS - 1>();
+      __syncwarp();
+      u8* slot = ring + slot_no * SLOT;
+      if (++slot_no == SLOTS) slot_no = 0;
+      if (NESTED) {
+#pragma unroll
+        for (int j = 0; j < SCALES / 2; j++) {
+          int e = lane + 32 * j, row = r0 + tile * 16 + e / PER_ROW, b = (p0 + piece) * SCALES + e % PER_ROW;
+          float* s = (float*)(slot + PIECE) + e;
+          if (row < r1 && b < nb) *s = scales.decode(__float_as_uint(*s), (i64)row * nb + b, map_);
+        }
+        __syncwarp();
+      }
+      float s0[SCALES + 1], s1[SCALES + 1];
+#pragma unroll
+      for (int b = 0; b < SCALES; b++) { s0[b] = ((const float*)(slot + PIECE))[g * SCALES + b]; s1[b] = ((const float*)(slot + PIECE))[(g + 8) * SCALES + b]; }
+#pragma unroll
+      for (int b = 0; b < GROUPS; b++) {
+        u32 xa[NT][8];
+#pragma unroll
+        for (int i = 0; i < NT; i++) {
+          const uint4* p = (const uint4*)(x_lane[i] + (piece * KB + b * GROUP) * 2);
+          uint4 a = p[0]; xa[i][0] = a.x; xa[i][1] = a.y; xa[i][2] = a.z; xa[i][3] = a.w;
+          if (FMT != 0) { uint4 c = p[1]; xa[i][4] = c.x; xa[i][5] = c.y; xa[i][6] = c.z; xa[i][7] = c.w; }
+        }
+        if (FMT == 2) {
+          const u8* p = slot + swizzled<CB>(g, b * 2 + (t >> 1)) * 16 + (t & 1) * 8;
+          const uint2 u = *(const uint2*)(p + g * CB), v = *(const uint2*)(p + (g + 8) * CB);
+          float c[NT][4];
+#pragma unroll
+          for (int i = 0; i < NT; i++) c[i][0] = c[i][1] = c[i][2] = c[i][3] = 0.f;
+#pragma unroll
+          for (int h = 0; h < 2; h++) {
+            const u32 a = h ? u.y : u.x, d = h ? v.y : v.x;
+            const u32 a0 = look_up<0>(table, a, lane4), a1 = look_up<1>(table, a, lane4), a2 = look_up<2>(table, a, lane4), a3 = look_up<3>(table, a, lane4);
+            const u32 d0 = look_up<0>(table, d, lane4), d1 = look_up<1>(table, d, lane4), d2 = look_up<2>(table, d, lane4), d3 = look_up<3>(table, d, lane4);
+#pragma unroll
+            for (int i = 0; i < NT; i++) {
+              mma<0>(c[i], a0, d0, a1, d1, xa[i][4 * h], xa[i][4 * h + 1]);
+              mma<0>(c[i], a2, d2, a3, d3, xa[i][4 * h + 2], xa[i][4 * h + 3]);
+            }
+          }
+#pragma unroll
+          for (int i = 0; i < NT; i++) {
+            acc[i][0] = fmaf(c[i][0], s0[b], acc[i][0]); acc[i][1] = fmaf(c[i][1], s0[b], acc[i][1]);
+            acc[i][2] = fmaf(c[i][2], s1[b], acc[i][2]); acc[i][3] = fmaf(c[i][3], s1[b], acc[i][3]);
+          }
+        } else {
+          const u8* p = slot + swizzled<CB>(g, b * 4 + t) * 16;
+          const uint4 u = *(const uint4*)(p + g * CB), v = *(const uint4*)(p + (g + 8) * CB);
+          const u32 a[4] = {u.x, u.y, u.z, u.w}, d[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+          for (int s = 0; s < (FMT == 0 ? 2 : 4); s++)
+#pragma unroll
+            for (int i = 0; i < NT; i++) {
+              if (FMT == 0) mma<MMA_BF16>(acc[i], a[2 * s], d[2 * s], a[2 * s + 1], d[2 * s + 1], xa[i][2 * s], xa[i][2 * s + 1]);
+              else mma<MMA_BF16>(acc[i], int8_pair<0>(a[s]), int8_pair<0>(d[s]), int8_pair<1>(a[s]), int8_pair<1>(d[s]), xa[i][2 * s], xa[i][2 * s + 1]);
+            }
+        }
+      }
+      __syncwarp();
+      advance(tile, piece, WARPS, pieces);
+    }
+    flush(q1);
+    __syncthreads();
+    for (int i = threadIdx.x; i < (q1 - q0) * 16 * MP; i += THREADS) {
+      const int row = r0 + q0 * 16 + i / MP, r = i % MP, first = i / (16 * MP) * WARPS * 16 * MP + i % (16 * MP);
+      float sum = 0.f;
+#pragma unroll
+      for (int j = 0; j < WARPS; j++) sum += *sum_at(first + j * 16 * MP);
+      if (TO_FP16) sum *= __uint_as_float((u32)(127 - min(141 - (int)(top[r] >> 7), 126)) << 23);
+      if (CL > 1) part[q0 * 16 * MP + i] = sum;
+      else if (r < m && row < r1) out.put(r, row, sum);
+    }
+    if (q1 < tiles) __syncthreads();
+  }
+  copies_left<0>();
+  if (CL > 1) {
+    cluster_sync();
+    for (int i = threadIdx.x + rank * THREADS; i < tiles * 16 * MP; i += CL * THREADS) {
+      const int row = r0 + i / MP, r = i % MP; float sum = 0.f;
+#pragma unroll
+      for (int j = 0; j < CL; j++) sum += cluster_read(part + i, j);
+      if (r < m && row < r1) out.put(r, row, sum);
+    }
+    cluster_sync();                                                      // no block ends while another reads its sums
+  }
+}

@@ -1,0 +1,175 @@
+// More rows of x than shared memory holds: y = x W^T for up to 8 NT rows, weights and x streamed together.
+//
+// A cluster takes a range of whole rows of W in tiles of BN; its CL blocks split the columns. A stage of the ring holds
+// KC columns of a tile of W, of x, and the scales. WN x WK warps: WN along the rows (RT tiles of 16 each), WK along the
+// columns of a stage. Weights are expanded to the type of x, as the definition does (one rounding of value times scale), and are
+// the 16-row operand; x is read from shared memory in the order in which the stored bytes give the columns.
+// Filled in: NT, RT, WN, WK, KC, STAGES, WIDE_TABLE (table of float32 pairs), HALF_BLOCK (a scale for 32 columns).
+constexpr int THREADS = WN * WK * 32, BN = WN * RT * 16, ROWS = 8 * NT;
+constexpr int CB = FMT == 1 ? KC : KC / 2, GROUPS = KC / 64 / WK;
+constexpr int SPAN = HALF_BLOCK ? 32 : 64, SCALES = FMT == 2 ? KC / SPAN : 0, PER_ROW = SCALES ? SCALES : 1;
+constexpr int X_PITCH = KC * 2 + 16, W_BYTES = BN * CB, X_BYTES = ROWS * X_PITCH, STAGE = W_BYTES + X_BYTES + BN * SCALES * 4;
+constexpr int E_PITCH = BN + 4;
+static_assert(GROUPS * WK * 64 == KC && (CB == 64 || CB == 128), "a warp takes whole groups of 64 columns");
+
+DEVICE void build_wide_table(u8* table) {
+  SHARED_ARRAY(float, code, 16);
+  if (threadIdx.x < 16) code[threadIdx.x] = CODE[threadIdx.x];
+  __syncthreads();
+  for (int i = threadIdx.x; i < 4096; i += THREADS) {
+    float a = code[i >> 8], b = code[i >> 4 & 15];
+    *(float4*)(table + i * 16) = make_float4(a, b, a, b);
+  }
+}
+// The pair of weights in byte B, scaled, in the type of x.
+template <int B> DEVICE u32 weights(const u8* table, u32 w, u32 lane, float scale) {
+  if (WIDE_TABLE) {
+    float2 v = *(const float2*)(table + __byte_perm(w, lane * 8, 0x5504 | B << 4));
+    return pack(v.x * scale, v.y * scale);
+  }
+  u32 v = look_up<B>(table, w, lane * 4);
+  return pack(h2f(v & 0xffffu) * scale, h2f(v >> 16) * scale);
+}
+
+ENTRY __global__ void __launch_bounds__(THREADS, 1)
+few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ y, const u16* __restrict__ bias,
+         const void* __restrict__ absmax, const float* __restrict__ nested, const float* __restrict__ map,
+         const float* __restrict__ offset, int m, int n, int k, int shift, int nested_shift) {
+  SHARED(smem);
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, rank = cluster_rank();
+  const int wn = warp % WN, wk = warp / WN, cluster = blockIdx.x / CL, clusters = gridDim.x / CL;
+  const int r0 = (int)((i64)n * cluster / clusters), r1 = (int)((i64)n * (cluster + 1) / clusters);
+  const int tiles = (r1 - r0 + BN - 1) / BN, all = (k + KC - 1) / KC, share = (all + CL - 1) / CL;
+  const int p0 = rank * share, pieces = max(min(share, all - p0), 0), items = tiles * pieces;
+  const int nb = k / SPAN, row_bytes = FMT == 1 ? k : k / 2;
+  u8* table = smem;
+  float* map_ = (float*)(smem + TABLE);
+  float* sums = (float*)(smem + TABLE + (NESTED ? 1024 : 0));            // [ROWS, BN], one tile
+  u8* ring = (u8*)(sums + ROWS * E_PITCH);
+  const Scales scales = {absmax, nested, map, offset, shift, nested_shift};
+  const Output out = {y, bias, (const float*)absmax, n};
+  const u64 policy = evict_first();
+
+  struct Cursor {
+    int row0, piece, stage; Shared to;                                   // `to`: the stage, for copies
+    DEVICE void next(int pieces) { to += STAGE; if (++stage == STAGES) { stage = 0; to -= STAGES * STAGE; } if (++piece == pieces) { piece = 0; row0 += BN; } }
+  };
+  auto fetch_w = [&](const Cursor& at) {
+    const int piece = p0 + at.piece;
+#pragma unroll
+    for (int u = threadIdx.x; u < W_BYTES / 16; u += THREADS) {
+      int row = u / (CB / 16), unit = u % (CB / 16), byte = piece * CB + unit * 16;
+      if (at.row0 + row < r1) copy16(at.to + row * CB + swizzled<CB>(row, unit) * 16, w + (i64)(at.row0 + row) * row_bytes + (byte < row_bytes ? byte : 0), byte < row_bytes ? 16 : 0, policy);
+    }
+    for (int e = threadIdx.x; e < BN * SCALES; e += THREADS) {
+      int row = at.row0 + e / PER_ROW, b = piece * SCALES + e % PER_ROW;
+      scales.fetch(at.to + W_BYTES + X_BYTES + e * 4, (i64)row * nb + b, row < r1 && b < nb);
+    }
+  };
+  auto fetch_x = [&](const Cursor& at) {
+#pragma unroll
+    for (int u = threadIdx.x; u < ROWS * KC / 8; u += THREADS) {
+      int row = u / (KC / 8), unit = u % (KC / 8), col = (p0 + at.piece) * KC + unit * 8;
+      if (row < m) copy16(at.to + W_BYTES + row * X_PITCH + unit * 16, x + (i64)row * k + (col < k ? col : 0), col < k ? 16 : 0);
+    }
+  };
+
+  // Weights may be read before `wait`, x must not: the first stages come in two halves.
+  let_next_kernel_start();
+  Cursor f = {r0, 0, 0, shared(ring)}, c = f;
+#pragma unroll
+  for (int i = 0; i < STAGES - 1; i++) { if (i < items) fetch_w(f); f.next(pieces); }
+  if (NESTED) for (int i = threadIdx.x; i < 256; i += THREADS) map_[i] = map[i];
+  if (FMT == 2 && WIDE_TABLE) build_wide_table(table); else build_table(table, THREADS);
+  wait_before_reading_x();
+  f = c;
+#pragma unroll
+  for (int i = 0; i < STAGES - 1; i++) { if (i < items) fetch_x(f); f.next(pieces); commit(); }
+
+  float acc[RT][NT][4];
+#pragma unroll
+  for (int r = 0; r < RT; r++)
+#pragma unroll
+    for (int i = 0; i < NT; i++) acc[r][i][0] = acc[r][i][1] = acc[r][i][2] = acc[r][i][3] = 0.f;
+
+  auto finish = [&](int row0) {
+    for (int turn = 0; turn < WK; turn++) {                              // in this order, whoever is first
+      if (wk == turn) {
+#pragma unroll
+        for (int r = 0; r < RT; r++)
+#pragma unroll
+          for (int i = 0; i < NT; i++) {
+            float *p = sums + (8 * i + 2 * t) * E_PITCH + (wn * RT + r) * 16 + g, (&s)[4] = acc[r][i];
+            if (turn) { s[0] += p[0]; s[1] += p[E_PITCH]; s[2] += p[8]; s[3] += p[E_PITCH + 8]; }
+            p[0] = s[0]; p[E_PITCH] = s[1]; p[8] = s[2]; p[E_PITCH + 8] = s[3];
+            s[0] = s[1] = s[2] = s[3] = 0.f;
+          }
+      }
+      __syncthreads();
+    }
+    if (CL > 1) cluster_sync();
+    for (int i = threadIdx.x + rank * THREADS; i < m * BN; i += CL * THREADS) {
+      const int row = i % BN, r = i / BN; const float* p = sums + r * E_PITCH + row; float sum = 0.f;
+      if (CL == 1) sum = *p;
+      else {
+#pragma unroll
+        for (int j = 0; j < CL; j++) sum += cluster_read(p, j);
+      }
+      if (row0 + row < r1) out.put(r, row0 + row, sum);
+    }
+    if (CL > 1) cluster_sync();                                          // the sums have been read: overwrite them, or end
+  };
+
+  for (int item = 0; item < items; item++, c.next(pieces)) {
+    copies_left<STAGES - 2>();
+    __syncthreads();
+    if (item + STAGES - 1 < items) { fetch_w(f); fetch_x(f); f.next(pieces); }
+    commit();
+    const u8* stage = ring + c.stage * STAGE;
+#pragma unroll
+    for (int b = 0; b < GROUPS; b++) {
+      const int group = wk * GROUPS + b;
+      u32 a[RT][16];                                                     // four steps of 16 columns, four registers each
+#pragma unroll
+      for (int r = 0; r < RT; r++) {
+        const int row = (wn * RT + r) * 16 + g;
+        const u8* p = stage + row * CB;
+        if (FMT == 2) {
+          const float* s = (const float*)(stage + W_BYTES + X_BYTES);
+          const int at = HALF_BLOCK ? group * 2 + (t >> 1) : group;
+          float s0 = s[row * SCALES + at], s1 = s[(row + 8) * SCALES + at];
+          if (NESTED) {
+            const int block = (p0 + c.piece) * SCALES + at;
+            s0 = c.row0 + row < r1 && block < nb ? scales.decode(__float_as_uint(s0), (i64)(c.row0 + row) * nb + block, map_) : 0.f;
+            s1 = c.row0 + row + 8 < r1 && block < nb ? scales.decode(__float_as_uint(s1), (i64)(c.row0 + row + 8) * nb + block, map_) : 0.f;
+          }
+          const int unit = swizzled<CB>(g, group * 2 + (t >> 1)) * 16 + (t & 1) * 8;
+          const uint2 u = *(const uint2*)(p + unit), v = *(const uint2*)(p + 8 * CB + unit);
+#pragma unroll
+          for (int h = 0; h < 2; h++) {
+            const u32 e = h ? u.y : u.x, d = h ? v.y : v.x; u32* q = a[r] + 8 * h;
+            q[0] = weights<0>(table, e, lane, s0); q[1] = weights<0>(table, d, lane, s1); q[2] = weights<1>(table, e, lane, s0); q[3] = weights<1>(table, d, lane, s1);
+            q[4] = weights<2>(table, e, lane, s0); q[5] = weights<2>(table, d, lane, s1); q[6] = weights<3>(table, e, lane, s0); q[7] = weights<3>(table, d, lane, s1);
+          }
+        } else {
+          const int unit = swizzled<CB>(g, group * 4 + t) * 16;
+          const uint4 u = *(const uint4*)(p + unit), v = *(const uint4*)(p + 8 * CB + unit);
+          const u32 e[4] = {u.x, u.y, u.z, u.w}, d[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+          for (int s = 0; s < 4; s++) { a[r][4 * s] = int8_pair<0>(e[s]); a[r][4 * s + 1] = int8_pair<0>(d[s]); a[r][4 * s + 2] = int8_pair<1>(e[s]); a[r][4 * s + 3] = int8_pair<1>(d[s]); }
+        }
+      }
+      const u8* xp = stage + W_BYTES + g * X_PITCH + (group * 64 + t * 16) * 2;
+#pragma unroll
+      for (int i = 0; i < NT; i++) {
+        const uint4 e = *(const uint4*)(xp + 8 * i * X_PITCH), f = *(const uint4*)(xp + 8 * i * X_PITCH + 16);
+        const u32 xb[8] = {e.x, e.y, e.z, e.w, f.x, f.y, f.z, f.w};
+#pragma unroll
+        for (int s = 0; s < 4; s++)
+#pragma unroll
+          for (int r = 0; r < RT; r++) mma<BF16>(acc[r][i], a[r][4 * s], a[r][4 * s + 1], a[r][4 * s + 2], a[r][4 * s + 3], xb[2 * s], xb[2 * s + 1]);
+      }
+    }
+    if (c.piece == pieces - 1) finish(c.row0);
+  }
+}

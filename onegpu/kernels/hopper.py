@@ -1,0 +1,181 @@
+"""Pieces of persistent, warp-specialised Hopper kernels in Gluon: barriers, tiles from a counter, exponentials.
+
+``a`` is a kernel's aggregate of arguments; the fields that a function reads stand in its docstring.
+"""
+
+import triton.language as tl
+from triton._C.libtriton import ir
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+
+LOG2E = gl.constexpr(1.4426950408889634)
+
+
+@gluon.jit
+def bar_sync(bar, threads):
+    """Named barrier: arrive and wait."""
+    gl.inline_asm_elementwise("bar.sync $1, $2; mov.u32 $0, 0;", "=r,r,r", [gl.to_tensor(bar), gl.to_tensor(threads)],
+                              dtype=gl.int32, is_pure=False, pack=1)  # fmt: skip
+
+
+@gluon.jit
+def bar_arrive(bar, threads):
+    """Named barrier: arrive, for each warp on its own; an mbarrier would first gather the warpgroup."""
+    gl.inline_asm_elementwise("bar.arrive $1, $2; mov.u32 $0, 0;", "=r,r,r", [gl.to_tensor(bar), gl.to_tensor(threads)],
+                              dtype=gl.int32, is_pure=False, pack=1)  # fmt: skip
+
+
+@gluon.jit
+def advance(stage, phase, ST: gl.constexpr):
+    """The next of ST buffers, and the phase of its barriers."""
+    stage += 1
+    phase = gl.where(stage == ST, phase ^ 1, phase)
+    return gl.where(stage == ST, 0, stage), phase
+
+
+@gluon.jit
+def sequence(p_rows, b, S, HOW: gl.constexpr):
+    """(first row, rows) of sequence b."""
+    first = b * 0
+    n = first + S
+    if HOW == 1:
+        first = gl.load(p_rows + 2 * b)
+        n = gl.minimum(gl.load(p_rows + 2 * b + 1), S - first)
+    elif HOW == 2:
+        first = gl.load(p_rows + b)
+        n = gl.load(p_rows + b + 1) - first
+    return first, n
+
+
+@gluon.jit
+def tile_of(a, tile):
+    """(query block, head, batch) of a tile.
+
+    Heads come in sections whose keys and values fit in the L2 cache; the blocks that the diagonal makes the longest
+    come first in a section.
+    """
+    if a.RIGHT:
+        per_section = a.section * a.NM
+        first = tile // per_section * a.section
+        width = gl.minimum(a.section, a.B * a.H - first)
+        rest = tile % per_section
+        m = a.NM - 1 - rest // width
+        bh = first + rest % width
+    else:
+        m = tile % a.NM
+        bh = tile // a.NM
+    return m, bh % a.H, bh // a.H
+
+
+@gluon.jit
+def publish_next(a, tile, slot, phase):
+    """Producer: draw a tile and tell the consumers. Returns tile, slot, phase.
+
+    Reads DRAW, p_counter, t_buf, t_full and t_empty, as `fetch_next` does.
+    """
+    if a.DRAW:
+        tile = gl.atomic_add(a.p_counter, 1) + gl.num_programs(0)
+        mbarrier.wait(a.t_empty.index(slot), phase)
+        layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+        a.t_buf.index(slot).store(gl.full([1], 0, gl.int32, layout) + tile)
+        mbarrier.arrive(a.t_full.index(slot), count=1)
+        phase = phase ^ slot
+        slot = slot ^ 1
+    else:
+        tile += gl.num_programs(0)
+    return tile, slot, phase
+
+
+@gluon.jit
+def fetch_next(a, tile, slot, phase):
+    """Consumer: what the producer has published."""
+    if a.DRAW:
+        mbarrier.wait(a.t_full.index(slot), phase)
+        layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+        tile = gl.max(a.t_buf.index(slot).load(layout), 0)
+        mbarrier.arrive(a.t_empty.index(slot), count=1)
+        phase = phase ^ slot
+        slot = slot ^ 1
+    else:
+        tile += gl.num_programs(0)
+    return tile, slot, phase
+
+
+@gluon.jit
+def exp2_fma(x):
+    """2 ** x for x <= 0 by additions and multiplications, to 4e-6; what is below 2 ** -127 gives nearly that."""
+    x = gl.maximum(x, -127.0, propagate_nan=tl.PropagateNan.ALL)
+    rounded = x + 12582912.0  # 1.5 * 2 ** 23: the integer stands in the low bits
+    f = x - (rounded - 12582912.0)  # in [-0.5, 0.5]
+    p = 0.009672 * f + 0.055503
+    p = p * f + 0.240222
+    p = p * f + 0.693147
+    p = p * f + 1.0
+    bits = p.to(gl.int32, bitcast=True) + (rounded.to(gl.int32, bitcast=True) << 23)
+    return bits.to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def exp2(x, POLY: gl.constexpr):
+    """2 ** x; of POLY elements one by `exp2_fma` (0: none), because the unit for exponentials is the bottleneck."""
+    R: gl.constexpr = x.shape[0]
+    C: gl.constexpr = x.shape[1]
+    if POLY == 2:
+        lo, hi = x.reshape([R, C // 16, 2, 8]).permute([0, 1, 3, 2]).split()  # by columns 8 apart, in one thread
+        y = gl.join(exp2_fma(lo), gl.exp2(hi)).permute([0, 1, 3, 2]).reshape([R, C])
+        return gl.convert_layout(y, x.type.layout, assert_trivial=True)
+    elif POLY == 4:
+        lo, hi = x.reshape([R, C // 32, 2, 2, 8]).permute([0, 1, 4, 2, 3]).split()
+        lo_lo, lo_hi = lo.split()
+        lo = gl.join(exp2_fma(lo_lo), gl.exp2(lo_hi))
+        y = gl.join(lo, gl.exp2(hi)).permute([0, 1, 3, 4, 2]).reshape([R, C])
+        return gl.convert_layout(y, x.type.layout, assert_trivial=True)
+    else:
+        return gl.exp2(x)
+
+
+@gluon.jit
+def clear_rows(buf, n):
+    """Zeros in the rows from n on of a 16-bit buffer [rows, columns]; two partitions may do it at once."""
+    ROWS: gl.constexpr = buf.shape[0]
+    COLUMNS: gl.constexpr = buf.shape[1]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLUMNS, COLUMNS // 8], [4, 1], [1, 0])
+    for i in gl.static_range(0, ROWS, 16):
+        if i + 16 > n:
+            rows = buf.slice(i, 16)
+            o = i + gl.arange(0, 16, layout=gl.SliceLayout(1, layout))
+            x = rows.load(layout)
+            rows.store(gl.where((o < n)[:, None], x, gl.zeros_like(x)))
+    fence_async_shared()
+
+
+@gluon.jit
+def add_fragments(p, x):
+    """Add a 64 x 64 accumulator to float32 memory in the order of the fragments, by vector reductions."""
+    # Four registers in a row hold columns 8 g + 2 q, + 1 of the rows r and r + 8; they are float4 128 g + thread.
+    layout: gl.constexpr = x.type.layout
+    rows = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+    cols = gl.arange(0, 64, layout=gl.SliceLayout(0, layout))
+    thread = ((rows & 7) * 4 + (rows >> 4) * 32)[:, None] + ((cols & 7) >> 1)[None, :]
+    address = p.to(gl.int64) + thread.to(gl.int64) * 16
+    # one byte an element, so that the group reaches the assembly as one packed constant
+    group = (gl.full([64, 64], 0, gl.int32, layout) + (cols >> 3)[None, :]).to(gl.int8)
+    gl.inline_asm_elementwise(
+        """{
+        .reg .b32 g;
+        .reg .b64 p;
+        and.b32 g, $9, 255;
+        mul.wide.u32 p, g, 2048;
+        add.s64 p, p, $5;
+        red.relaxed.gpu.global.add.v4.f32 [p], {$1, $2, $3, $4};
+        mov.u32 $0, 0;
+        }""", "=r,f,f,f,f,l,l,l,l,r", [x, address, group], dtype=gl.int8, is_pure=False, pack=4)  # fmt: skip
+
+
+@builtin
+def tma_add(desc, coord, src, _semantic=None):
+    """Add a tile of shared memory to the tensor, asynchronously; Gluon has only loads and stores."""
+    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, desc.handle, coord, src.handle)

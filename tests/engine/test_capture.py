@@ -1,0 +1,74 @@
+"""What cannot be captured is found before a capture begins; what can is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from onegpu.engine.capture import Graph, NoHostSync, NotCapturableError, Plain
+
+X = torch.arange(6.0)
+
+
+@pytest.mark.parametrize(
+    "waits",
+    [
+        lambda: X.sum().item(),
+        lambda: bool(X.any()),
+        lambda: X.nonzero(),
+        lambda: X[X > 2],
+        lambda: torch.masked_select(X, X > 2),
+        lambda: X.unique(),
+        lambda: X.repeat_interleave(torch.arange(6)),
+        lambda: torch.bincount(X.long()),
+        lambda: torch.equal(X, X),
+    ],
+)
+def test_an_op_that_waits_for_the_device_is_found(waits):
+    with pytest.raises(NotCapturableError, match="waits for the device"):
+        Plain(waits)
+    waits()  # for this thread and this block only
+
+
+def test_ops_that_do_not_wait_pass():
+    target = torch.zeros(6)
+
+    def run():
+        target.index_copy_(0, torch.tensor([2]), X[torch.tensor([3])])
+        target.add_(X.softmax(0).argmax())
+
+    step = Plain(run)
+    step()
+    assert target.tolist() == [10.0, 10.0, 8.0, 10.0, 10.0, 10.0]
+
+
+def test_another_thread_is_not_concerned():
+    import threading
+
+    seen = []
+    with NoHostSync():
+        thread = threading.Thread(target=lambda: seen.append(X.sum().item()))
+        thread.start()
+        thread.join()
+    assert seen == [15.0]
+
+
+@pytest.mark.gpu
+def test_a_graph_replays_and_a_refused_one_leaves_no_trace():
+    device = torch.device("cuda", torch.cuda.current_device())
+    total, one = torch.zeros(4, device=device), torch.ones(4, device=device)
+    pool = torch.cuda.graph_pool_handle()
+
+    def run():
+        total.add_(one @ one)
+
+    with pytest.raises(NotCapturableError):
+        Graph(lambda: total.add_(one.sum().item()), device, pool, warm=True)
+    graph = Graph(run, device, pool, warm=True)
+    before = total.clone()
+    one.fill_(2)  # a replay reads what is there now
+    graph()
+    graph()
+    torch.cuda.synchronize()
+    assert torch.equal(total, before + 32)
+    torch.empty(1 << 20, device=device).fill_(1)  # the allocator is in order

@@ -1,0 +1,216 @@
+"""The fused step: logits of the model's own forward, in every structure it recognises; tokens through generate()."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from onegpu.engine.fused_step import Fused, FusedStep, left_padded, plan
+from onegpu.engine.generate import Generate
+from onegpu.engine.loop import Engine
+from onegpu.nn import LinearNF4
+from tests.compare import assert_close
+from tests.decode_structures import caches, moved, structure
+from tests.engine.models import causal_model
+from tests.kernels.emulated_step import DEVICES, on
+
+TYPES = ["llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3"]
+
+
+def step_of(model: Any) -> FusedStep:
+    step = plan(model)
+    assert isinstance(step, FusedStep), step
+    return step
+
+
+def memory_of(cache: Any, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The cache's layers in memory of `length` positions, rings for sliding ones."""
+    made = []
+    for layer in cache.layers:
+        held, seen = layer.keys.shape[2], cache.get_seq_length()
+        size = min(length, getattr(layer, "sliding_window", None) or length)
+        slots = torch.arange(seen - held, seen) % size
+        pair = [t.new_full((*t.shape[:2], size, t.shape[3]), float("nan")) for t in (layer.keys, layer.values)]
+        for t, source in zip(pair, (layer.keys, layer.values), strict=True):
+            t[:, :, slots] = source
+        made.append((pair[0], pair[1]))
+    return made
+
+
+def compare(model: Any, rows: int = 2, prompt: int = 40) -> None:
+    """Three steps against the model's own; the second row is padded on the left."""
+    ids = torch.randint(4, 100, (rows, prompt + 3), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    mask[1:, :5] = 0
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = transformers.DynamicCache(config=model.config)
+    step = step_of(model)
+    with torch.no_grad():
+        model(ids[:, :prompt], attention_mask=mask[:, :prompt], position_ids=places[:, :prompt], past_key_values=cache)
+        memory = memory_of(cache, 64)
+        first = (mask == 0).sum(1, dtype=torch.int32)
+        for at in range(prompt, prompt + 3):
+            new = slice(at, at + 1)
+            arguments = {"attention_mask": mask[:, : at + 1], "position_ids": places[:, new]}
+            want = model(ids[:, new], past_key_values=cache, **arguments).logits[:, -1]
+            got = step(ids[:, new], torch.tensor([at]), places[:, new], memory, first)
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_logits_are_the_models(model_type: str) -> None:
+    compare(causal_model(model_type))
+
+
+def test_logits_of_4_bit_layers_are_the_models() -> None:
+    model = causal_model("llama")
+    for layer in model.model.layers:
+        for name, linear in [*layer.self_attn.named_children(), *layer.mlp.named_children()]:
+            if isinstance(linear, torch.nn.Linear):
+                parent = layer.self_attn if name in dict(layer.self_attn.named_children()) else layer.mlp
+                made = LinearNF4(
+                    linear.in_features, linear.out_features, bias=False, compress_statistics=name == "o_proj"
+                )
+                made.weight.data = linear.weight.data
+                setattr(parent, name, made.to("cpu"))
+    assert step_of(model).structure.layers[0].qkv.format == "nf4"
+    compare(model)
+
+
+def test_llama_with_biases_and_scaled_rotary_embedding() -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=100, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=1, max_position_embeddings=256, attention_bias=True, mlp_bias=True, hidden_act="gelu",
+        rope_parameters={
+            "rope_type": "yarn", "factor": 4.0, "rope_theta": 100.0, "original_max_position_embeddings": 64,
+        },
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    compare(model)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_generate_takes_it(model_type: str) -> None:
+    model = causal_model(model_type)
+    ids = torch.randint(4, 100, (2, 7), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    want = model.generate(ids, attention_mask=mask, max_new_tokens=40, do_sample=False)
+    engine = Engine("emulate")
+    model.__dict__["generate"] = Generate(model, engine)
+    assert torch.equal(model.generate(ids, attention_mask=mask, max_new_tokens=40, do_sample=False), want)
+    assert engine.last is not None
+    assert engine.last.fused
+    assert "five kernels a layer" in str(engine.last)
+
+
+def test_a_mask_with_holes_takes_the_models_forward_even_after_a_fused_request() -> None:
+    model = causal_model("llama")
+    ids = torch.randint(4, 100, (1, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    holes = mask.clone()
+    holes[0, 4] = 0
+    wants = [model.generate(ids, attention_mask=m, max_new_tokens=20, do_sample=False) for m in (mask, holes, mask)]
+    engine = Engine("emulate")
+    model.__dict__["generate"] = Generate(model, engine)
+    for m, want, fused in zip((mask, holes, mask), wants, (True, False, False), strict=True):
+        assert torch.equal(model.generate(ids, attention_mask=m, max_new_tokens=20, do_sample=False), want)
+        assert engine.last is not None
+        assert engine.last.loop == "captured"
+        assert engine.last.fused == fused  # the step over this memory is the model's own by then
+
+
+def test_a_wrong_step_is_found_out_and_not_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = causal_model("llama")
+    ids = torch.randint(4, 100, (1, 9), generator=torch.Generator().manual_seed(1))
+    want = model.generate(ids, max_new_tokens=20, do_sample=False)
+    monkeypatch.setattr(Fused, "__call__", lambda self, *_: torch.arange(128.0)[None])
+    engine = Engine("emulate")
+    model.__dict__["generate"] = Generate(model, engine)
+    assert torch.equal(model.generate(ids, max_new_tokens=20, do_sample=False), want)
+    assert engine.last is not None
+    assert engine.last.loop == "captured"
+    assert not engine.last.fused
+    assert not engine.fuse
+
+
+def test_left_padded() -> None:
+    assert left_padded(torch.tensor([[0, 0, 1], [1, 1, 1], [0, 0, 0]]))
+    assert not left_padded(torch.tensor([[1, 1, 0]]))
+    assert not left_padded(torch.tensor([[0, 1, 0, 1]]))
+    assert left_padded(torch.ones(2, 0))
+
+
+# what, rows, length of the cache, position, first
+KERNELS = [
+    ({}, 1, 64, 40, None),
+    ({"form": "nf4", "nested": True, "norms": True, "rotated": 16}, 2, 64, 40, [0, 11]),
+    ({"form": "int8", "window": 32, "act": "gelu_tanh"}, 4, 32, 70, [0, 50, 60, 69]),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", KERNELS, ids=["16bit", "nf4", "int8"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_chain_of_kernels_is_the_chain_of_definitions(
+    device: str, case: tuple, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    what, rows, length, position, first = case
+    found = structure(dtype=dtype, **what)
+    ids, at = torch.arange(rows)[:, None], torch.tensor([position])
+    begin = None if first is None else torch.tensor(first, dtype=torch.int32)
+    turn = (at - (0 if begin is None else begin))[:, None].expand(rows, 1).contiguous()
+    memory = caches(found, rows, length)
+    exact = [(k.float(), v.float()) for k, v in memory]
+    exactly = moved(found, "cpu")
+    want = FusedStep(_in_float32(exactly))(ids, at, turn, exact, begin)
+    rounded = FusedStep(found)(ids, at, turn, [(k.clone(), v.clone()) for k, v in memory], begin)
+    place = on(device, monkeypatch)
+    step, there = FusedStep(moved(found, place)), moved(tuple(memory), place)
+    got = step(ids.to(place), at.to(place), turn.to(place), list(there), moved(begin, place))
+    assert_close(got.cpu().to(dtype), want, rounded.to(dtype))
+
+
+def _in_float32(found: Any) -> Any:
+    """The same weights; activations and outputs between kernels are not rounded."""
+    return type(found)(found.embedding.float(), found.layers, found.gain, found.eps, found.head)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["16bit", "int8", "nf4"])
+def test_a_chain_replayed_a_thousand_times_reads_only_what_it_wrote(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = moved(structure(form, width=512, inner=1408, query=8, kv=8, size=64, layers=4), "cuda")
+    step, memory = FusedStep(found), list(moved(tuple(caches(found, 1, 256)), "cuda"))
+    ids, at = torch.tensor([[3]], device="cuda"), torch.tensor([200], device="cuda")
+    want = step(ids, at, at, memory)
+    step.pdl = False
+    assert torch.equal(step(ids, at, at, memory), want)
+    step.pdl = True
+    empty = torch.empty
+
+    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+        made = empty(*args, **kwargs)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with monkeypatch.context() as patched, torch.cuda.graph(graph):
+        patched.setattr(torch, "empty", poisoned)
+        got = step(ids, at, at, memory)
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    noise = torch.randn(4096, 4096, device="cuda")
+    other = torch.cuda.Stream()
+    for replay in range(1000):
+        if replay % 10 == 0:
+            with torch.cuda.stream(other):
+                noise @ noise  # takes multiprocessors away in the middle of the chain
+        graph.replay()
+        wrong += (got != want).any()
+    assert int(wrong) == 0

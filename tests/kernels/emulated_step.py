@@ -1,0 +1,94 @@
+"""The step's kernels on the CPU: what `CudaKernel` is on a GPU, behind emulator_step.h."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from onegpu.kernels import decode_step, decode_step_cuda
+from onegpu.kernels.launch import source_text
+
+SMS = 3
+_TYPES = {"i": ctypes.c_int, "q": ctypes.c_longlong, "f": ctypes.c_float}
+
+
+def emulate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on the ops of decode_step.py run their kernels, on CPU tensors, on a GPU of three multiprocessors."""
+    if shutil.which("g++") is None:
+        pytest.skip("the emulator is compiled with g++")
+    monkeypatch.setattr(decode_step, "_on_gpu", lambda _: True)
+    monkeypatch.setattr(decode_step_cuda, "_kernel", Emulated)
+    monkeypatch.setattr(decode_step_cuda, "multiprocessors", lambda _: SMS)
+
+
+class Emulated:
+    """A kernel by its kind, as decode_step_cuda.py launches it."""
+
+    def __init__(self, kind: str, constants: tuple[tuple[str, int], ...] = ()) -> None:
+        self.kind, self.constants = kind, constants
+
+    def variant(self, name: None, **constants: int) -> Emulated:
+        return Emulated(self.kind, tuple(constants.items()))
+
+    def __call__(self, grid: tuple[int], block: int, shared: int, *args: Any, pdl: bool) -> None:
+        letters = decode_step_cuda._KERNELS[self.kind][1]
+        values: list[Any] = []
+        for letter, arg in zip(letters, args, strict=True):
+            if letter == "P":
+                assert arg is None or arg.is_contiguous()
+                values.append(ctypes.c_void_p(None if arg is None else arg.data_ptr()))
+            else:
+                values.append(_TYPES[letter](arg))
+        _library(self.kind, self.constants).emulate(grid[0], block, ctypes.c_long(shared), *values)
+
+
+@cache
+def _library(kind: str, constants: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
+    name = decode_step_cuda._KERNELS[kind][0]
+    folder, here = Path(tempfile.mkdtemp()), Path(__file__).parent
+    text = source_text(f"decode_step_{kind}.cu")
+    found = re.search(rf"\n{name}\(([^)]*)\)", text)
+    assert found is not None
+    names = ", ".join(re.findall(r"(\w+)(?:,|$)", found[1]))
+    head = "".join(f"#define {key} {value}\n" for key, value in constants)
+    whole = f'#include "{here}/emulator_step.h"\n{head}' + source_text("few_rows_common.cu")
+    whole += source_text("decode_step_common.cu") + text
+    whole += f'extern "C" void emulate(int grid, int block, long shared, {found[1]}) '
+    whole += f"{{ run_grid(grid, block, 1, shared, [=] {{ {name}({names}); }}); }}"
+    (folder / "kernel.cpp").write_text(whole)
+    command = [
+        "g++",
+        "-std=c++20",
+        "-O1",
+        "-w",
+        "-shared",
+        "-fPIC",
+        "-o",
+        f"{folder}/kernel.so",
+        f"{folder}/kernel.cpp",
+    ]
+    subprocess.run(command, check=True)
+    library = ctypes.CDLL(f"{folder}/kernel.so")
+    shutil.rmtree(folder)
+    return library
+
+
+def on(device: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where tensors of a test go whose device is "emulated" or a real one."""
+    if device == "emulated":
+        emulate(monkeypatch)
+        return "cpu"
+    return device
+
+
+DEVICES = ["emulated", pytest.param("cuda", marks=pytest.mark.gpu)]
+__all__ = ["DEVICES", "emulate", "on", "torch"]

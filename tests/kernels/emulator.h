@@ -1,0 +1,125 @@
+// Runs one CUDA kernel on the CPU, a thread of a block being a fiber: enough of CUDA for onegpu/kernels/few_rows_*.cu.
+// Asynchronous copies arrive as late as the wait allows, so that a missing wait or a slot reused too early shows.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <ucontext.h>
+#include <vector>
+using std::max; using std::min;
+#define EMULATED
+#define DEVICE inline
+#define CONSTANT static const
+#define __global__
+#define __launch_bounds__(...)
+struct uint2 { uint32_t x, y; }; struct uint4 { uint32_t x, y, z, w; };
+struct float2 { float x, y; }; struct float4 { float x, y, z, w; };
+inline uint4 make_uint4(uint32_t a, uint32_t b, uint32_t c, uint32_t d) { return {a, b, c, d}; }
+inline float2 make_float2(float a, float b) { return {a, b}; }
+inline float4 make_float4(float a, float b, float c, float d) { return {a, b, c, d}; }
+
+struct Meeting { int expected = 0, arrived = 0; unsigned generation = 0; };
+struct Copy { void* dst; const void* src; int size, take; };
+struct Warp { Meeting meeting; uint32_t a[32][4], b[32][2], v[32]; };
+struct Block { uint8_t* smem; std::vector<uint8_t> statics = std::vector<uint8_t>(512 * 1024, 0xff); Meeting meeting; std::vector<Warp> warps; };
+struct Fiber { ucontext_t context; std::vector<char> stack; bool ended = false; int thread, block; std::vector<std::vector<Copy>> groups{{}}; };
+struct Index { int x; };
+static Index threadIdx, blockIdx, gridDim;
+static std::vector<Block> blocks; static std::vector<Fiber> fibers; static Meeting cluster_meeting;
+static Fiber* now; static ucontext_t scheduler; static int cluster_first; static std::function<void()> body;
+
+static void pause_() { swapcontext(&now->context, &scheduler); threadIdx.x = now->thread; blockIdx.x = cluster_first + now->block; }
+static void meet(Meeting& m) {
+  unsigned g = m.generation;
+  if (++m.arrived == m.expected) { m.arrived = 0; m.generation++; return; }
+  while (m.generation == g) pause_();
+}
+static Block& block() { return blocks[now->block]; }
+static Warp& warp_() { return block().warps[now->thread / 32]; }
+inline void __syncthreads() { meet(block().meeting); }
+inline void __syncwarp() { meet(warp_().meeting); }
+#define SHARED(name) uint8_t* name = block().smem
+#define SHARED_ARRAY(type, name, count) type* name = (type*)(block().statics.data() + __LINE__ * 1024)
+inline float __uint_as_float(uint32_t v) { float f; memcpy(&f, &v, 4); return f; }
+inline uint32_t __float_as_uint(float f) { uint32_t v; memcpy(&v, &f, 4); return v; }
+inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t s) {
+  uint64_t all = (uint64_t)b << 32 | a; uint32_t r = 0;
+  for (int i = 0; i < 4; i++) r |= (uint32_t)(all >> 8 * (s >> 4 * i & 7) & 255) << 8 * i;
+  return r;
+}
+inline uint32_t atomicMax(uint32_t* p, uint32_t v) { uint32_t o = *p; *p = max(o, v); return o; }
+
+inline float half_to_float(uint16_t h) { _Float16 f; memcpy(&f, &h, 2); return (float)f; }
+inline uint16_t float_to_half(float f) { _Float16 h = (_Float16)f; uint16_t v; memcpy(&v, &h, 2); return v; }
+inline uint16_t float_to_bf16(float f) { uint32_t v = __float_as_uint(f); return std::isnan(f) ? 0x7fff : (v + 0x7fff + (v >> 16 & 1)) >> 16; }
+inline float bf16_to_float(uint16_t h) { return __uint_as_float((uint32_t)h << 16); }
+inline float h2f(uint32_t h) { return half_to_float((uint16_t)h); }
+inline uint32_t pack_h(float lo, float hi) { return float_to_half(lo) | (uint32_t)float_to_half(hi) << 16; }
+inline uint32_t pack_b(float lo, float hi) { return float_to_bf16(lo) | (uint32_t)float_to_bf16(hi) << 16; }
+inline uint32_t sub_h(uint32_t a, uint32_t b) { return pack_h(h2f(a) - h2f(b), h2f(a >> 16) - h2f(b >> 16)); }
+inline uint32_t add_b(uint32_t a, uint32_t b) { return pack_b(bf16_to_float(a) + bf16_to_float(b), bf16_to_float(a >> 16) + bf16_to_float(b >> 16)); }
+typedef uint8_t* Shared;
+inline Shared shared(const void* p) { return (Shared)p; }
+inline uint64_t evict_first() { return 0; }
+inline void copy(void* dst, const void* src, int size, int take) {
+  if ((uint64_t)dst % size || (uint64_t)src % size) abort();
+  now->groups.back().push_back({dst, src, size, take});
+}
+inline void copy16(void* dst, const void* src, int take, uint64_t = 0) { copy(dst, src, 16, take); }
+inline void copy4(void* dst, const void* src, int take) { copy(dst, src, 4, take); }
+inline void commit() { now->groups.emplace_back(); }
+template <int N> void copies_left() {
+  while ((int)now->groups.size() - 1 > N) {
+    for (auto& c : now->groups.front()) { memcpy(c.dst, c.src, c.take); memset((char*)c.dst + c.take, 0, c.size - c.take); }
+    now->groups.erase(now->groups.begin());
+  }
+}
+inline void wait_before_reading_x() {}
+inline void let_next_kernel_start() {}
+inline int cluster_rank() { return now->block; }
+inline void cluster_sync() { meet(cluster_meeting); }
+inline float cluster_read(const float* p, int rank) { return *(const float*)(blocks[rank].smem + ((const uint8_t*)p - block().smem)); }
+inline uint32_t warp_max(uint32_t v) {
+  Warp& w = warp_(); w.v[now->thread % 32] = v; __syncwarp();
+  for (uint32_t o : w.v) v = max(v, o);
+  __syncwarp();
+  return v;
+}
+template <int B> void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  Warp& w = warp_(); int lane = now->thread % 32, g = lane / 4, t = lane % 4;
+  uint32_t a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};
+  memcpy(w.a[lane], a, 16); memcpy(w.b[lane], b, 8); __syncwarp();
+  auto at = [](uint32_t v, int half) { uint16_t h = v >> 16 * half; return B ? bf16_to_float(h) : half_to_float(h); };
+  for (int i = 0; i < 4; i++) {
+    int row = g + i / 2 * 8, col = 2 * t + i % 2;
+    for (int k = 0; k < 16; k++) c[i] += at(w.a[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2], k % 2) * at(w.b[col * 4 + k % 8 / 2][k / 8], k % 2);
+  }
+  __syncwarp();
+}
+static void run_grid(int grid, int threads, int cluster, size_t smem_bytes, std::function<void()> f) {
+  body = f; gridDim.x = grid;
+  for (cluster_first = 0; cluster_first < grid; cluster_first += cluster) {
+    blocks.clear(); blocks.resize(cluster); fibers.clear(); fibers.resize(cluster * threads);
+    cluster_meeting = {cluster * threads};
+    for (auto& b : blocks) {
+      b.smem = (uint8_t*)aligned_alloc(1024, (smem_bytes + 1023) / 1024 * 1024); memset(b.smem, 0xff, smem_bytes);
+      b.meeting.expected = threads; b.warps.resize(threads / 32);
+      for (auto& w : b.warps) w.meeting.expected = 32;
+    }
+    for (int i = 0; i < cluster * threads; i++) {
+      Fiber& f = fibers[i]; f.thread = i % threads; f.block = i / threads; f.stack.resize(65536);
+      getcontext(&f.context); f.context.uc_stack.ss_sp = f.stack.data(); f.context.uc_stack.ss_size = f.stack.size(); f.context.uc_link = &scheduler;
+      makecontext(&f.context, (void (*)())+[] { body(); now->ended = true; }, 0);
+    }
+    for (int left = cluster * threads; left;) {
+      left = 0;
+      for (auto& f : fibers) {
+        if (f.ended) continue;
+        now = &f; threadIdx.x = f.thread; blockIdx.x = cluster_first + f.block;
+        swapcontext(&scheduler, &f.context); left += !f.ended;
+      }
+    }
+    for (auto& b : blocks) free(b.smem);
+  }
+}

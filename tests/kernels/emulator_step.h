@@ -1,0 +1,28 @@
+// Beside emulator.h: what the kernels of a decoding step use (onegpu/kernels/decode_step_*.cu).
+#include "emulator.h"
+inline float4 fresh4(const float* p) { float4 v; memcpy(&v, p, 16); return v; }
+inline float2 fresh2(const void* p) { float2 v; memcpy(&v, p, 8); return v; }
+inline float fresh(const float* p) { return *p; }
+inline long long fresh_i64(const long long* p) { return *p; }
+inline float exp2_(float x) { return exp2f(x); }
+inline float rsqrtf(float x) { return 1.f / sqrtf(x); }
+inline uint2 make_uint2(uint32_t a, uint32_t b) { return {a, b}; }
+inline float shuffle_xor(float v, int o) {
+  Warp& w = warp_(); int lane = now->thread % 32;
+  w.v[lane] = __float_as_uint(v); __syncwarp();
+  float r = __uint_as_float(w.v[lane ^ o]);
+  __syncwarp();
+  return r;
+}
+inline void transposed(uint32_t (&b)[4], const void* row) {
+  static thread_local const uint8_t* rows[64][32];
+  Warp& w = warp_(); int lane = now->thread % 32, at = now->thread / 32;
+  if ((uint64_t)row % 16) abort();
+  rows[at][lane] = (const uint8_t*)row; __syncwarp();
+  for (int i = 0; i < 4; i++) {
+    uint16_t lo, hi; int col = lane / 4, r = 2 * (lane % 4);
+    memcpy(&lo, rows[at][8 * i + r] + 2 * col, 2); memcpy(&hi, rows[at][8 * i + r + 1] + 2 * col, 2);
+    b[i] = lo | (uint32_t)hi << 16;
+  }
+  __syncwarp();
+}

@@ -1,0 +1,44 @@
+"""What a cubin says about itself: stack bytes of its kernels, and instructions that some compilers encode wrongly."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+
+_FRAME_SIZE = 0x11  # EIATTR_FRAME_SIZE of a section .nv.info: a symbol, and its stack in bytes
+_COPY_UNIFORM = 0xDAE  # LDGSTS with a uniform base register
+
+
+def sections(code: bytes) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of the sections of a 64-bit ELF file."""
+    (table,) = struct.unpack_from("<Q", code, 0x28)
+    size, count, names = struct.unpack_from("<HHH", code, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQ", code, table + i * size) for i in range(count)]  # name … offset, bytes
+    strings = headers[names][4]
+    for name, _, _, _, offset, length in headers:
+        start = strings + name
+        yield code[start : code.index(b"\0", start)].decode(), code[offset : offset + length]
+
+
+def stack_bytes(code: bytes) -> int:
+    """The largest stack of the kernels: registers that spilled and local arrays."""
+    largest = 0
+    for name, data in sections(code):
+        at = 0
+        while name == ".nv.info" and at < len(data):
+            form, attribute, value = struct.unpack_from("<BBH", data, at)
+            if form == 4 and attribute == _FRAME_SIZE:
+                largest = max(largest, struct.unpack_from("<II", data, at + 4)[1])
+            at += 4 + (value if form == 4 else 0)
+    return largest
+
+
+def copies_with_a_uniform_base(code: bytes) -> int:
+    """Of the asynchronous copies. With a cache hint ptxas 13.0 encodes them as an illegal instruction."""
+    found = 0
+    for name, data in sections(code):
+        if name.startswith(".text."):
+            found += sum(
+                struct.unpack_from("<H", data, at)[0] & 0xFFF == _COPY_UNIFORM for at in range(0, len(data), 16)
+            )
+    return found

@@ -1,0 +1,51 @@
+"""The portable backward: it compiles everywhere within limits, and the interpreter agrees with the definition."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.kernels.test_attention_triton import CASES, compile_attention
+from tests.triton_tools import ARCHITECTURES, SHARED_MEMORY_LIMIT, interpret, needs_triton
+
+
+@needs_triton
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_compiles_within_the_limits(architecture: int) -> None:
+    from onegpu.kernels import attention_triton_backward as kernels
+
+    for kernel, table in ((kernels.keys_kernel, kernels._KEYS), (kernels.queries_kernel, kernels._QUERIES)):
+        for width in table if architecture == 90 else (128,):
+            made = compile_attention(kernel, table[width], width, architecture)
+            assert made.metadata.shared <= SHARED_MEMORY_LIMIT, (width, table[width])
+    rows = {"DV": 80, "D1": 128, "BM": 64, "p_dlse": None}
+    assert compile_attention(kernels.rows_kernel, (64, 0, 4, 1), 80, architecture, **rows).metadata.shared < 4096
+
+
+@needs_triton
+def test_fp32_within_the_limits() -> None:
+    from onegpu.kernels import attention_triton_backward as kernels
+
+    for kernel in (kernels.keys_kernel, kernels.queries_kernel):
+        made = compile_attention(kernel, kernels._FP32[256], 256, 80, dtype="fp32")
+        assert made.metadata.shared <= SHARED_MEMORY_LIMIT
+
+
+@needs_triton
+def test_gradients_are_those_of_the_definition() -> None:
+    interpret(
+        CASES
+        + """
+    for q, k, v, rest, what in cases():
+        out, lse = torch.ops.onegpu.attention_forward(q, k, v, *rest)
+        grad, grad_lse = torch.randn_like(out), torch.randn_like(lse)
+        padding = q[..., 0, 0].isnan()  # what reaches it is not read
+        grad[padding], grad_lse.movedim(-2, -1)[padding] = math.nan, math.nan
+        clean = grad.nan_to_num(), grad_lse.nan_to_num()
+        expected = torch.ops.onegpu.attention_backward(*clean, q, k, v, out, lse, True, *rest)
+        got = tuple(torch.full_like(x, 0 if rest[5] is not None else math.nan) for x in expected)
+        configs = (16, 32, 4, 1), (32, 16, 4, 1)
+        attention_triton_backward.backward(grad, grad_lse, q, k, v, out, lse, got, *rest[:-1], configs=configs)
+        for x, y in zip(got, expected):
+            torch.testing.assert_close(x, y, rtol=0, atol=2e-2 if q.dtype == torch.float16 else 1e-4, msg=str(what))
+        """
+    )

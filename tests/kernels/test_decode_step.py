@@ -1,0 +1,179 @@
+"""The ops of a decoding step: kernels, emulated and on a GPU, against the definitions; those against torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from onegpu.kernels import decode_step as ops
+from tests.compare import assert_close, assert_same_nonfinite
+from tests.decode_structures import matrix, moved
+from tests.kernels.emulated_step import DEVICES, on
+
+DTYPES = [torch.bfloat16, torch.float16]
+FORMS = ["16bit", "int8", "nf4", "fp4", "nested"]
+
+
+def made(form: str, rows: tuple[int, ...], columns: int, dtype: torch.dtype) -> ops.Matrix:
+    return matrix("nf4" if form == "nested" else form, rows, columns, dtype, nested=form == "nested")
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def reordered(x: torch.Tensor, m: ops.Matrix, dtype: torch.dtype) -> torch.Tensor:
+    """x W^T + b by torch in `dtype`."""
+    bias = torch.cat([part.bias for part in m.parts])
+    return x.to(dtype).flip(-1) @ m.dense().to(dtype).flip(-1).t() + bias
+
+
+def check(y: torch.Tensor, reference: torch.Tensor, other: torch.Tensor, what: str) -> None:
+    assert_close(y.cpu().to(other.dtype), reference, other, what=what)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 192), (3, 448), (8, 128)])
+def test_products_of_a_norm(device: str, form: str, rows: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    dtype = DTYPES[rows % 2]
+    m, h, gain = made(form, (48, 16, 16), columns, dtype), random(rows, columns), (random(columns) * 0.1 + 1).to(dtype)
+    x = ops.rms_norm(h, gain, 1e-5)
+    reference = m.multiply(x)
+    place = on(device, monkeypatch)
+    out = torch.full((rows, m.rows), float("nan"), device=place)
+    ops.norm_product(h.to(place), gain.to(place), 1e-5, moved(m, place), out)
+    check(out, reference, reordered(x, m, dtype), f"{form} {dtype}")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("rows", "act"), [(2, "silu"), (5, "gelu_tanh"), (1, "gelu")])
+def test_gated_products(device: str, form: str, rows: int, act: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    dtype = DTYPES[rows % 2]
+    m, h, gain = made(form, (37, 37), 128, dtype), random(rows, 128), (random(128) * 0.1 + 1).to(dtype)
+    if form in ("nf4", "fp4", "nested"):
+        m = made(form, (36, 36), 128, dtype)
+    x = ops.rms_norm(h, gain, 1e-5)
+    gate, up = m.multiply(x).chunk(2, -1)
+    other_gate, other_up = reordered(x, m, dtype).chunk(2, -1)
+    place = on(device, monkeypatch)
+    out = torch.full((rows, m.rows // 2), float("nan"), dtype=dtype, device=place)
+    ops.norm_gated(h.to(place), gain.to(place), 1e-5, moved(m, place), act, out)
+    check(out, ops.activation(act, gate) * up, ops.activation(act, other_gate) * other_up, f"{form} {act}")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("form", FORMS)
+def test_products_that_are_added(device: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    m, x, h = made(form, (70,), 448, torch.bfloat16), random(4, 448).bfloat16(), random(4, 70)
+    x[0] *= 1e5  # past what fp16 holds
+    x[2, 7], x[3, 9] = float("nan"), float("inf")
+    reference = h + m.multiply(x.float())
+    other = h.bfloat16() + reordered(x, m, torch.bfloat16)
+    place = on(device, monkeypatch)
+    out = h.to(place)
+    ops.add_product(x.to(place), moved(m, place), out)
+    for row in range(2):
+        check(out[row], reference[row], other[row], f"{form}, row {row}")
+    assert_same_nonfinite(out.cpu()[2:], reference[2:])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("splits", [1, 3, 8])
+def test_the_attentions_parts_are_put_together(device: str, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    m, h = matrix("16bit", (64,), 128, torch.bfloat16), random(2, 64)
+    sums = torch.stack([random(2, 2, splits) * 3, random(2, 2, splits).abs() + 0.1], -1)
+    if splits > 1:
+        sums[:, :, 1] = torch.tensor([float("-inf"), 0.0])  # a part without keys
+    parts = ops.Attended(random(2, 2, splits, 64, seed=1).bfloat16(), sums)
+    x = ops.combine(parts)
+    reference, other = h + m.multiply(x), h.bfloat16() + reordered(x, m, torch.bfloat16)
+    place = on(device, monkeypatch)
+    out = h.to(place)
+    ops.add_attention(moved(parts, place), moved(m, place), out)
+    check(out, reference, other, f"{splits} parts")
+
+
+# heads (query, kv, size), length of the cache, position, first positions, window, rotated, norms
+ATTENTION = [
+    ((2, 2, 64), 256, 100, None, None, 64, False),
+    ((8, 2, 128), 256, 200, [0, 37], None, 128, True),
+    ((6, 2, 96), 64, 150, [0, 120], 64, 48, False),  # the window is a ring
+    ((2, 2, 64), 128, 0, None, None, 0, False),
+    ((8, 1, 32), 256, 100, None, 40, 32, False),
+    ((2, 2, 32), 64, 64, None, 64, 32, False),
+    ((2, 1, 64), 256, 100, [100, 2**30], None, 64, True),  # rows that see nothing but themselves
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", ATTENTION, ids=range(len(ATTENTION)))
+def test_attention(device: str, case: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    (query, kv, size), length, position, first, window, rotated, norms = case
+    rows, dtype = len(first or [0]), DTYPES[position % 2]
+    inv_freq = 100.0 ** (-torch.arange(0, rotated, 2) / rotated) if rotated else None
+    heads = ops.Heads(query, kv, size, size**-0.5, window, inv_freq, 1.1)
+    if norms:
+        heads = heads._replace(q_gain=random(size).to(dtype), k_gain=random(size, seed=1).to(dtype), eps=1e-6)
+    qkv, at = random(rows, heads.width), torch.tensor([position])
+    begin = None if first is None else torch.tensor(first, dtype=torch.int32)
+    turn = torch.full((rows, 1), position) - (0 if begin is None else begin.clamp(max=position).long()[:, None])
+    keys, values = (random(rows, kv, length, size, seed=s).to(dtype) for s in (2, 3))
+    k, v = keys.clone(), values.clone()
+    wanted = ops.Attended(torch.empty(rows, query, 1, size), torch.empty(rows, query, 1, 2))
+    exact = [t.float() for t in (k, v)]
+    ops.attend(qkv, heads, *exact, at, turn, begin, wanted)
+    ago = (position % length - torch.arange(length)) % length
+    starts = torch.zeros(rows, dtype=torch.int64) if begin is None else begin.long()
+    hidden = ~((ago <= position - starts[:, None]) & (ago < (window or length)) | (ago == 0))
+    for t in (k, v):  # what a row must not read
+        t.masked_fill_(hidden[:, None, :, None], float("nan"))
+    place = on(device, monkeypatch)
+    k, v = k.to(place), v.to(place)
+    got = ops.Attended(
+        torch.full((rows, query, 3, size), float("nan"), dtype=dtype, device=place),
+        torch.full((rows, query, 3, 2), float("nan"), device=place),
+    )
+    ops.attend(qkv.to(place), moved(heads, place), k, v, at.to(place), turn.to(place), moved(begin, place), got)
+    monkeypatch.undo()
+    reference = wanted.values[:, :, 0].flatten(1)
+    slot = position % length
+    rounded = ops.Attended(torch.empty(rows, query, 1, size, dtype=dtype), torch.empty(rows, query, 1, 2))
+    again = [keys.clone(), values.clone()]
+    ops.attend(qkv.to(dtype).float(), heads, *again, at, turn, begin, rounded)
+    check(ops.combine(moved(got, "cpu")), reference, rounded.values[:, :, 0].flatten(1), "values")
+    for new, old, want in ((k, keys, exact[0]), (v, values, exact[1])):
+        torch.testing.assert_close(new.cpu()[:, :, slot].float(), want[:, :, slot], rtol=2**-7, atol=1e-6)
+        rest = [j for j in range(length) if j != slot]
+        kept = ~hidden[:, None, rest, None].expand_as(old[:, :, rest])
+        assert torch.equal(new.cpu()[:, :, rest][kept], old[:, :, rest][kept])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_embedding(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = random(10, 300).bfloat16()
+    place = on(device, monkeypatch)
+    h = torch.empty(2, 300, device=place)
+    ops.embed(torch.tensor([9, 0], device=place), table.to(place), h)
+    assert torch.equal(h.cpu(), table[[9, 0]].float())
+    ops.embed(torch.tensor([10, 1], device=place), table.to(place), h)  # not in the table
+    assert h[0].isnan().all()
+    assert not h[1].isnan().any()
+
+
+def test_the_definition_of_attention_is_torchs() -> None:
+    heads = ops.Heads(4, 2, 32, 32**-0.5)
+    qkv, keys, values = random(2, heads.width), random(2, 2, 20, 32, seed=1), random(2, 2, 20, 32, seed=2)
+    out = ops.Attended(torch.empty(2, 4, 1, 32), torch.empty(2, 4, 1, 2))
+    ops.attend(qkv, heads, keys, values, torch.tensor([11]), torch.tensor([11]), torch.tensor([0, 5]), out)
+    seen = torch.stack([torch.arange(12) >= start for start in (0, 5)])[:, None, None]
+    q = qkv[:, :128].view(2, 4, 1, 32)
+    want = F.scaled_dot_product_attention(q, keys[:, :, :12], values[:, :, :12], seen, enable_gqa=True)
+    torch.testing.assert_close(ops.combine(out), want.flatten(1))
+
+
+def test_cost_counts_weights_and_scales_once() -> None:
+    assert ops.cost(matrix("nf4", (64, 32), 128, torch.bfloat16), 2) == (96 * 64 + 96 * 2 * 4, 2 * 2 * 96 * 128)
+    assert ops.cost(matrix("int8", (64,), 128, torch.bfloat16), 1) == (64 * 128 + 64 * 4, 2 * 64 * 128)

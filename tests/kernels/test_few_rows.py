@@ -1,0 +1,188 @@
+"""The few-row kernels: each product finds a configuration; their text, run on the CPU, and on a GPU, gives it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from onegpu import functional
+from onegpu.kernels import few_rows
+from onegpu.kernels.few_rows import Narrow, Wide
+from onegpu.kernels.linear_4bit import Packed4bit, linear_4bit
+from onegpu.kernels.linear_int8 import linear_int8
+from tests.compare import assert_close, assert_same_nonfinite
+from tests.kernels import emulated, machine_code
+from tests.matrices import activations
+from tests.nvrtc_tools import needs_nvrtc
+
+H100, A100, OTHERS = 227 * 1024, 163 * 1024, 99 * 1024  # bytes of shared memory that a block may have
+SIZES = [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008), (896, 896), (4864, 896), (4544, 4544)]
+
+
+@pytest.mark.parametrize("fmt", few_rows.FORMATS)
+@pytest.mark.parametrize("n_k", SIZES)
+def test_every_product_finds_a_configuration(fmt: str, n_k: tuple[int, int]) -> None:
+    n, k = n_k
+    for m in range(1, few_rows.MAX_ROWS[fmt] + 1):
+        found = [
+            c
+            for c in few_rows._CONFIGURATIONS[fmt]
+            if few_rows.fits(c, fmt, True, m, n, k, False, 132, H100) is not None
+        ]
+        assert found, f"{m} rows find none on an H100"
+        if fmt == "4bit":
+            half = [c for c in few_rows._CONFIGURATIONS[fmt] if few_rows.fits(c, fmt, False, m, n, k, True, 132, H100)]
+            assert half, f"{m} rows in blocks of 32 find none on an H100"
+        small = [
+            c
+            for c in few_rows._CONFIGURATIONS[fmt]
+            if c.cluster == 1 and few_rows.fits(c, fmt, False, m, n, k, False, 84, OTHERS)
+        ]
+        assert small or fmt == "16bit", f"{m} rows find none where a block has 99 KB"
+
+
+def four_bit(
+    n: int, k: int, device: str, quant_type: str = "nf4", nested: bool = False, blocksize: int = 64
+) -> Packed4bit:
+    A = torch.randn(n, k, generator=torch.Generator().manual_seed(3)).mul(0.05).to(device)
+    packed, state = functional.quantize_4bit(A, quant_type=quant_type, compress_statistics=nested, blocksize=blocksize)
+    return state.packed(packed)
+
+
+def nested_of(packed: Packed4bit) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    if packed.nested_absmax is None:
+        return None
+    code = functional.create_dynamic_map() if packed.nested_code is None else packed.nested_code
+    return packed.nested_absmax, code, packed.offset
+
+
+def compare(y: torch.Tensor, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, what: str = "") -> None:
+    reference = F.linear(x.float(), w, None if bias is None else bias.float())
+    reordered = x.flip(-1) @ w.to(x.dtype).flip(-1).t()
+    assert_close(y, reference, reordered if bias is None else reordered + bias, what=what)
+
+
+# (configuration, quant_type, nested, block size, M, N, K, dtype)
+FOUR_BIT = [
+    (Narrow(1, 4, 3, 128, 3), "nf4", False, 64, 1, 70, 704, torch.bfloat16),
+    (Narrow(4, 4, 2, 64, 2, table_shift=7), "fp4", True, 64, 3, 70, 704, torch.float16),
+    (Narrow(8, 4, 3, 64, 2, cluster=2), "nf4", True, 4096, 8, 66, 704, torch.bfloat16),
+    (Wide(2, 2, 2, 2, 128, 3), "nf4", True, 128, 13, 150, 704, torch.bfloat16),
+    (Wide(1, 1, 2, 2, 128, 3, cluster=2, wide_table=True), "fp4", False, 32, 5, 70, 704, torch.float16),
+]
+
+
+@emulated.needs_gxx
+@pytest.mark.parametrize("case", FOUR_BIT, ids=[f"{type(c[0]).__name__}-{c[1]}-{i}" for i, c in enumerate(FOUR_BIT)])
+def test_4_bit_kernels_on_the_cpu(case: tuple) -> None:
+    config, quant_type, nested, blocksize, m, n, k, dtype = case
+    packed = four_bit(n, k, "cpu", quant_type, nested, blocksize)
+    x, bias = activations((m, k), dtype), activations((n,), dtype, seed=5)
+    run = lambda x: emulated.product(  # noqa: E731
+        config, "4bit", x, packed.weight, n, bias, packed.absmax, nested_of(packed), blocksize, quant_type
+    )
+    w = packed.dequantize(torch.float32)
+    compare(run(x), x, w, bias)
+    if dtype == torch.bfloat16:
+        big = x * 1e5
+        compare(run(big), big, w, bias, "activations of 1e5")
+    for value in (float("nan"), float("inf")):
+        bad = x.clone()
+        bad[m - 1, 7] = value
+        y, reference = run(bad), F.linear(bad.float(), w, bias.float())
+        assert_same_nonfinite(y, reference, what=str(value))
+
+
+@emulated.needs_gxx
+@pytest.mark.parametrize(
+    "config", [Narrow(4, 4, 3, 64, 2), Narrow(8, 4, 2, 128, 1, cluster=2), Wide(2, 1, 2, 1, 64, 3)]
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_int8_kernels_on_the_cpu(config: Narrow | Wide, dtype: torch.dtype) -> None:
+    n, k, m = 70, 752, min(config.rows, 9)
+    weight = torch.randint(-128, 128, (n, k), dtype=torch.int8, generator=torch.Generator().manual_seed(1))
+    SCB = torch.rand(n, generator=torch.Generator().manual_seed(2)) + 0.1
+    x, bias = activations((m, k), dtype), activations((n,), dtype, seed=5)
+    compare(emulated.product(config, "int8", x, weight, n, bias, SCB), x, weight.float() * SCB[:, None] / 127, bias)
+
+
+@emulated.needs_gxx
+@pytest.mark.parametrize("config", [Narrow(1, 4, 3, 64, 2), Narrow(8, 4, 2, 128, 1, cluster=2)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bit_kernels_on_the_cpu(config: Narrow, dtype: torch.dtype) -> None:
+    n, k, m = 70, 520, config.rows
+    w, x, bias = activations((n, k), dtype, seed=4) * 0.05, activations((m, k), dtype), activations((n,), dtype, seed=5)
+    compare(emulated.product(config, "16bit", x, w, n, bias, None), x, w.float(), bias)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90a"])
+def test_compiles(arch: str) -> None:
+    for fmt, configurations in few_rows._CONFIGURATIONS.items():
+        for config in configurations[:1] + configurations[-1:]:
+            if config.cluster == 1 or arch == "sm_90a":
+                assert few_rows.kernel(config, fmt, True, False, fmt == "4bit", False).compile(arch).code
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("fmt", few_rows.FORMATS)
+def test_no_registers_spill_and_no_copy_is_encoded_wrongly(fmt: str) -> None:
+    for config in few_rows._CONFIGURATIONS[fmt]:
+        for nested in (False, True) if fmt == "4bit" else (False,):
+            code = few_rows.kernel(config, fmt, True, False, nested, False).compile("sm_90a").code
+            assert machine_code.stack_bytes(code) == 0, config
+            assert machine_code.copies_with_a_uniform_base(code) == 0, config
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("blocksize", [32, 64, 128, 4096])
+@pytest.mark.parametrize("n_k", [(1003, 4160), (896, 896), (515, 11008)])
+def test_4_bit_on_a_gpu(n_k: tuple[int, int], blocksize: int, dtype: torch.dtype) -> None:
+    n, k = n_k
+    for quant_type, nested in (("nf4", False), ("nf4", True), ("fp4", False)):
+        packed = four_bit(n, k, "cuda", quant_type, nested, blocksize)
+        w, bias = packed.dequantize(torch.float32), activations((n,), dtype, "cuda", seed=5)
+        for m in (1, 2, 3, 4, 5, 8, 9, 16, 17, 33, 64):
+            x = activations((m, k), dtype, "cuda")
+            y = linear_4bit(x, packed, bias)
+            compare(y, x, w, bias, f"{quant_type} nested {nested} M {m}")
+            assert torch.equal(y, linear_4bit(x, packed, bias)), "differs from run to run"
+            if m <= few_rows.PORTABLE_ROWS:
+                compare(linear_4bit(x, packed, bias, "portable"), x, w, bias, f"portable, {quant_type} M {m}")
+            x[m - 1, 5] = float("nan")
+            bad = linear_4bit(x, packed, bias)
+            assert bad[m - 1].isnan().all() and not bad[: m - 1].isnan().any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("n_k", [(1003, 4160), (896, 896), (515, 11008)])
+def test_int8_on_a_gpu(n_k: tuple[int, int], dtype: torch.dtype) -> None:
+    n, k = n_k
+    weight = torch.randint(-128, 128, (n, k), dtype=torch.int8, device="cuda")
+    SCB, bias = torch.rand(n, device="cuda") + 0.1, activations((n,), dtype, "cuda", seed=5)
+    for m in (1, 2, 3, 4, 5, 8, 9, 16, 17, 33, 64, 96, 126, 128):
+        x = activations((m, k), dtype, "cuda")
+        y = linear_int8(x, weight, SCB, bias, exact=False)
+        compare(y, x, weight.float() * SCB[:, None] / 127, bias, f"M {m}")
+        assert torch.equal(y, linear_int8(x, weight, SCB, bias, exact=False)), "differs from run to run"
+
+
+@pytest.mark.gpu
+def test_what_the_kernels_cannot_serve_is_still_right_on_a_gpu() -> None:
+    """Base pointers off by one element, K of no whole blocks, rows that are views."""
+    for n, k in ((113, 203), (65, 96), (64, 256)):
+        packed = four_bit(n, k, "cuda")
+        w = packed.dequantize(torch.float32)
+        whole = activations((6, 2 * k + 1), torch.float16, "cuda")
+        for x in (
+            whole[:, 1 : k + 1],
+            whole[::2, :k],
+            whole.view(-1)[1 : k + 1].view(1, k),
+            whole[:1, :k].expand(5, k),
+        ):
+            compare(linear_4bit(x, packed), x, w, None)
+    x, packed = activations((4, 0), torch.float16, "cuda")[:0], four_bit(64, 256, "cuda")
+    assert linear_4bit(x.new_empty(0, 256), packed).shape == (0, 64)

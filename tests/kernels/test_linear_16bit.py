@@ -1,0 +1,42 @@
+"""`linear_16bit`: torch's product, with gradients where asked for; on a GPU a kernel for up to eight rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from onegpu.kernels.linear_16bit import cost, linear_16bit
+from tests.compare import assert_close
+from tests.matrices import activations
+
+OPS = torch.ops.onegpu
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("n_k", [(113, 203), (65, 96), (1003, 4160), (515, 11008)])
+def test_forward(device: str, n_k: tuple[int, int], dtype: torch.dtype) -> None:
+    n, k = n_k
+    w, bias = activations((n, k), dtype, device, seed=4) * 0.05, activations((n,), dtype, device, seed=5)
+    for m in (1, 2, 3, 5, 8, 9):
+        x = activations((m, k), dtype, device)
+        y = linear_16bit(x, w, bias)
+        reference = F.linear(x.float(), w.float(), bias.float())
+        assert_close(y, reference, x.flip(-1) @ w.flip(-1).t() + bias, what=f"M {m}")
+        assert torch.equal(y, linear_16bit(x, w, bias)), "differs from run to run"
+
+
+def test_leading_dimensions_gradients_and_no_rows(device: str) -> None:
+    w = activations((32, 64), torch.bfloat16, device, seed=4).requires_grad_()
+    x = activations((2, 3, 64), torch.bfloat16, device)
+    y = linear_16bit(x, w)
+    y.sum().backward()
+    assert y.shape == (2, 3, 32) and w.grad is not None
+    with torch.no_grad():
+        assert linear_16bit(x, w).shape == (2, 3, 32) and linear_16bit(x[:0], w).shape == (0, 3, 32)
+
+
+def test_opcheck_and_cost(device: str) -> None:
+    w, x = activations((32, 64), torch.float16, device, seed=4), activations((2, 3, 64), torch.float16, device)
+    torch.library.opcheck(OPS.linear_16bit.default, (x, w, None))
+    assert cost(m=2, n=3, k=5, itemsize=2) == ((15 + 16) * 2, 60)
