@@ -8,8 +8,7 @@ import torch
 from benchmarks import models, step_budget
 from benchmarks.hand_captured import HandCaptured
 
-
-# BLOOM's position bias is made from numbers on the host, Falcon's heads are picked with a list, which is copied from there.
+# BLOOM's position bias is made from numbers on the host; Falcon's heads are picked with a list, copied from there.
 _NOT_CAPTURED = ("BLOOM-7B1", "Falcon-7B")
 
 
