@@ -1,7 +1,7 @@
 """One sequence of `attention` on a CPU by PyTorch's flash attention, in blocks instead of the matrix of scores.
 
 It is called below ``scaled_dot_product_attention``, for the log-sum-exp that the backward needs. What it would answer
-otherwise than the definition is left to that: rows that see no key, and NaN in queries or keys, of which it makes zeros.
+otherwise than the definition is left to that: rows that see no key, and NaN in queries or keys, which it makes zeros.
 """
 
 from __future__ import annotations

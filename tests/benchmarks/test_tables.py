@@ -121,7 +121,8 @@ def test_tables_and_plots_of_attention_in_models(tmp_path: Path):
         sides = {f"transformers, {name}": {"ms": spread(ms), "peak_bytes": 3e9} for name, ms in peers.items()}
         peer, theirs = next(iter(sides.items()))
         return speed_row(
-            "attention_model", case, peer=peer, ours={"ms": spread(ours), "peak_bytes": 2e9}, theirs=theirs, peers=sides,
+            "attention_model", case, peer=peer, theirs=theirs, peers=sides,
+            ours={"ms": spread(ours), "peak_bytes": 2e9},
             shape={"batch": batch, "length": 4096, "padding": padding},
         )  # fmt: skip
 
