@@ -85,14 +85,16 @@ def product(
     nested = matrix.parts[0].nested is not None
     found = fixed or shape(matrix.format, rows, columns, nested)
     if found is None:
-        raise bad_argument("rows", rows, f"x of {columns} columns does not fit into shared memory", "Use fewer rows")
+        raise bad_argument(
+            "rows", rows, f"is too many: x of {columns} columns does not fit into shared memory", "Use fewer rows"
+        )
     dtype = gain.dtype if gain is not None else x.dtype
     splits, size = (sums.shape[2], x.shape[3]) if sums is not None else (1, 64)
     kernel = _kernel("product").variant(
         None, **_COMMON | {"NESTED": int(nested), "FP4": int(matrix.format == "fp4"), "TABLE_SHIFT": found.table_shift},
         FMT=_FORMATS[matrix.format], BF16=int(dtype == torch.bfloat16), M=rows, K=columns, WARPS=found.warps,
-        SLOTS=found.slots, CB=found.width, PER_SM=found.per_sm, TG=_tiles(rows), SOURCE=_SOURCES.index(source), SINK=_SINKS.index(sink),
-        SPLITS=splits, HD=size, ACT=ACTIVATIONS.index(act),
+        SLOTS=found.slots, CB=found.width, PER_SM=found.per_sm, TG=_tiles(rows),
+        SOURCE=_SOURCES.index(source), SINK=_SINKS.index(sink), SPLITS=splits, HD=size, ACT=ACTIVATIONS.index(act),
     )  # fmt: skip
     parts = [*matrix.parts, *[None] * (3 - len(matrix.parts))]
     pointers = [
