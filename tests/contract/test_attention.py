@@ -104,7 +104,10 @@ def test_packed_sequences_are_separate_ones(name, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [*((name, torch.bfloat16) for name in SERVED), *((n, torch.float16) for n in ("llama", "falcon_new", "opt", "bert"))],
+    [
+        *((name, torch.bfloat16) for name in SERVED),
+        *((n, torch.float16) for n in ("llama", "falcon_new", "opt", "bert")),
+    ],
 )
 def test_on_a_gpu_in_16_bits(name, dtype, monkeypatch):
     """At most twice as far from eager float32 as eager attention in 16 bits is; gradients too, as a norm."""
