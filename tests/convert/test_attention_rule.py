@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import onegpu
-from onegpu.convert.attention_rule import say_left, take_attention
+from onegpu.convert.attention_rule import of_attention, say_left, take_attention
 from onegpu.convert.report import Report
 from tests.contract import harness
 from tests.contract.harness import assert_near
@@ -18,7 +18,7 @@ from tests.tiny import tiny_config, tiny_model
 
 def served(report: Report) -> list[str]:
     """The modules whose attention was converted or taken back; norms and MLPs have a test of their own."""
-    return [change.name for change in report.swapped if "attention" in f"{change.before} {change.after}"]
+    return [change.name for change in of_attention(report).swapped]
 
 
 def names_of(model) -> list[str | None]:
@@ -102,6 +102,9 @@ def test_what_is_left_is_said(caplog):
     ]
     caplog.clear()
     say_left(Report("optimize"), model)
+    cohere = onegpu.optimize(tiny_model("cohere"))  # whose norms are left, not its attention
+    assert cohere.left
+    say_left(cohere, model)
     assert not caplog.records
 
 
