@@ -45,6 +45,7 @@ class Narrow:
     cluster: int = 1
     table_shift: int = 8
     per_sm: int = 1
+    runs: bool = False
 
     source: ClassVar[str] = "few_rows_narrow.cu"
 
@@ -61,7 +62,7 @@ class Narrow:
         columns, four = self.piece(fmt), fmt == "4bit"
         share = _ceil(_ceil(k, columns), self.cluster)
         pitch = _ceil(share * columns * 2, 128) * 128 + (64 if fmt == "16bit" else 16)
-        sums = self.tiles * self.warps * 16 * self.rows * 4
+        sums = (self.tiles + self.warps if self.runs else self.tiles * self.warps) * 16 * self.rows * 4
         slot = 16 * self.width + (columns if four else 0)
         total = (256 << self.table_shift) + 1024 * nested if four else 0
         total += self.rows * pitch + (0 if four and self.table_shift == 8 else sums) + self.warps * self.slots * slot
@@ -71,7 +72,7 @@ class Narrow:
 
     def constants(self, half: bool) -> dict[str, int]:
         names = {"MP": self.rows, "WARPS": self.warps, "SLOTS": self.slots, "CB": self.width, "TG": self.tiles}
-        return {**names, "CL": self.cluster, "TABLE_SHIFT": self.table_shift}
+        return {**names, "CL": self.cluster, "TABLE_SHIFT": self.table_shift, "RUNS": int(self.runs)}
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ class Wide:
     table_shift: int = 8
     per_sm: int = 1
     wide_table: bool = False
+    wgmma: bool = False  # Hopper only
 
     source: ClassVar[str] = "few_rows_wide.cu"
 
@@ -108,14 +110,17 @@ class Wide:
     def shared(self, fmt: str, nested: bool, n: int, k: int, clusters: int, half: bool) -> int:
         tile, four = 16 * self.row_tiles * self.warps_n, fmt == "4bit"
         scales = tile * self.columns // (32 if half else 64) * 4 if four else 0
-        stage = tile * self.columns // (2 if four else 1) + self.rows * (self.columns * 2 + 16) + scales
+        gap, unit = (0, 1024) if self.wgmma else (16, 16)
+        stage = tile * self.columns // (2 if four else 1) + self.rows * (self.columns * 2 + gap) + scales
         total = (256 << self.table_shift) + 1024 * nested if four else 0
-        return total + self.rows * (tile + 4) * 4 + self.stages * stage
+        if not (self.wgmma and self.warps_k == self.cluster == 1):
+            total += _ceil(self.rows * (tile + 4) * 4, unit) * unit
+        return total + self.stages * _ceil(stage, unit) * unit
 
     def constants(self, half: bool) -> dict[str, int]:
         names = {"NT": self.eights, "RT": self.row_tiles, "WN": self.warps_n, "WK": self.warps_k, "KC": self.columns}
         return {**names, "STAGES": self.stages, "CL": self.cluster, "TABLE_SHIFT": self.table_shift,
-                "WIDE_TABLE": int(self.wide_table), "HALF_BLOCK": int(half)}  # fmt: skip
+                "WIDE_TABLE": int(self.wide_table), "HALF_BLOCK": int(half), "WGMMA": int(self.wgmma)}  # fmt: skip
 
 
 # By format, in order of preference: the first that holds the rows and fits is taken.
@@ -183,7 +188,7 @@ def plan(fmt: str, m: int, n: int, k: int, bf16: bool, fp4: bool, nested: bool, 
         return None
     limit = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
     for config in _CONFIGURATIONS[fmt]:
-        if config.cluster > 1 and properties.major < 9:
+        if config.cluster > 1 and properties.major < 9 or isinstance(config, Wide) and config.wgmma and properties.major != 9:
             continue
         found = fits(config, fmt, nested, m, n, k, half, properties.multi_processor_count, limit)
         if found:
