@@ -12,7 +12,9 @@ typedef unsigned int u32; typedef unsigned short u16; typedef unsigned char u8; 
 #ifndef WGMMA
 #define WGMMA 0
 #endif
-#ifndef L2_PREFETCH
+#if L2B == 256
+#define L2_PREFETCH ".L2::256B"
+#else
 #define L2_PREFETCH ""
 #endif
 #ifndef EMULATED
