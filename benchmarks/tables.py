@@ -95,6 +95,18 @@ def cpu_decode(rows: list[Row]) -> str:
     return markdown(head, lines) + f"\n{threads}{clock}. {measured_on(rows)}"
 
 
+def cpu_generate(rows: list[Row]) -> str:
+    """Our loop on a CPU, beside transformers'."""
+    lines = []
+    for row in rows:
+        ratio, speeds = row["ratio"], [row[side]["tokens_per_s"]["median"] for side in ("ours", "theirs")]
+        spread = f"{ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})"
+        lines.append([row["case"], *(f"{speed:.1f}" for speed in speeds), spread])
+    head = ["SmolLM2-135M, float32", "tokens/s of onegpu", "of transformers", "ratio"]
+    setting = f"{rows[0]['new_tokens']} new tokens, one thread, seconds of CPU time"
+    return markdown(head, lines) + f"\n{setting}. {measured_on(rows)}"
+
+
 def load(rows: list[Row]) -> str:
     """Seconds from the page cache to a quantised model on the device, and the peaks."""
     lines = []
@@ -313,6 +325,7 @@ def attention_memory(rows: list[Row]) -> str:
 TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "fidelity": ("perplexity", fidelity),
     "cpu-decode": ("cpu_decode", cpu_decode),
+    "cpu-generate": ("cpu_generate", cpu_generate),
     "load": ("load", load),
     "timing": ("commands", commands),
     "bnb_suite": ("bnb_suite", bnb_suite),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -65,10 +66,13 @@ class NoHostSync(TorchDispatchMode):
 
 
 class _Numbers(TorchFunctionMode):
-    """Inside, ``torch.tensor(2.0, device="cuda")`` fills memory there, instead of waiting for a copy from the host."""
+    """Inside, what would copy a number from the host does without: ``torch.tensor(2.0, device="cuda")`` fills memory
+    there, and ``x[..., [-2], :]`` (Falcon's keys) is ``x[..., -2:-1, :]``."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.Tensor.__getitem__:
+            return func(args[0], _as_slices(args[1]))
         if func is torch.tensor and kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cuda":
             if not isinstance(args[0], (bool, int, float)):
                 raise NotCapturableError("the model makes a tensor of a list")
@@ -76,8 +80,24 @@ class _Numbers(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def _as_slices(index: Any) -> Any:
+    """An index whose only list holds one number, with a slice in its place: the same values, nothing to copy."""
+    parts = index if isinstance(index, tuple) else (index,)
+    lists = [part for part in parts if isinstance(part, list)]
+    if len(lists) != 1 or not all(isinstance(part, (list, slice, type(None), type(...))) for part in parts):
+        return index
+    if len(lists[0]) != 1 or type(lists[0][0]) is not int:
+        return index
+    at = lists[0][0]
+    return tuple(slice(at, at + 1 or None) if isinstance(part, list) else part for part in parts)
+
+
 class Graph:
-    """``run`` captured; calling it replays. Its memory comes from ``pool``."""
+    """``run`` captured; calling it replays. Its memory comes from ``pool``.
+
+    Attributes:
+        warm_s: seconds of the run before the capture.
+    """
 
     def __init__(
         self,
@@ -102,9 +122,11 @@ class Graph:
         for generator in generators:
             graph.register_generator_state(generator)
         try:
+            began = time.perf_counter()
             if warm:
                 with torch.cuda.stream(stream), NoHostSync(), _Numbers():
                     run()  # compiles, loads and allocates (cuBLAS its workspace of this stream) what a capture must not
+            self.warm_s = time.perf_counter() - began
             with _capturing, torch.cuda.stream(stream), _Numbers():
                 self._record(graph, run, device, pool)
         finally:
@@ -140,9 +162,9 @@ class Plain:
         Raises:
             NotCapturableError: it could not.
         """
-        with NoHostSync():
+        with NoHostSync(), _Numbers():
             run()
-        self._run = run
+        self._run, self.warm_s = run, 0.0
 
     def __call__(self) -> None:
         """Run it."""

@@ -7,6 +7,7 @@ becomes padding, as it would have been in transformers' loop.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
 from typing import Any
@@ -46,6 +47,9 @@ class Decoding:
         self._next: dict[str, Any] | None = None  # the next call's arguments but for the token, where they are known
         self.keeps = request.config.return_dict_in_generate
         self.history, self.lengths = self._history()
+        # Without autograd's part in every op; what outlives the call has to be an ordinary tensor.
+        lasting = self.keeps or getattr(self.cache, "_is_user_defined", False) or static
+        self._lighter = contextlib.nullcontext() if lasting else torch.inference_mode()
 
     def result(self) -> Any:
         """Run it; returns what ``generate`` returns."""
@@ -180,7 +184,8 @@ class Decoding:
         made: tuple[StaticStep, Start] | None = None
         if self.static and self.request.max_length - self.columns >= _WORTH_CAPTURING:
             made = self._make_step(inputs)
-        output = self.model(**inputs, return_dict=True)
+        with self._lighter:
+            output = self.model(**inputs, return_dict=True)
         self._count(output, inputs)
         self.logits = output.logits[:, -1].to(self.request.device, torch.float32)
         return None if made is None else self._check_step(*made)
@@ -223,15 +228,17 @@ class Decoding:
                 logits = self.logits.new_zeros(self.slot.batch, self.logits.shape[-1])
             captured = self.request.device.type == "cuda"
             step = StaticStep(self.model, self.slot, inputs, start, logits, captured, fuse)
-        except NotCapturableError as error:
-            self._refuse(str(error))
-            return None
-        except KernelError:
-            if not fuse:
+        except (NotCapturableError, KernelError) as error:
+            if fuse:
+                self.request.engine.fuse = False  # a compiler is missing, say; the model's own forward is tried next
+            elif isinstance(error, KernelError):
                 raise
-            self.request.engine.fuse = False  # the compiler is missing, say; the model's own forward needs none
+            else:
+                self._refuse(str(error))
             return None
-        self.run.capture_s += time.perf_counter() - began
+        finally:
+            self.run.capture_s += time.perf_counter() - began
+        self.run.compile_s += step.warm_s
         return step, start
 
     def _refuse(self, reason: str) -> None:
@@ -248,8 +255,8 @@ class Decoding:
         got = step()[: self.rows]
         tolerance = 1e-3 if self.model.dtype == torch.float32 else 5e-2
         spread = expected.amax() - expected.amin()
-        wrong = (got - expected).abs().amax() > tolerance * spread.clamp(min=1e-3)
-        if bool(wrong & expected.isfinite().all()):
+        right = (got - expected).abs().amax() <= tolerance * spread.clamp(min=1e-3)  # not so for NaN
+        if bool(~right & expected.isfinite().all()):
             for memory, kept in zip(newest, ordinary, strict=True):
                 memory.copy_(kept)
             if step.fused is not None:

@@ -69,14 +69,44 @@ class Generate:
         model, generate = self.__self__, self.__func__
         given = self.__signature__.bind(*args, **kwargs).arguments
         given.update(given.pop("kwargs", {}))
+        home = _device_of_inputs(given)
+        moves = home is not None and home != model.device and model.device.type != "meta"
+        if moves:  # transformers would warn, and then fail, or copy every token
+            given = _moved(given, model.device)
         reason = _other_way(model, given)
-        if reason is not None:
+        if reason is None:
+            streamer = given.get("streamer")
+            given.pop("custom_generate", None)
+            _stop_strings(model, given)
+            given["custom_generate"] = functools.partial(_custom, self.engine, streamer)
+        else:
             self.engine.last = Run("transformers", reason)
-            return generate(model, *args, **kwargs)
-        streamer = given.get("streamer")
-        given.pop("custom_generate", None)
-        _stop_strings(model, given)
-        return generate(model, **given, custom_generate=functools.partial(_custom, self.engine, streamer))
+        result = generate(model, **given)
+        return _brought_home(result, home) if moves and home is not None else result
+
+
+def _device_of_inputs(given: dict[str, Any]) -> torch.device | None:
+    """Where the prompt is."""
+    prompts = (given.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
+    return next((prompt.device for prompt in prompts if isinstance(prompt, torch.Tensor)), None)
+
+
+def _moved(given: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Arguments of a call, tensors among them on ``device``."""
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in given.items()}
+
+
+def _brought_home(result: Any, home: torch.device) -> Any:
+    """What ``generate`` returned, on the device of its input; a cache stays where it is."""
+    if isinstance(result, torch.Tensor):
+        return result.to(home)
+    for name in ("sequences", "scores", "logits"):
+        value = getattr(result, name, None)
+        if isinstance(value, torch.Tensor):
+            result[name] = value.to(home)
+        elif isinstance(value, tuple):
+            result[name] = tuple(part.to(home) for part in value)
+    return result
 
 
 def _custom(

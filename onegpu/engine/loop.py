@@ -25,7 +25,8 @@ class Run:
     Attributes:
         loop: "captured", "eager" or "transformers". reason: why not the better one.
         steps: forwards after the prefill.
-        capture_s: seconds of this call spent capturing.
+        capture_s: seconds of this call spent capturing. compile_s: how much of that the step's first run took, in which
+            kernels compile (once for a machine: they are kept on disk) and load.
         fused: whether a step is kernels of ours from end to end, instead of the model's forward.
     """
 
@@ -33,6 +34,7 @@ class Run:
     reason: str | None = None
     steps: int = 0
     capture_s: float = 0.0
+    compile_s: float = 0.0
     fused: bool = False
 
     def __str__(self) -> str:

@@ -42,6 +42,27 @@ def test_ops_that_do_not_wait_pass():
     assert target.tolist() == [10.0, 10.0, 8.0, 10.0, 10.0, 10.0]
 
 
+@pytest.mark.parametrize("at", [0, 1, -1, -2])
+@pytest.mark.parametrize("index", [lambda i: (..., [i], slice(None)), lambda i: [i], lambda i: (None, [i])])
+def test_one_number_in_a_list_is_a_slice(at, index):
+    x, index = torch.randn(3, 4, 2), index(at)
+    want, made = x[index], []
+    Plain(lambda: made.append(x[index]))
+    assert torch.equal(made[0], want) and made[0].data_ptr() != want.data_ptr()
+    assert x.data_ptr() <= made[0].data_ptr() < x.data_ptr() + 4 * x.numel()  # a view: nothing was looked up
+
+
+@pytest.mark.parametrize("index", [([0], [1]), ([0], 1), [0, 2], [True, False, True], ([0], torch.tensor([1]))])
+def test_other_indices_stay_what_they_are(index):
+    x, made = torch.randn(3, 4, 2), []
+    if isinstance(index, list) and index[0] is True:
+        with pytest.raises(NotCapturableError):
+            Plain(lambda: x[index])
+        return
+    Plain(lambda: made.append(x[index]))
+    assert torch.equal(made[0], x[index])
+
+
 def test_another_thread_is_not_concerned():
     import threading
 

@@ -12,6 +12,7 @@ import onegpu
 from onegpu.engine.fused_step import Fused, FusedStep, left_padded, plan
 from onegpu.engine.generate import Generate
 from onegpu.engine.loop import Engine
+from onegpu.errors import KernelError
 from onegpu.nn import LinearNF4
 from tests.compare import assert_close
 from tests.decode_structures import caches, moved, structure
@@ -164,11 +165,24 @@ def test_a_mask_with_holes_takes_the_models_forward_even_after_a_fused_request()
         assert engine.last.fused == fused
 
 
-def test_a_wrong_step_is_found_out_and_not_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def _waits(*_: Any) -> Any:
+    return torch.ones(1).item()
+
+
+def _fails(*_: Any) -> Any:
+    raise KernelError("no compiler")
+
+
+WRONG = {"wrong": lambda *_: torch.arange(128.0)[None], "nan": lambda *_: torch.full((1, 128), float("nan"))}
+WRONG |= {"waits": _waits, "fails": _fails}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_step_is_found_out_and_not_taken_again(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = causal_model("llama")
     ids = torch.randint(4, 100, (1, 9), generator=torch.Generator().manual_seed(1))
     want = model.generate(ids, max_new_tokens=20, do_sample=False)
-    monkeypatch.setattr(Fused, "__call__", lambda self, *_: torch.arange(128.0)[None])
+    monkeypatch.setattr(Fused, "__call__", WRONG[what])
     engine = Engine("emulate")
     model.__dict__["generate"] = Generate(model, engine)
     assert torch.equal(model.generate(ids, max_new_tokens=20, do_sample=False), want)

@@ -10,10 +10,11 @@ import threading
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 import onegpu
-from onegpu.engine.generate import Generate, attach, detach
-from tests.engine.models import LENGTHS, WAYS, Way, causal_model, ours, pair, prompts, served
+from onegpu.engine.generate import Generate, _brought_home, _device_of_inputs, _moved, attach, detach
+from tests.engine.models import LENGTHS, WAYS, Way, causal_model, ours, padded, pair, prompts, served
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
@@ -240,3 +241,34 @@ def test_models_from_our_auto_classes_have_it(tiny):
     assert isinstance(model.generate, Generate) and "generate" not in plain.__dict__
     assert torch.equal(model.generate(prompts(), max_new_tokens=8), plain.generate(prompts(), max_new_tokens=8))
     assert model.generate.report.loop == "eager" and "no graphs on cpu" in str(model.generate.report)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("capture", ["auto", "never"])
+def test_inputs_on_the_cpu_are_moved_without_a_word_and_the_answer_comes_back(capture: str, recwarn, caplog):
+    plain, model = pair("llama", ("cuda", capture))
+    ids, mask = padded("left")
+    want = plain.generate(ids.cuda(), attention_mask=mask.cuda(), max_new_tokens=20)
+    recwarn.clear()
+    assert torch.equal(model.generate(ids, attention_mask=mask, max_new_tokens=20), want.cpu())
+    served(model, ("cuda", capture))
+    full = model.generate(
+        inputs=ids, attention_mask=mask, max_new_tokens=20, return_dict_in_generate=True, output_scores=True
+    )
+    assert torch.equal(full.sequences, want.cpu()) and all(score.device.type == "cpu" for score in full.scores)
+    assert full.past_key_values.layers[0].keys.is_cuda
+    beams = model.generate(ids, attention_mask=mask, max_new_tokens=4, num_beams=2)
+    assert beams.device.type == "cpu" and model.generate.report.loop == "transformers"
+    assert not [w for w in recwarn if "device" in str(w.message)] and "device" not in caplog.text
+
+
+def test_what_is_moved_to_the_model_and_back():
+    ids = torch.ones(2, 3, dtype=torch.long)
+    there = _moved({"input_ids": ids, "max_new_tokens": 4, "attention_mask": None}, torch.device("meta"))
+    assert there["input_ids"].is_meta and there["max_new_tokens"] == 4 and there["attention_mask"] is None
+    assert _device_of_inputs(there).type == "meta" and _device_of_inputs({"max_length": 3}) is None
+    output = GenerateDecoderOnlyOutput(sequences=ids, scores=(ids, ids), past_key_values="cache")
+    back = _brought_home(output, torch.device("meta"))
+    assert back.sequences.is_meta and back["scores"][1].is_meta and back.logits is None
+    assert back.past_key_values == "cache"
+    assert _brought_home(ids, torch.device("meta")).is_meta
