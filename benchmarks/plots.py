@@ -137,11 +137,77 @@ def draw_step(points: Points, figure: Any) -> None:
     figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=7, ncols=4, loc="outside lower center")
 
 
+def _attention_rows(results: Path) -> list[dict[str, Any]]:
+    return [row for file in sorted(results.glob("*/attention_model.jsonl")) for row in read_rows(file)]
+
+
+def attention_points(results: Path = RESULTS) -> Points:
+    """``[what the panel shows, [[batch or percent of padding, side, tokens/s], …]]`` of whole models."""
+    panels: dict[str, list[list[Any]]] = {}
+    for row in _attention_rows(results):
+        if "ms" not in row["ours"]:
+            continue
+        sizes, shape = row["shape"], row["case"].partition(" batch")[0]
+        padded = "padding" in row["case"]
+        name = f"{shape}, {sizes['batch']} x {sizes['length']}" if padded else f"{shape}, n x {sizes['length']}"
+        sides = {"onegpu": row["ours"], **row["peers"]}
+        for side, fields in sides.items():
+            speed = sizes["batch"] * sizes["length"] / fields["ms"]["median"]
+            at = sizes["padding"] if padded else sizes["batch"]
+            panels.setdefault(f"{name}\n{row['environment']['device']}", []).append([at, side, round(speed, 1)])
+    return [[name, sorted(points)] for name, points in panels.items()]
+
+
+def draw_attention(points: Points, figure: Any) -> None:
+    """Positions a second, padding counted: what padding costs is seen as a line that stays flat."""
+    panels = figure.subplots(1, len(points), squeeze=False)[0]
+    colors = {"onegpu": _OURS, "transformers, sdpa": _THEIRS, "transformers, eager": "#8d8d8d"}
+    handles: dict[str, Any] = {}
+    for axes, (name, values) in zip(panels, points, strict=True):
+        for side in dict.fromkeys(value[1] for value in values):
+            line = [(at, speed) for at, other, speed in values if other == side]
+            (handles[side],) = axes.plot(*zip(*line, strict=True), "o-", color=colors[side], markersize=3)
+        axes.set_title(name, fontsize=6)
+        axes.set_ylim(0)
+        axes.set_xlabel("batch" if " n x " in name else "% padding", fontsize=7)
+        axes.tick_params(labelsize=6)
+    panels[0].set_ylabel("positions per ms, forward", fontsize=7)
+    figure.legend(handles.values(), handles, frameon=False, fontsize=7, ncols=3, loc="outside lower center")
+
+
+def attention_memory_points(results: Path = RESULTS) -> Points:
+    """``[device, length, bytes of ours, of eager, of ours in training, of eager]`` beyond inputs and outputs."""
+    return [
+        [row["environment"]["device"], row["shape"]["length"]]
+        + [row[side][key] for key in ("bytes", "training_bytes") for side in ("ours", "theirs")]
+        for row in _attention_rows(results)
+        if "bytes" in row["ours"] and row["ratio"]
+    ]
+
+
+def draw_attention_memory(points: Points, figure: Any) -> None:
+    """Both axes logarithmic: ours goes with the length, eager's with its square."""
+    axes = figure.subplots()
+    points = sorted((p for p in points if p[0] == points[0][0]), key=lambda point: point[1])
+    lines = ((2, _OURS, "o-", "onegpu"), (3, _THEIRS, "o-", "eager"))
+    lines += ((4, _OURS, "o--", "onegpu, with the backward"), (5, _THEIRS, "o--", "eager, with the backward"))
+    for column, color, style, label in lines:
+        axes.plot([p[1] for p in points], [p[column] / 2**20 for p in points], style, color=color, label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks([p[1] for p in points], [str(p[1]) for p in points])
+    axes.set(xlabel="length", ylabel="MiB beyond inputs and outputs")
+    axes.set_title(f"one causal attention, 8 heads of 128, 16 bits; {points[0][0]}", fontsize=9)
+    axes.legend(frameon=False, fontsize=7)
+
+
 PLOTS: dict[str, tuple[Callable[..., Points], Callable[[Points, Any], None]]] = {
     "perplexity": (perplexity_points, draw_perplexity),
     "load": (load_points, draw_load),
     "model_decode": (decode_points, draw_decode),
     "model_step": (step_points, draw_step),
+    "attention_models": (attention_points, draw_attention),
+    "attention_memory": (attention_memory_points, draw_attention_memory),
 }
 
 

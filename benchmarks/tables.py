@@ -288,6 +288,39 @@ def two_gpus(rows: list[Row]) -> str:
     return markdown(head, lines) + f"\n{measured_on(rows)}"
 
 
+def attention_models(rows: list[Row]) -> str:
+    """Milliseconds of a forward of whole models, and the most memory that it takes."""
+    lines = []
+    for row in (row for row in rows if "ms" in row["ours"]):
+        cells = [row["case"], f"{row['ours']['ms']['median']:.1f}"]
+        for name in ("sdpa", "eager"):
+            peer = row["peers"].get(f"transformers, {name}")
+            cells.append(f"{peer['ms']['median']:.1f}" if peer else "–")
+        peaks = " / ".join(f"{side['peak_bytes'] / 1e9:.2f}" for side in (row["ours"], row["theirs"]))
+        speed = {name: 1 / row["ratio"][name] for name in ("median", "low", "high")}
+        cells.append(
+            f"{speed['median']:.2f} × {row['peer'].rpartition(' ')[2]} ({speed['high']:.2f}–{speed['low']:.2f})"
+        )
+        lines.append([*cells, peaks])
+    head = ["ms of a forward, bf16", "onegpu", "sdpa", "eager", "speed", "GB at most, ours / theirs"]
+    picture = "![speed over batch and padding](images/attention_models.svg)\n"
+    return markdown(head, lines) + f"\n{measured_on(rows)}\n{picture}" if lines else _NONE
+
+
+def attention_memory(rows: list[Row]) -> str:
+    """Memory of one attention beyond inputs and outputs."""
+    lines = []
+    for row in (row for row in rows if "bytes" in row["ours"] and row["ratio"]):
+        cells = [str(row["shape"]["length"])]
+        for key in ("bytes", "training_bytes"):
+            ours, theirs = (row[side][key] / 2**20 for side in ("ours", "theirs"))
+            cells += [f"{ours:.1f}", f"{theirs:.0f}", f"{theirs / ours:.0f} ×"]
+        lines.append(cells)
+    head = ["length", "forward, MiB", "eager", "", "and backward, MiB", "eager", ""]
+    picture = "![memory over length](images/attention_memory.svg)\n"
+    return markdown(head, lines) + f"\n{measured_on(rows)}\n{picture}" if lines else _NONE
+
+
 # Name in the pages -> results file, and how it reads. A device with no such file has no table.
 TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "fidelity": ("perplexity", fidelity),
@@ -301,6 +334,8 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "model-decode": ("model", model_decode),
     "model-prefill": ("model", model_prefill),
     "model-step": ("model", step),
+    "attention-models": ("attention_model", attention_models),
+    "attention-memory": ("attention_model", attention_memory),
     "two-gpus": ("two_gpus", two_gpus),
 }
 

@@ -85,6 +85,36 @@ def test_u5_u6_u7_there_and_back(tiny, name, tmp_path, monkeypatch):
     assert torch.equal(model(**batch).logits, before)
 
 
+ENCODERS = {
+    "bert": "AutoModelForMaskedLM",
+    "vit": "AutoModelForImageClassification",
+    "wav2vec2": "AutoModelForCTC",
+    "clip": "AutoModel",
+}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_u5_encoders(name, tmp_path, monkeypatch):
+    both = harness.pair(name)
+    both.eager.save_pretrained(tmp_path)
+    model = getattr(onegpu, ENCODERS[name]).from_pretrained(tmp_path)
+    inputs, real = harness.inputs_of(both, None)
+    model = model.to_bettertransformer()
+    with counted(monkeypatch) as calls:
+        after = harness.answers(model, inputs, real)
+    assert calls.ours and not calls.sdpa
+    for one, other in zip(after, harness.answers(model.reverse_bettertransformer(), inputs, real), strict=True):
+        assert_near(one, other)
+
+
+def test_u7_in_place(tiny, monkeypatch):
+    model = AutoModelForCausalLM.from_pretrained(tiny("opt"))
+    model.to_bettertransformer()
+    with counted(monkeypatch) as calls:
+        model(**harness.text())
+    assert calls.ours == 2 and not calls.sdpa
+
+
 def only_flash():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)

@@ -63,8 +63,14 @@ def take_attention(config: Any) -> bool:
     return taken
 
 
+def of_attention(report: Report) -> Report:
+    """The part of a report that is about attention: ``optimize`` changes norms and MLPs too."""
+    changes = [change for change in report.changes if "attention" in f"{change.before} {change.after}".lower()]
+    return Report(report.action, changes)
+
+
 def say_left(report: Report, model: Any) -> None:
     """Log what keeps its own attention, and why."""
-    reasons = sorted({f"{change.before}: {change.reason}" for change in report.left})
+    reasons = sorted({f"{change.before}: {change.reason}" for change in of_attention(report).left})
     if reasons:
         logger.warning("FlashAttention does not serve all of %s (%s)", type(model).__name__, "; ".join(reasons))

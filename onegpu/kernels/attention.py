@@ -22,6 +22,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from onegpu.errors import bad_argument
+from onegpu.kernels import attention_cpu
 from onegpu.kernels.autocast import autocast_dtype
 from onegpu.kernels.library import define, has_triton
 
@@ -109,7 +110,11 @@ def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> t
     out, lse = _forward_fake(q, k, v, *rest)
     out.zero_()
     lse.fill_(-math.inf)
+    flash = options.implementation == "auto" and attention_cpu.serves(q, k, v)
     for at in _sequences(q, k, options):
+        if flash and (told := attention_cpu.masks(q[at.q], k[at.k], options)) is not None:
+            attention_cpu.forward(q[at.q], k[at.k], v[at.k], out[at.q], lse[at.lse], told)
+            continue
         keys, values = (_by_head(x[at.k], k.shape[-2]) for x in (k, v))
         scores = _scores(_by_head(q[at.q], k.shape[-2]), keys, options)
         if scores.numel():
@@ -135,7 +140,12 @@ def _backward(
     options = Options(*rest)
     dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     heads = k.shape[-2]
+    flash = options.implementation == "auto" and grad_lse is None and attention_cpu.serves(q, k, v)
     for at in _sequences(q, k, options):
+        if flash and (told := attention_cpu.masks(q[at.q], k[at.k], options)) is not None:
+            given = (grad[at.q], q[at.q], k[at.k], v[at.k], out[at.q], lse[at.lse])
+            attention_cpu.backward(*given, (dq[at.q], dk[at.k], dv[at.k]), told)
+            continue
         queries, gradients, outputs = (_by_head(x[at.q], heads) for x in (q, grad, out))
         keys, values = (_by_head(x[at.k], heads) for x in (k, v))
         logarithm = lse[at.lse].unflatten(0, (heads, -1))

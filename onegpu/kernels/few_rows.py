@@ -34,7 +34,8 @@ class Narrow:
 
     rows: of x that fit. width: bytes of a row of W in a piece. slots: of a warp's ring. tiles: of 16 rows between two
     meetings of the warps. cluster: blocks that share the columns. table_shift: 7 makes the look-up table of 4-bit
-    products half as large and its look-ups a little slower. per_sm: blocks a multiprocessor.
+    products half as large and its look-ups a little slower. per_sm: blocks a multiprocessor. runs: of pieces go to a
+    warp, not every so many-th piece. prefetch: bytes around a copy that L2 reads along (0 or 256).
     """
 
     rows: int
@@ -45,6 +46,8 @@ class Narrow:
     cluster: int = 1
     table_shift: int = 8
     per_sm: int = 1
+    runs: bool = False
+    prefetch: int = 0
 
     source: ClassVar[str] = "few_rows_narrow.cu"
 
@@ -61,7 +64,7 @@ class Narrow:
         columns, four = self.piece(fmt), fmt == "4bit"
         share = _ceil(_ceil(k, columns), self.cluster)
         pitch = _ceil(share * columns * 2, 128) * 128 + (64 if fmt == "16bit" else 16)
-        sums = self.tiles * self.warps * 16 * self.rows * 4
+        sums = (self.tiles + self.warps if self.runs else self.tiles * self.warps) * 16 * self.rows * 4
         slot = 16 * self.width + (columns if four else 0)
         total = (256 << self.table_shift) + 1024 * nested if four else 0
         total += self.rows * pitch + (0 if four and self.table_shift == 8 else sums) + self.warps * self.slots * slot
@@ -71,7 +74,13 @@ class Narrow:
 
     def constants(self, half: bool) -> dict[str, int]:
         names = {"MP": self.rows, "WARPS": self.warps, "SLOTS": self.slots, "CB": self.width, "TG": self.tiles}
-        return {**names, "CL": self.cluster, "TABLE_SHIFT": self.table_shift}
+        return {
+            **names,
+            "CL": self.cluster,
+            "TABLE_SHIFT": self.table_shift,
+            "RUNS": int(self.runs),
+            "L2B": self.prefetch,
+        }
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,7 @@ class Wide:
     """Configuration of few_rows_wide.cu: a tile is 16 * row_tiles * warps_n rows of W, a stage has `columns` of it.
 
     eights: rows of x, in eights. warps_n x warps_k warps share the rows and the columns. stages: of the ring.
+    price: time of a row of a tile (filled or not), over that of the others with as many eights.
     """
 
     eights: int
@@ -91,6 +101,8 @@ class Wide:
     table_shift: int = 8
     per_sm: int = 1
     wide_table: bool = False
+    wgmma: bool = False  # Hopper only
+    price: float = 1.0
 
     source: ClassVar[str] = "few_rows_wide.cu"
 
@@ -108,39 +120,50 @@ class Wide:
     def shared(self, fmt: str, nested: bool, n: int, k: int, clusters: int, half: bool) -> int:
         tile, four = 16 * self.row_tiles * self.warps_n, fmt == "4bit"
         scales = tile * self.columns // (32 if half else 64) * 4 if four else 0
-        stage = tile * self.columns // (2 if four else 1) + self.rows * (self.columns * 2 + 16) + scales
+        gap, unit = (0, 1024) if self.wgmma else (16, 16)
+        stage = tile * self.columns // (2 if four else 1) + self.rows * (self.columns * 2 + gap) + scales
         total = (256 << self.table_shift) + 1024 * nested if four else 0
-        return total + self.rows * (tile + 4) * 4 + self.stages * stage
+        if not (self.wgmma and self.warps_k == self.cluster == 1):
+            total += _ceil(self.rows * (tile + 4) * 4, unit) * unit
+        return total + self.stages * _ceil(stage, unit) * unit
 
     def constants(self, half: bool) -> dict[str, int]:
         names = {"NT": self.eights, "RT": self.row_tiles, "WN": self.warps_n, "WK": self.warps_k, "KC": self.columns}
         return {**names, "STAGES": self.stages, "CL": self.cluster, "TABLE_SHIFT": self.table_shift,
-                "WIDE_TABLE": int(self.wide_table), "HALF_BLOCK": int(half)}  # fmt: skip
+                "WIDE_TABLE": int(self.wide_table), "HALF_BLOCK": int(half), "WGMMA": int(self.wgmma)}  # fmt: skip
 
 
-# By format, in order of preference: the first that holds the rows and fits is taken.
+# By format. The first Narrow that fits is taken; else, of the Wide ones that fit with the fewest eights, the cheapest.
 _CONFIGURATIONS: dict[str, tuple[Narrow | Wide, ...]] = {
     "16bit": (
-        Narrow(1, 16, 3, 128, 12), Narrow(2, 16, 3, 128, 8), Narrow(4, 16, 3, 128, 4), Narrow(4, 16, 2, 64, 2),
-        Narrow(8, 16, 2, 128, 2), Narrow(8, 16, 3, 128, 2, cluster=2), Narrow(8, 16, 2, 64, 1, cluster=4),
+        Narrow(1, 16, 3, 128, 12, prefetch=256), Narrow(2, 16, 2, 128, 8), Narrow(4, 16, 2, 128, 4),
+        Narrow(4, 16, 2, 64, 2), Narrow(8, 16, 3, 128, 2), Narrow(8, 16, 3, 128, 2, cluster=2),
+        Narrow(8, 16, 2, 64, 1, cluster=4),
         Narrow(1, 8, 2, 64, 4), Narrow(2, 8, 2, 64, 2), Narrow(4, 8, 2, 64, 1), Narrow(8, 8, 2, 64, 1),
     ),
     "int8": (
-        Narrow(1, 16, 3, 128, 12), Narrow(2, 16, 3, 128, 8), Narrow(4, 16, 3, 128, 4), Narrow(4, 16, 2, 64, 2),
-        Narrow(8, 16, 2, 128, 2), Narrow(8, 16, 3, 128, 2, cluster=2),
-        Wide(1, 2, 4, 2, 128, 4, cluster=2), Wide(2, 2, 4, 2, 128, 4, cluster=2), Wide(4, 2, 4, 2, 128, 4, cluster=2),
-        Wide(8, 2, 4, 2, 128, 4, cluster=2), Wide(16, 1, 4, 2, 128, 3, cluster=2),
-        Narrow(1, 8, 2, 64, 4), Wide(1, 1, 4, 2, 128, 3), Wide(2, 1, 4, 2, 128, 3), Wide(4, 1, 4, 2, 128, 3),
-        Wide(8, 1, 4, 1, 64, 3), Wide(16, 1, 4, 1, 64, 2),
+        Narrow(1, 16, 2, 128, 12), Narrow(2, 16, 2, 128, 8), Narrow(4, 16, 2, 128, 4), Narrow(4, 16, 2, 64, 2),
+        Narrow(8, 16, 2, 128, 2), Narrow(8, 16, 3, 128, 2, cluster=2), Narrow(16, 16, 3, 64, 1),
+        Narrow(1, 8, 2, 64, 4), Wide(1, 2, 4, 2, 128, 4, cluster=2), Wide(1, 1, 4, 2, 128, 3, price=1.7),
+        Wide(2, 1, 4, 2, 128, 5, cluster=2, price=1.6), Wide(2, 2, 8, 1, 128, 3, cluster=2),
+        Wide(2, 2, 8, 1, 128, 3, cluster=4), Wide(2, 1, 4, 2, 128, 3, price=1.7),
+        Wide(4, 1, 4, 2, 128, 5, cluster=2, price=1.6), Wide(4, 2, 8, 1, 128, 3, cluster=2),
+        Wide(4, 2, 8, 1, 128, 3, cluster=4), Wide(4, 1, 4, 2, 128, 3, price=1.7),
+        Wide(8, 1, 4, 2, 128, 5, cluster=2, price=1.7), Wide(8, 2, 8, 1, 128, 3, cluster=2),
+        Wide(8, 2, 8, 1, 128, 3, cluster=4), Wide(8, 1, 4, 1, 64, 3, price=1.8),
+        Wide(16, 1, 4, 2, 128, 3, cluster=2), Wide(16, 1, 4, 1, 64, 2, price=1.5),
     ),
     "4bit": (
-        Narrow(1, 16, 3, 128, 12), Narrow(2, 16, 3, 128, 8), Narrow(2, 16, 3, 64, 8),
-        Narrow(4, 16, 3, 128, 6), Narrow(4, 16, 3, 64, 6), Narrow(8, 16, 3, 64, 4), Narrow(8, 16, 3, 64, 4, cluster=2),
-        Wide(1, 2, 4, 2, 128, 4, cluster=2), Wide(2, 2, 4, 2, 128, 4, cluster=2), Wide(4, 2, 4, 2, 128, 4, cluster=2),
-        Wide(8, 2, 4, 2, 128, 4, cluster=2),
-        Narrow(1, 8, 2, 64, 4, table_shift=7), Wide(1, 1, 4, 2, 128, 3, table_shift=7),
-        Wide(2, 1, 4, 2, 128, 3, table_shift=7), Wide(4, 1, 4, 2, 128, 2, table_shift=7),
-        Wide(8, 1, 2, 2, 128, 2, table_shift=7),
+        Narrow(1, 16, 2, 128, 12), Narrow(2, 16, 2, 128, 8), Narrow(4, 16, 2, 128, 6), Narrow(4, 16, 3, 64, 6),
+        Narrow(8, 16, 2, 128, 4), Narrow(8, 16, 3, 64, 4, cluster=2), Narrow(1, 8, 2, 64, 4, table_shift=7),
+        Wide(1, 2, 2, 4, 256, 3, cluster=2, price=1.4), Wide(1, 2, 8, 1, 128, 3, cluster=2),
+        Wide(1, 2, 8, 1, 128, 3, cluster=4), Wide(1, 1, 4, 2, 128, 3, table_shift=7, price=1.7),
+        Wide(2, 2, 2, 4, 256, 3, cluster=2, price=1.4), Wide(2, 2, 8, 1, 128, 3, cluster=2),
+        Wide(2, 2, 8, 1, 128, 3, cluster=4), Wide(2, 1, 4, 2, 128, 3, table_shift=7, price=1.7),
+        Wide(4, 2, 2, 4, 256, 3, cluster=2, price=1.4), Wide(4, 2, 8, 1, 128, 3, cluster=2),
+        Wide(4, 2, 8, 1, 128, 3, cluster=4), Wide(4, 1, 4, 2, 128, 2, table_shift=7, price=1.7),
+        Wide(8, 2, 2, 4, 256, 3, cluster=2, price=1.5), Wide(8, 2, 8, 1, 128, 2, cluster=2),
+        Wide(8, 2, 8, 1, 128, 2, cluster=4), Wide(8, 1, 2, 2, 128, 2, table_shift=7, price=1.9),
     ),
 }  # fmt: skip
 _STATIC = 1024  # shared memory that the kernels declare themselves, and what the driver keeps, at most
@@ -175,6 +198,32 @@ def fits(
     return (clusters, shared) if shared + _STATIC <= limit else None
 
 
+def choose(
+    fmt: str, nested: bool, m: int, n: int, k: int, half: bool, sms: int, limit: int, major: int
+) -> tuple[Narrow | Wide, int, int] | None:
+    """The configuration for a product, with its clusters and its bytes of shared memory; arguments as those of `fits`.
+
+    major: compute capability. None where no configuration serves it.
+    """
+    best: tuple[Narrow | Wide, int, int] | None = None
+    least, eights = float("inf"), 0
+    for config in _CONFIGURATIONS[fmt]:
+        if (config.cluster > 1 and major < 9) or (isinstance(config, Wide) and config.wgmma and major != 9):
+            continue
+        found = fits(config, fmt, nested, m, n, k, half, sms, limit)
+        if found is None:
+            continue
+        if isinstance(config, Narrow):
+            return (config, *found)
+        if best is not None and config.eights > eights:
+            break
+        tile = 16 * config.row_tiles * config.warps_n
+        cost = config.price * _ceil(_ceil(n, found[0]), tile) * tile / (config.cluster * config.per_sm)
+        if cost < least:
+            best, least, eights = (config, *found), cost, config.eights
+    return best
+
+
 @lru_cache(maxsize=4096)
 def plan(fmt: str, m: int, n: int, k: int, bf16: bool, fp4: bool, nested: bool, half: bool, device: int) -> Plan | None:
     """The launch for a product, or None where no configuration serves it."""
@@ -182,15 +231,12 @@ def plan(fmt: str, m: int, n: int, k: int, bf16: bool, fp4: bool, nested: bool, 
     if properties.major < 8:
         return None
     limit = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
-    for config in _CONFIGURATIONS[fmt]:
-        if config.cluster > 1 and properties.major < 9:
-            continue
-        found = fits(config, fmt, nested, m, n, k, half, properties.multi_processor_count, limit)
-        if found:
-            clusters, shared = found
-            made = kernel(config, fmt, bf16, fp4, nested, half)
-            return Plan(made, (clusters * config.cluster,), config.threads, shared, (config.cluster, 1, 1))
-    return None
+    found = choose(fmt, nested, m, n, k, half, properties.multi_processor_count, limit, properties.major)
+    if found is None:
+        return None
+    config, clusters, shared = found
+    made = kernel(config, fmt, bf16, fp4, nested, half)
+    return Plan(made, (clusters * config.cluster,), config.threads, shared, (config.cluster, 1, 1))
 
 
 @lru_cache(maxsize=2)

@@ -6,7 +6,15 @@ typedef unsigned int u32; typedef unsigned short u16; typedef unsigned char u8; 
 #ifndef ENTRY
 #define ENTRY
 #endif
-#ifndef L2_PREFETCH
+#ifndef RUNS
+#define RUNS 0
+#endif
+#ifndef WGMMA
+#define WGMMA 0
+#endif
+#if L2B == 256
+#define L2_PREFETCH ".L2::256B"
+#else
 #define L2_PREFETCH ""
 #endif
 #ifndef EMULATED
@@ -65,6 +73,41 @@ template <int B> DEVICE void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, 
   if (B) asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
   else asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
+// Hopper: c[64 rows of W, 8 NT rows of x] += a[64, 16] x[8 NT, 16]. A warp holds 16 of the 64 rows, as for mma. x: a tile of 64
+// columns in shared memory, 128 bytes a row, 16-byte units swizzled (unit ^ row & 7); `step`: which 16 of the 64 columns.
+DEVICE u64 x_tile(const u8* x, int step) { return (u64)(((saddr(x) & 0x3ffff) >> 4) + 2 * step) | 1ull << 16 | 64ull << 32 | 1ull << 62; }
+#define A4(i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
+#define WGMMA_TEXT(N, T, C, A, B) "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." T "." T " {" C "}, {" A "}, " B ", 1, 1, 1, 0;"
+template <int B> DEVICE void wgmma(float (&c)[1][4], u32 a0, u32 a1, u32 a2, u32 a3, const u8* x, int step) {
+  const u64 b = x_tile(x, step);
+  if (B) asm volatile(WGMMA_TEXT("8", "bf16", "%0,%1,%2,%3", "%4, %5, %6, %7", "%8") : A4(0) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
+  else asm volatile(WGMMA_TEXT("8", "f16", "%0,%1,%2,%3", "%4, %5, %6, %7", "%8") : A4(0) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
+}
+template <int B> DEVICE void wgmma(float (&c)[2][4], u32 a0, u32 a1, u32 a2, u32 a3, const u8* x, int step) {
+  const u64 b = x_tile(x, step);
+  if (B) asm volatile(WGMMA_TEXT("16", "bf16", "%0,%1,%2,%3,%4,%5,%6,%7", "%8, %9, %10, %11", "%12") : A4(0), A4(1) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
+  else asm volatile(WGMMA_TEXT("16", "f16", "%0,%1,%2,%3,%4,%5,%6,%7", "%8, %9, %10, %11", "%12") : A4(0), A4(1) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
+}
+template <int B> DEVICE void wgmma(float (&c)[4][4], u32 a0, u32 a1, u32 a2, u32 a3, const u8* x, int step) {
+  const u64 b = x_tile(x, step);
+  if (B) asm volatile(WGMMA_TEXT("32", "bf16", "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15", "%16, %17, %18, %19", "%20") : A4(0), A4(1), A4(2), A4(3) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
+  else asm volatile(WGMMA_TEXT("32", "f16", "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15", "%16, %17, %18, %19", "%20") : A4(0), A4(1), A4(2), A4(3) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
+}
+template <int B> DEVICE void wgmma(float (&c)[8][4], u32 a0, u32 a1, u32 a2, u32 a3, const u8* x, int step) {
+  const u64 b = x_tile(x, step);
+  if (B) asm volatile(WGMMA_TEXT("64", "bf16", "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31", "%32, %33, %34, %35", "%36") : A4(0), A4(1), A4(2), A4(3), A4(4), A4(5), A4(6), A4(7) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
+  else asm volatile(WGMMA_TEXT("64", "f16", "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31", "%32, %33, %34, %35", "%36") : A4(0), A4(1), A4(2), A4(3), A4(4), A4(5), A4(6), A4(7) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
+}
+template <int B> DEVICE void wgmma(float (&c)[16][4], u32 a0, u32 a1, u32 a2, u32 a3, const u8* x, int step) {
+  const u64 b = x_tile(x, step);
+  if (B) asm volatile(WGMMA_TEXT("128", "bf16", "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63", "%64, %65, %66, %67", "%68") : A4(0), A4(1), A4(2), A4(3), A4(4), A4(5), A4(6), A4(7), A4(8), A4(9), A4(10), A4(11), A4(12), A4(13), A4(14), A4(15) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
+  else asm volatile(WGMMA_TEXT("128", "f16", "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63", "%64, %65, %66, %67", "%68") : A4(0), A4(1), A4(2), A4(3), A4(4), A4(5), A4(6), A4(7), A4(8), A4(9), A4(10), A4(11), A4(12), A4(13), A4(14), A4(15) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
+}
+DEVICE void before_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void close_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N> DEVICE void products_left() { asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(N) : "memory"); }
+DEVICE void copies_seen_by_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+DEVICE int of_warp(int v) { return __shfl_sync(~0u, v, 0); }           // the compiler then knows that it is one value
 DEVICE u32 warp_max(u32 v) { return __reduce_max_sync(~0u, v); }
 #endif
 

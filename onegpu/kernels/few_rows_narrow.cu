@@ -12,15 +12,39 @@ constexpr int NT = MP > 8 ? 2 : 1, THREADS = WARPS * 32;
 constexpr int KB = FMT == 0 ? CB / 2 : FMT == 1 ? CB : 2 * CB;         // columns of a piece
 constexpr int GROUP = FMT == 0 ? 32 : 64, GROUPS = KB / GROUP;         // columns that the four lanes of a row take together
 constexpr int SCALES = FMT == 2 ? GROUPS : 0, PER_ROW = SCALES ? SCALES : 1, PIECE = 16 * CB, SLOT = PIECE + 64 * SCALES;
-constexpr int SUMS = TG * WARPS * 16 * MP;                             // of the warps, in floats
+constexpr int SUMS = (RUNS ? TG + WARPS : TG * WARPS) * 16 * MP;         // of the warps, in floats
 constexpr int IN_TABLE = FMT == 2 && TABLE_SHIFT == 8;                 // the table leaves 128 of every 256 bytes free: the sums go there
-static_assert(!IN_TABLE || SUMS <= 8192, "TG * WARPS * MP is at most 512");
+static_assert(!IN_TABLE || SUMS <= 8192, "the sums have 32 KB in the table");
 constexpr int TO_FP16 = FMT == 2 && BF16, MMA_BF16 = BF16 && FMT != 2;
 
-DEVICE void advance(int& tile, int& piece, int by, int pieces) {
-  piece += by;
-  while (piece >= pieces) { piece -= pieces; tile++; }
-}
+// Where a warp is. RUNS: it takes one run of each TG tiles' pieces, so that few tiles have sums of several warps; else every
+// WARPS-th piece.
+struct Walk {
+  int tile, piece, left, round, tiles, pieces, warp;
+  DEVICE int first(int warp) const { return (min(TG, tiles - round) * pieces * warp) / WARPS; }
+  DEVICE void begin() {
+    const int at = first(warp);
+    left = first(warp + 1) - at; tile = round + at / pieces; piece = at % pieces;
+  }
+  DEVICE void skip_empty() {
+    while (left == 0) {
+      round += TG;
+      if (round >= tiles) { tile = tiles; return; }
+      begin();
+    }
+  }
+  DEVICE void next() {
+    if (!RUNS) { piece += WARPS; while (piece >= pieces) { piece -= pieces; tile++; } return; }
+    if (++piece == pieces) { piece = 0; tile++; }
+    if (--left == 0) skip_empty();
+  }
+  DEVICE void start(int tiles_, int pieces_, int warp_) {
+    tiles = tiles_; pieces = pieces_; warp = warp_; round = 0; left = 0;
+    if (pieces == 0) { tile = tiles; piece = 0; return; }
+    if (RUNS) { begin(); skip_empty(); }
+    else { tile = warp / pieces; piece = warp % pieces; }
+  }
+};
 
 ENTRY __global__ void __launch_bounds__(THREADS, 1)
 few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ y, const u16* __restrict__ bias,
@@ -50,10 +74,12 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   const int f_row = lane / UNITS, f_unit = lane % UNITS, f_place = f_row * CB + swizzled<CB>(f_row, f_unit) * 16;
   const Shared first_slot = shared(ring + f_place);
   Shared f_slot = first_slot;
-  int f_tile = 0, f_piece = 0;
+  Walk ahead;
+  ahead.start(tiles, pieces, warp);
+  Walk here = ahead;
   auto fetch = [&]() {
-    if (f_tile < tiles) {
-      const int tile_row = r0 + f_tile * 16, row0 = tile_row + f_row, piece = p0 + f_piece, at = piece * CB + f_unit * 16, take = at < row_bytes ? 16 : 0;
+    if (ahead.tile < tiles) {
+      const int tile_row = r0 + ahead.tile * 16, row0 = tile_row + f_row, piece = p0 + ahead.piece, at = piece * CB + f_unit * 16, take = at < row_bytes ? 16 : 0;
       const u8* from = w + (i64)row0 * row_bytes + (take ? at : 0);
 #pragma unroll
       for (int j = 0; j < 16 / STEP; j++)                                // the swizzle is the same every STEP rows
@@ -63,15 +89,13 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
         int e = lane + 32 * j, row = tile_row + e / PER_ROW, b = piece * SCALES + e % PER_ROW;
         scales.fetch(f_slot + (PIECE + e * 4 - f_place), (i64)row * nb + b, row < r1 && b < nb);
       }
-      advance(f_tile, f_piece, WARPS, pieces);
+      ahead.next();
     }
     f_slot = f_slot == first_slot + (SLOTS - 1) * SLOT ? first_slot : f_slot + SLOT;
     commit();
   };
 
   let_next_kernel_start();
-  if (pieces) advance(f_tile, f_piece, warp, pieces); else f_tile = tiles;
-  int tile = f_tile, piece = f_piece;
 #pragma unroll
   for (int i = 0; i < SLOTS - 1; i++) fetch();
   if (threadIdx.x < 16) top[threadIdx.x] = 0;
@@ -116,10 +140,10 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   for (int i = 0; i < NT; i++) acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = 0.f;
   int slot_no = 0;
   for (int q0 = 0; q0 < tiles; q0 += TG) {
-    const int q1 = min(q0 + TG, tiles); int done = q0;
+    const int q1 = min(q0 + TG, tiles); int done = RUNS ? here.tile : q0;
     auto flush = [&](int upto) {
       for (; done < upto; done++) {
-        const int first = ((done - q0) * WARPS + warp) * 16 * MP;
+        const int first = (RUNS ? done - q0 + warp : (done - q0) * WARPS + warp) * 16 * MP;
 #pragma unroll
         for (int i = 0; i < NT; i++) {
           if (MP == 1) { if (t == 0) { *sum_at(first + g) = acc[i][0]; *sum_at(first + g + 8) = acc[i][2]; } }
@@ -131,7 +155,8 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
         }
       }
     };
-    while (tile < q1) {
+    while (here.tile < q1) {
+      const int tile = here.tile, piece = here.piece;
       flush(tile);
       fetch();
       copies_left<SLOTS - 1>();
@@ -195,15 +220,24 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
         }
       }
       __syncwarp();
-      advance(tile, piece, WARPS, pieces);
+      here.next();
+      if (RUNS && here.tile != tile) flush(tile + 1);
     }
-    flush(q1);
+    if (!RUNS) flush(q1);
     __syncthreads();
     for (int i = threadIdx.x; i < (q1 - q0) * 16 * MP; i += THREADS) {
-      const int row = r0 + q0 * 16 + i / MP, r = i % MP, first = i / (16 * MP) * WARPS * 16 * MP + i % (16 * MP);
+      const int row = r0 + q0 * 16 + i / MP, r = i % MP, in_q = i / (16 * MP), first = (RUNS ? in_q : in_q * WARPS) * 16 * MP + i % (16 * MP);
       float sum = 0.f;
+      if (RUNS) {
+        const int all = (q1 - q0) * pieces, begin = in_q * pieces, end = begin + pieces;
+        for (int j = begin * WARPS / max(all, 1), a; j < WARPS && (a = all * j / WARPS) < end; j++) {
+          const int b = all * (j + 1) / WARPS;
+          if (a < b && b > begin) sum += *sum_at(first + j * 16 * MP);
+        }
+      } else {
 #pragma unroll
-      for (int j = 0; j < WARPS; j++) sum += *sum_at(first + j * 16 * MP);
+        for (int j = 0; j < WARPS; j++) sum += *sum_at(first + j * 16 * MP);
+      }
       if (TO_FP16) sum *= __uint_as_float((u32)(127 - min(141 - (int)(top[r] >> 7), 126)) << 23);
       if (CL > 1) part[q0 * 16 * MP + i] = sum;
       else if (r < m && row < r1) out.put(r, row, sum);

@@ -4,12 +4,17 @@
 // KC columns of a tile of W, of x, and the scales. WN x WK warps: WN along the rows (RT tiles of 16 each), WK along the
 // columns of a stage. Weights are expanded to the type of x, as the definition does (one rounding of value times scale), and are
 // the 16-row operand; x is read from shared memory in the order in which the stored bytes give the columns.
-// Filled in: NT, RT, WN, WK, KC, STAGES, WIDE_TABLE (table of float32 pairs), HALF_BLOCK (a scale for 32 columns).
+// WGMMA (Hopper): four warps in a row of WN multiply together, x read from shared memory once for their 64 rows; columns stay in
+// their order, so a lane picks its byte of every word. The products run while the next weights are expanded.
+// Filled in: NT, RT, WN, WK, KC, STAGES, WGMMA, WIDE_TABLE (table of float32 pairs), HALF_BLOCK (a scale for 32 columns).
 constexpr int THREADS = WN * WK * 32, BN = WN * RT * 16, ROWS = 8 * NT;
 constexpr int CB = FMT == 1 ? KC : KC / 2, GROUPS = KC / 64 / WK;
 constexpr int SPAN = HALF_BLOCK ? 32 : 64, SCALES = FMT == 2 ? KC / SPAN : 0, PER_ROW = SCALES ? SCALES : 1;
-constexpr int X_PITCH = KC * 2 + 16, W_BYTES = BN * CB, X_BYTES = ROWS * X_PITCH, STAGE = W_BYTES + X_BYTES + BN * SCALES * 4;
-constexpr int E_PITCH = BN + 4;
+constexpr int X_PITCH = WGMMA ? KC * 2 : KC * 2 + 16, W_BYTES = BN * CB, X_BYTES = ROWS * X_PITCH;
+constexpr int ALIGN = WGMMA ? 1024 : 16, STAGE = (W_BYTES + X_BYTES + BN * SCALES * 4 + ALIGN - 1) / ALIGN * ALIGN;
+constexpr int E_PITCH = BN + 4, DIRECT = WGMMA && WK == 1 && CL == 1;      // DIRECT: no sums meet
+constexpr int SUMS = DIRECT ? 0 : (ROWS * E_PITCH * 4 + ALIGN - 1) / ALIGN * ALIGN;
+static_assert(!WGMMA || (RT == 1 && WN % 4 == 0 && !WIDE_TABLE), "a warpgroup multiplies 64 rows");
 static_assert(GROUPS * WK * 64 == KC && (CB == 64 || CB == 128), "a warp takes whole groups of 64 columns");
 
 DEVICE void build_wide_table(u8* table) {
@@ -20,6 +25,20 @@ DEVICE void build_wide_table(u8* table) {
     float a = code[i >> 8], b = code[i >> 4 & 15];
     *(float4*)(table + i * 16) = make_float4(a, b, a, b);
   }
+}
+// Without an array of its own in shared memory, so that the ring is aligned as wgmma wants it.
+DEVICE void build_plain_table(u8* table) {
+  for (int i = threadIdx.x; i < 2048; i += THREADS) {
+    u32 p = pack_h(CODE[i >> 7], CODE[i >> 3 & 15]);
+    *(uint4*)(table + (i >> 3 << TABLE_SHIFT) + (i & 7) * 16) = make_uint4(p, p, p, p);
+  }
+}
+// wgmma: units of 16 bytes of W change places so that eight rows, the same unit of each, spread over the banks.
+DEVICE int spread(int row, int unit) { return unit ^ (CB == 128 ? row & 7 : row >> 1 & 3); }
+// The pair of weights in the lane's byte of w (`pick` chooses it and the lane's column of the table), scaled, in the type of x.
+DEVICE u32 own_weights(const u8* table, u32 w, u32 lane4, u32 pick, float scale) {
+  u32 at = TABLE_SHIFT == 8 ? __byte_perm(w, lane4, pick) : __byte_perm(w, lane4 * 2, pick) >> 1, v = *(const u32*)(table + at);
+  return pack(h2f(v & 0xffffu) * scale, h2f(v >> 16) * scale);
 }
 // The pair of weights in byte B, scaled, in the type of x.
 template <int B> DEVICE u32 weights(const u8* table, u32 w, u32 lane, float scale) {
@@ -36,7 +55,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
          const void* __restrict__ absmax, const float* __restrict__ nested, const float* __restrict__ map,
          const float* __restrict__ offset, int m, int n, int k, int shift, int nested_shift) {
   SHARED(smem);
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, rank = cluster_rank();
+  const int lane = threadIdx.x & 31, warp = of_warp(threadIdx.x >> 5), g = lane >> 2, t = lane & 3, rank = cluster_rank();
   const int wn = warp % WN, wk = warp / WN, cluster = blockIdx.x / CL, clusters = gridDim.x / CL;
   const int r0 = (int)((i64)n * cluster / clusters), r1 = (int)((i64)n * (cluster + 1) / clusters);
   const int tiles = (r1 - r0 + BN - 1) / BN, all = (k + KC - 1) / KC, share = (all + CL - 1) / CL;
@@ -45,7 +64,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   u8* table = smem;
   float* map_ = (float*)(smem + TABLE);
   float* sums = (float*)(smem + TABLE + (NESTED ? 1024 : 0));            // [ROWS, BN], one tile
-  u8* ring = (u8*)(sums + ROWS * E_PITCH);
+  u8* ring = (u8*)sums + SUMS;
   const Scales scales = {absmax, nested, map, offset, shift, nested_shift};
   const Output out = {y, bias, (const float*)absmax, n};
   const u64 policy = evict_first();
@@ -59,7 +78,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
 #pragma unroll
     for (int u = threadIdx.x; u < W_BYTES / 16; u += THREADS) {
       int row = u / (CB / 16), unit = u % (CB / 16), byte = piece * CB + unit * 16;
-      if (at.row0 + row < r1) copy16(at.to + row * CB + swizzled<CB>(row, unit) * 16, w + (i64)(at.row0 + row) * row_bytes + (byte < row_bytes ? byte : 0), byte < row_bytes ? 16 : 0, policy);
+      if (at.row0 + row < r1) copy16(at.to + row * CB + (WGMMA ? spread(row, unit) : swizzled<CB>(row, unit)) * 16, w + (i64)(at.row0 + row) * row_bytes + (byte < row_bytes ? byte : 0), byte < row_bytes ? 16 : 0, policy);
     }
     for (int e = threadIdx.x; e < BN * SCALES; e += THREADS) {
       int row = at.row0 + e / PER_ROW, b = piece * SCALES + e % PER_ROW;
@@ -70,7 +89,8 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
 #pragma unroll
     for (int u = threadIdx.x; u < ROWS * KC / 8; u += THREADS) {
       int row = u / (KC / 8), unit = u % (KC / 8), col = (p0 + at.piece) * KC + unit * 8;
-      if (row < m) copy16(at.to + W_BYTES + row * X_PITCH + unit * 16, x + (i64)row * k + (col < k ? col : 0), col < k ? 16 : 0);
+      const int place = WGMMA ? (unit >> 3) * ROWS * 128 + row * 128 + ((unit ^ row) & 7) * 16 : row * X_PITCH + unit * 16;
+      if (row < m) copy16(at.to + W_BYTES + place, x + (i64)row * k + (col < k ? col : 0), col < k ? 16 : 0);
     }
   };
 
@@ -80,7 +100,11 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
 #pragma unroll
   for (int i = 0; i < STAGES - 1; i++) { if (i < items) fetch_w(f); f.next(pieces); }
   if (NESTED) for (int i = threadIdx.x; i < 256; i += THREADS) map_[i] = map[i];
-  if (FMT == 2 && WIDE_TABLE) build_wide_table(table); else build_table(table, THREADS);
+  if (FMT == 2) {
+    if (WGMMA) build_plain_table(table);
+    else if (WIDE_TABLE) build_wide_table(table);
+    else build_table(table, THREADS);
+  }
   wait_before_reading_x();
   f = c;
 #pragma unroll
@@ -93,6 +117,17 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
     for (int i = 0; i < NT; i++) acc[r][i][0] = acc[r][i][1] = acc[r][i][2] = acc[r][i][3] = 0.f;
 
   auto finish = [&](int row0) {
+    if (DIRECT) {
+#pragma unroll
+      for (int i = 0; i < NT; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          const int row = row0 + wn * 16 + g + 8 * (j >> 1), r = 8 * i + 2 * t + (j & 1);
+          if (row < r1 && r < m) out.put(r, row, acc[0][i][j]);
+          acc[0][i][j] = 0.f;
+        }
+      return;
+    }
     for (int turn = 0; turn < WK; turn++) {                              // in this order, whoever is first
       if (wk == turn) {
 #pragma unroll
@@ -122,12 +157,51 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
 
   for (int item = 0; item < items; item++, c.next(pieces)) {
     copies_left<STAGES - 2>();
+    if (WGMMA) { products_left<0>(); copies_seen_by_wgmma(); }
     __syncthreads();
     if (item + STAGES - 1 < items) { fetch_w(f); fetch_x(f); f.next(pieces); }
     commit();
     const u8* stage = ring + c.stage * STAGE;
+    if (WGMMA && c.row0 + (wn >> 2) * 64 < r1) {                         // for whole warpgroups
 #pragma unroll
-    for (int b = 0; b < GROUPS; b++) {
+      for (int b = 0; b < GROUPS; b++) {
+        const int group = wk * GROUPS + b, row = wn * 16 + g;
+        const u8* p = stage + row * CB;
+        const u8* xs = stage + W_BYTES + group * ROWS * 128;
+        u32 a[16];
+        if (FMT == 2) {
+          float s[4];                                                    // rows g, g + 8; halves of the group
+#pragma unroll
+          for (int i = 0; i < 4; i++) {
+            const int r = row + 8 * (i & 1), at = HALF_BLOCK ? group * 2 + (i >> 1) : group, block = (p0 + c.piece) * SCALES + at;
+            s[i] = ((const float*)(stage + W_BYTES + X_BYTES))[r * SCALES + at];
+            if (NESTED) s[i] = c.row0 + r < r1 && block < nb ? scales.decode(__float_as_uint(s[i]), (i64)(c.row0 + r) * nb + block, map_) : 0.f;
+            if (!HALF_BLOCK && i == 1) { s[2] = s[0]; s[3] = s[1]; break; }
+          }
+#pragma unroll
+          for (int h = 0; h < 2; h++) {
+            const int unit = spread(g, group * 2 + h) * 16;
+            const uint4 e = *(const uint4*)(p + unit), d = *(const uint4*)(p + 8 * CB + unit);
+            const u32 q[8] = {e.x, d.x, e.y, d.y, e.z, d.z, e.w, d.w};
+#pragma unroll
+            for (int i = 0; i < 8; i++) a[8 * h + i] = own_weights(table, q[i], lane * 4, 0x5504 | t << 4, s[2 * h + (i & 1)]);
+          }
+        } else {
+#pragma unroll
+          for (int s = 0; s < 4; s++) {
+            const u16* q = (const u16*)(p + spread(g, group * 4 + s) * 16) + t;
+            a[4 * s] = int8_pair<0>(q[0]); a[4 * s + 1] = int8_pair<0>(q[4 * CB]); a[4 * s + 2] = int8_pair<0>(q[4]); a[4 * s + 3] = int8_pair<0>(q[4 * CB + 4]);
+          }
+        }
+        before_products();
+#pragma unroll
+        for (int s = 0; s < 4; s++) wgmma<BF16>(acc[0], a[4 * s], a[4 * s + 1], a[4 * s + 2], a[4 * s + 3], xs, s);
+        close_products();
+        products_left<1>();
+      }
+    }
+#pragma unroll
+    for (int b = 0; b < (WGMMA ? 0 : GROUPS); b++) {
       const int group = wk * GROUPS + b;
       u32 a[RT][16];                                                     // four steps of 16 columns, four registers each
 #pragma unroll
@@ -170,6 +244,6 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
           for (int r = 0; r < RT; r++) mma<BF16>(acc[r][i], a[r][4 * s], a[r][4 * s + 1], a[r][4 * s + 2], a[r][4 * s + 3], xb[2 * s], xb[2 * s + 1]);
       }
     }
-    if (c.piece == pieces - 1) finish(c.row0);
+    if (c.piece == pieces - 1) { if (WGMMA) products_left<0>(); finish(c.row0); }
   }
 }

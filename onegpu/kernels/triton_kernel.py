@@ -6,6 +6,7 @@ the machine; here a tuple of what matters is the key, and the driver is called d
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -57,6 +58,7 @@ class _Made:
         self.threads = (32 * meta.num_warps, 1, 1)
         self.shared, self.ctas, self.scratch = meta.shared, meta.num_ctas, meta.global_scratch_size or 0
         pdl, cooperative = bool(meta.launch_pdl), bool(meta.launch_cooperative_grid)
+        self.cooperative, self.pdl = cooperative, pdl
         self.attributes = driver.attributes(pdl, cooperative, (self.ctas, 1, 1), spread=True)
         self.indices = [index for index, _ in kept]
 
@@ -85,6 +87,9 @@ def _descriptor(given: Any, meta: dict[str, Any]) -> list[Any]:
     return [made, *shape, *strides]
 
 
+Bound = Callable[..., None]  # called with its tensors, in the order of the arguments
+
+
 class TritonKernel:
     """All compiled forms of one ``@triton.jit`` or ``@gluon.jit`` function."""
 
@@ -102,6 +107,30 @@ class TritonKernel:
         if self._interpreted:
             self.function[grid](*args, **constants)
             return
+        device, key, addresses = self._key(args, constants)
+        if device != current_device():
+            with torch.cuda.device(device):
+                return self(grid, args, constants)
+        made = self._made.get(key)
+        if made is None:
+            made = self._make(key, device, args, constants)
+        sizes = (*grid, 1, 1)[:3]
+        if 0 in sizes:
+            return
+        values = made.values(args, addresses)
+        scratch = 0
+        if made.scratch:  # of this call alone: the allocator keeps it until the stream is done with it
+            blocks = sizes[0] * sizes[1] * sizes[2] * made.ctas
+            memory = torch.empty(blocks * made.scratch, dtype=torch.int8, device=torch.device("cuda", device))
+            scratch = memory.data_ptr()
+        values += (scratch, 0)
+        stream = raw_stream(device)
+        if made.ctas > 1:
+            sizes = (sizes[0] * made.ctas, sizes[1], sizes[2])
+        made.packer.launch(made.kernel, sizes, made.threads, made.shared, stream, made.attributes, values, device)
+
+    def _key(self, args: tuple[Any, ...], constants: dict[str, Any]) -> tuple[int, tuple[Any, ...], list[Any]]:
+        """The device, what decides the compiled form, and the arguments with addresses for tensors."""
         key: list[Any] = []
         addresses: list[Any] = []
         device, unaligned, bit = None, 0, 1
@@ -129,30 +158,49 @@ class TritonKernel:
                     unaligned |= bit
                 bit += bit
             addresses.append(arg)
-        if device != current_device():
-            if device is None or device < 0:
-                raise not_on_cuda(self.op)
-            with torch.cuda.device(device):
-                return self(grid, args, constants)
-        key += (device, unaligned, *constants.values(), *constants)
-        full_key = tuple(key)
-        made = self._made.get(full_key)
-        if made is None:
-            made = self._make(full_key, device, args, constants)
+        if device is None or device < 0:
+            raise not_on_cuda(self.op)
+        return device, (*key, device, unaligned, *constants.values(), *constants), addresses
+
+    def bind(self, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any], cluster: int) -> Bound:
+        """A launch of which only the addresses are open, see `onegpu.kernels.launch.triton_bind`."""
+        tensors = [index for index, arg in enumerate(args) if isinstance(arg, torch.Tensor)]
+        if self._interpreted:
+
+            def call(*given: torch.Tensor) -> None:
+                filled = dict(zip(tensors, given, strict=True))
+                self.function[grid](*(filled.get(index, arg) for index, arg in enumerate(args)), **constants)
+
+            return call
+        device, key, _ = self._key(args, constants)
+        with torch.cuda.device(device):
+            made = self._made.get(key) or self._make(key, device, args, constants)
+            if cluster > 8:
+                made.kernel.allow_large_cluster(device)
+        if not made.plain or made.scratch or made.ctas > 1:
+            raise KernelError(f"{self.op}: descriptors, Triton's scratch and its clusters cannot be bound")
+        attributes = driver.attributes(made.pdl, made.cooperative, (cluster, 1, 1), spread=True)
         sizes = (*grid, 1, 1)[:3]
-        if 0 in sizes:
-            return
-        values = made.values(args, addresses)
-        scratch = 0
-        if made.scratch:  # of this call alone: the allocator keeps it until the stream is done with it
-            blocks = sizes[0] * sizes[1] * sizes[2] * made.ctas
-            memory = torch.empty(blocks * made.scratch, dtype=torch.int8, device=torch.device("cuda", device))
-            scratch = memory.data_ptr()
-        values += (scratch, 0)
-        stream = raw_stream(device)
-        if made.ctas > 1:
-            sizes = (sizes[0] * made.ctas, sizes[1], sizes[2])
-        made.packer.launch(made.kernel, sizes, made.threads, made.shared, stream, made.attributes, values, device)
+        values = [args[index] for index in made.indices] + [0, 0]
+        # A tensor that the code does not read has no place among them.
+        places = [made.indices.index(index) if index in made.indices else -1 for index in tensors]
+        values.append(0)  # where those go: taken off again
+        kernel, threads, shared, launch_packed = made.kernel, made.threads, made.shared, made.packer.launch
+
+        def launch(*given: torch.Tensor) -> None:
+            if device != current_device():
+                with torch.cuda.device(device):
+                    return launch(*given)
+            filled = values.copy()
+            for place, tensor in zip(places, given, strict=True):
+                if tensor.get_device() != device:
+                    raise other_device(self.op, tensor, device)
+                filled[place] = tensor.data_ptr()
+            filled.pop()
+            launch_packed(kernel, sizes, threads, shared, raw_stream(device), attributes, filled, device)
+            return None
+
+        return launch
 
     def _make(self, key: tuple[Any, ...], device: int, args: tuple[Any, ...], constants: dict[str, Any]) -> _Made:
         refuse_capture(self.op)

@@ -41,7 +41,7 @@ class _Local(threading.local):
     def __init__(self) -> None:
         self.step: DecodeStep | None = None
         self.open: list[ref[Question]] = []
-        self.positions: tuple[ref[torch.Tensor], int, torch.Tensor] | None = None
+        self.positions: tuple[ref[torch.Tensor], int | None, torch.Tensor] | None = None
 
 
 _local = _Local()
@@ -93,17 +93,18 @@ def restarts(positions: torch.Tensor) -> torch.Tensor:
     """Where positions ``[B, S]`` start again from the row's first one: boolean ``[B * S]``, on the host.
 
     Each row begins with a start. Positions that jump to anywhere else are no packed sequences, and have no other start.
-    All layers of a forward ask this of the same tensor; it waits for the device once.
+    All layers of a forward ask this of the same tensor; it waits for the device once. A tensor of inference mode does
+    not count its changes, so it is read each time that it is asked for (once for each mask).
     """
-    known = _local.positions
-    if known is not None and known[0]() is positions and known[1] == positions._version:
+    known, version = _local.positions, None if positions.is_inference() else positions._version
+    if known is not None and version is not None and known[0]() is positions and known[1] == version:
         return known[2]
     first = positions[:, :1]
     starts = torch.diff(positions, dim=-1, prepend=first - 2) != 1
     elsewhere = (starts & (positions != first)).any()
     starts = starts & (~elsewhere | (torch.arange(positions.shape[1], device=positions.device) == 0))
     found = starts.flatten().cpu()
-    _local.positions = (ref(positions), positions._version, found)
+    _local.positions = (ref(positions), version, found)
     return found
 
 

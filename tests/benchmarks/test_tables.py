@@ -116,6 +116,46 @@ def test_tables_and_plots_of_speed(tmp_path: Path):
     assert plots.draw_all(names, tmp_path, tmp_path) and plots.stale(tmp_path, tmp_path) == []
 
 
+def test_tables_and_plots_of_attention_in_models(tmp_path: Path):
+    def model(case: str, batch: int, padding: int, ours: float, **peers: float) -> dict[str, object]:
+        sides = {f"transformers, {name}": {"ms": spread(ms), "peak_bytes": 3e9} for name, ms in peers.items()}
+        peer, theirs = next(iter(sides.items()))
+        return speed_row(
+            "attention_model", case, peer=peer, theirs=theirs, peers=sides,
+            ours={"ms": spread(ours), "peak_bytes": 2e9},
+            shape={"batch": batch, "length": 4096, "padding": padding},
+        )  # fmt: skip
+
+    sizes = [(512, 16384, 2**23), (1024, 32768, 2**25)]
+    rows = [
+        model("Llama-2-7B batch 1 x 4096", 1, 0, 100.0, sdpa=50.0, eager=300.0),
+        model("Llama-2-7B batch 8 x 4096, 30 % padding", 8, 30, 100.0, sdpa=150.0),
+    ]
+    rows += [
+        speed_row(
+            "attention_model", f"memory, length {n}", shape={"length": n}, ours={"bytes": a, "training_bytes": 2 * a},
+            theirs={"bytes": b, "training_bytes": 4 * b}, peers={},
+        )
+        for n, a, b in sizes
+    ]  # fmt: skip
+    store_rows(tmp_path / "gpu" / "attention_model.jsonl", rows)
+    table = tables.render("attention-models", tmp_path)
+    assert "| Llama-2-7B batch 1 x 4096 | 100.0 | 50.0 | 300.0 | 2.00 × sdpa (1.82–2.22) | 2.00 / 3.00 |" in table
+    assert "| Llama-2-7B batch 8 x 4096, 30 % padding | 100.0 | 150.0 | – |" in table
+    assert "| 512 | 0.0 | 8 | 512 × | 0.0 | 32 | 1024 × |" in tables.render("attention-memory", tmp_path)
+    assert plots.attention_points(tmp_path) == [
+        [
+            "Llama-2-7B, n x 4096\nA GPU",
+            [[1, "onegpu", 41.0], [1, "transformers, eager", 13.7], [1, "transformers, sdpa", 81.9]],
+        ],
+        ["Llama-2-7B, 8 x 4096\nA GPU", [[30, "onegpu", 327.7], [30, "transformers, sdpa", 218.5]]],
+    ]
+    assert plots.attention_memory_points(tmp_path)[1] == ["A GPU", 1024, 32768, 2**25, 65536, 2**27]
+    pytest.importorskip("matplotlib")
+    names = plots.stale(tmp_path, tmp_path)
+    assert len(names) == 2 and plots.draw_all(names, tmp_path, tmp_path) and plots.stale(tmp_path, tmp_path) == []
+
+
 def test_without_a_run_there_is_no_claim(tmp_path: Path):
     for name in tables.TABLES:
         assert tables.render(name, tmp_path) == "*No run is stored yet.*\n"

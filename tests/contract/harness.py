@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import onegpu
+from onegpu.convert.attention_rule import of_attention
 from tests.tiny import PAD, tiny_model
 
 CAUSAL = (
@@ -90,7 +91,7 @@ def pair(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) 
     """Build both models of a type."""
     eager = tiny_model(name, dtype=dtype, attn_implementation="eager").to(device)
     ours = tiny_model(name, dtype=dtype).to(device)
-    return Pair(name, eager, ours, onegpu.optimize(ours), device, dtype)
+    return Pair(name, eager, ours, of_attention(onegpu.optimize(ours)), device, dtype)
 
 
 def text(batch: int = 2, length: int = 14, padding: str | None = None, device: str = "cpu") -> dict[str, torch.Tensor]:

@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import onegpu
+from onegpu.convert.attention_rule import of_attention
 from tests.contract.harness import LEFT, PACKED, PADDED, SERVED
 from tests.tiny import tiny_model
 
@@ -20,7 +21,7 @@ BEGIN, END = "<!-- table: python -m tests.contract.table -->\n", "<!-- end of th
 def row(name: str) -> str:
     """One type's line."""
     model = tiny_model(name)
-    report = onegpu.optimize(model)
+    report = of_attention(onegpu.optimize(model))
     # Named without the "Self" that some versions of transformers have there.
     served = Counter(change.before.split(" (")[0].replace("SelfAttention", "Attention") for change in report.swapped)
     kept = {change.before.split(" (")[0]: change.reason.split("; ")[0] for change in report.left}

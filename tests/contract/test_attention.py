@@ -102,8 +102,13 @@ def test_packed_sequences_are_separate_ones(name, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.bfloat16) for name in SERVED),
+        *((n, torch.float16) for n in ("llama", "falcon_new", "opt", "bert")),
+    ],
+)
 def test_on_a_gpu_in_16_bits(name, dtype, monkeypatch):
     """At most twice as far from eager float32 as eager attention in 16 bits is; gradients too, as a norm."""
     both, wide = pair(name, device="cuda", dtype=dtype), tiny_model(name, attn_implementation="eager").cuda()

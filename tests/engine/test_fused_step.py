@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+import onegpu
 from onegpu.engine.fused_step import Fused, FusedStep, left_padded, plan
 from onegpu.engine.generate import Generate
 from onegpu.engine.loop import Engine
@@ -79,6 +80,42 @@ def test_logits_of_4_bit_layers_are_the_models() -> None:
                 setattr(parent, name, made.to("cpu"))
     assert step_of(model).structure.layers[0].qkv.format == "nf4"
     compare(model)
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_an_optimised_model_generates_with_it(quantize: str | None) -> None:
+    model = causal_model("llama")
+    onegpu.optimize(model, quantize=quantize)
+    assert step_of(model).structure.layers[0].qkv.format == (quantize or "16bit")
+    engine = Engine("emulate")
+    model.__dict__["generate"] = Generate(model, engine)
+    model.generate(torch.randint(4, 100, (1, 9)), max_new_tokens=20, do_sample=False)
+    assert engine.last is not None
+    assert engine.last.fused
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantize", [None, "nf4", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_it_generates_on_a_gpu(quantize: str | None, dtype: torch.dtype) -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=500, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, eos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).to("cuda", dtype).eval()
+    model.generation_config.eos_token_id = None
+    onegpu.optimize(model, quantize=quantize)
+    engine = Engine()
+    model.__dict__["generate"] = Generate(model, engine)
+    ids = torch.randint(4, 400, (2, 30), device="cuda")
+    out = model.generate(ids, max_new_tokens=30, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    assert engine.last is not None
+    assert engine.last.fused
+    with torch.no_grad():
+        want = model(out.sequences).logits[:, 29:-1].float()
+    got = torch.stack(out.logits, 1).float()
+    assert float((got - want).norm() / want.norm()) < 2e-2
 
 
 def test_llama_with_biases_and_scaled_rotary_embedding() -> None:
@@ -162,21 +199,20 @@ def test_left_padded() -> None:
     assert left_padded(torch.ones(2, 0))
 
 
-# what, rows, length of the cache, position, first
+# what, dtype, rows, length of the cache, position, first
 KERNELS = [
-    ({}, 1, 64, 40, None),
-    ({"form": "nf4", "nested": True, "norms": True, "rotated": 16}, 2, 64, 40, [0, 11]),
-    ({"form": "int8", "window": 32, "act": "gelu_tanh"}, 4, 32, 70, [0, 50, 60, 69]),
+    ({}, torch.bfloat16, 1, 64, 40, None),
+    ({"form": "nf4", "nested": True, "norms": True, "rotated": 16}, torch.float16, 2, 64, 40, [0, 11]),
+    ({"form": "int8", "window": 32, "act": "gelu_tanh"}, torch.bfloat16, 4, 32, 70, [0, 50, 60, 69]),
 ]
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", KERNELS, ids=["16bit", "nf4", "int8"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_chain_of_kernels_is_the_chain_of_definitions(
-    device: str, case: tuple, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    device: str, case: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    what, rows, length, position, first = case
+    what, dtype, rows, length, position, first = case
     found = structure(dtype=dtype, **what)
     ids, at = torch.arange(rows)[:, None], torch.tensor([position])
     begin = None if first is None else torch.tensor(first, dtype=torch.int32)

@@ -80,6 +80,7 @@ inline void let_next_kernel_start() {}
 inline int cluster_rank() { return now->block; }
 inline void cluster_sync() { meet(cluster_meeting); }
 inline float cluster_read(const float* p, int rank) { return *(const float*)(blocks[rank].smem + ((const uint8_t*)p - block().smem)); }
+inline int of_warp(int v) { return v; }
 inline uint32_t warp_max(uint32_t v) {
   Warp& w = warp_(); w.v[now->thread % 32] = v; __syncwarp();
   for (uint32_t o : w.v) v = max(v, o);
@@ -97,6 +98,20 @@ template <int B> void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, 
   }
   __syncwarp();
 }
+// A warp's part of wgmma: x as the hardware finds it, in tiles of 128 bytes a row with swizzled units.
+template <int B, int EIGHTS> void wgmma(float (&c)[EIGHTS][4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, const uint8_t* x, int step) {
+  if ((uint64_t)x % 1024) abort();
+  int lane = now->thread % 32, g = lane / 4, t = lane % 4;
+  for (int i = 0; i < EIGHTS; i++) {
+    uint32_t b[2];
+    for (int h = 0; h < 2; h++) memcpy(&b[h], x + (8 * i + g) * 128 + ((2 * step + h) ^ g) * 16 + 4 * t, 4);
+    mma<B>(c[i], a0, a1, a2, a3, b[0], b[1]);
+  }
+}
+inline void before_products() {}
+inline void close_products() {}
+template <int N> void products_left() {}
+inline void copies_seen_by_wgmma() {}
 static void run_grid(int grid, int threads, int cluster, size_t smem_bytes, std::function<void()> f) {
   body = f; gridDim.x = grid;
   for (cluster_first = 0; cluster_first < grid; cluster_first += cluster) {

@@ -25,21 +25,17 @@ SIZES = [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008), (896, 896), 
 def test_every_product_finds_a_configuration(fmt: str, n_k: tuple[int, int]) -> None:
     n, k = n_k
     for m in range(1, few_rows.MAX_ROWS[fmt] + 1):
-        found = [
-            c
-            for c in few_rows._CONFIGURATIONS[fmt]
-            if few_rows.fits(c, fmt, True, m, n, k, False, 132, H100) is not None
-        ]
-        assert found, f"{m} rows find none on an H100"
-        if fmt == "4bit":
-            half = [c for c in few_rows._CONFIGURATIONS[fmt] if few_rows.fits(c, fmt, False, m, n, k, True, 132, H100)]
-            assert half, f"{m} rows in blocks of 32 find none on an H100"
-        small = [
-            c
-            for c in few_rows._CONFIGURATIONS[fmt]
-            if c.cluster == 1 and few_rows.fits(c, fmt, False, m, n, k, False, 84, OTHERS)
-        ]
-        assert small or fmt == "16bit", f"{m} rows find none where a block has 99 KB"
+        for half in (False, True)[: 1 + (fmt == "4bit")]:
+            found = few_rows.choose(fmt, True, m, n, k, half, 132, H100, 9)
+            assert found is not None, f"{m} rows find none on an H100"
+            assert found[0].rows < 2 * max(m, 4) or half, f"{m} rows would be padded to {found[0].rows}"
+        assert fmt == "16bit" or few_rows.choose(fmt, False, m, n, k, False, 84, OTHERS, 8), f"{m} rows find none"
+
+
+def test_wide_tiles_are_filled() -> None:
+    """4096 rows on 132 multiprocessors are 62 for a cluster of two: a tile of 64, not of 256."""
+    config, clusters, _ = few_rows.choose("4bit", False, 16, 4096, 4096, False, 132, H100, 9)
+    assert (16 * config.row_tiles * config.warps_n, config.cluster, clusters) == (64, 2, 66)
 
 
 def four_bit(
@@ -70,6 +66,9 @@ FOUR_BIT = [
     (Narrow(8, 4, 3, 64, 2, cluster=2), "nf4", True, 4096, 8, 66, 704, torch.bfloat16),
     (Wide(2, 2, 2, 2, 128, 3), "nf4", True, 128, 13, 150, 704, torch.bfloat16),
     (Wide(1, 1, 2, 2, 128, 3, cluster=2, wide_table=True), "fp4", False, 32, 5, 70, 704, torch.float16),
+    (Narrow(16, 4, 2, 64, 4, runs=True), "nf4", False, 64, 13, 150, 704, torch.bfloat16),
+    (Wide(2, 1, 4, 1, 128, 3, wgmma=True), "nf4", True, 64, 13, 150, 704, torch.bfloat16),
+    (Wide(1, 1, 4, 2, 128, 3, cluster=2, wgmma=True), "fp4", False, 32, 5, 70, 704, torch.float16),
 ]
 
 
@@ -96,7 +95,13 @@ def test_4_bit_kernels_on_the_cpu(case: tuple) -> None:
 
 @emulated.needs_gxx
 @pytest.mark.parametrize(
-    "config", [Narrow(4, 4, 3, 64, 2), Narrow(8, 4, 2, 128, 1, cluster=2), Wide(2, 1, 2, 1, 64, 3)]
+    "config",
+    [
+        Narrow(4, 4, 3, 64, 2),
+        Narrow(8, 4, 2, 128, 1, cluster=2, runs=True),
+        Wide(2, 1, 2, 1, 64, 3),
+        Wide(2, 1, 4, 1, 128, 2, cluster=2, wgmma=True),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_int8_kernels_on_the_cpu(config: Narrow | Wide, dtype: torch.dtype) -> None:

@@ -12,7 +12,7 @@ import torch
 from onegpu.errors import KernelError
 from onegpu.kernels import launch
 from onegpu.kernels.driver import KINDS
-from onegpu.kernels.launch import triton_launch
+from onegpu.kernels.launch import triton_bind, triton_launch
 from tests.fake_driver import FakeDriver, on_gpu
 from tests.nvrtc_tools import scale_kernel
 from tests.triton_tools import needs_triton, ptx_parameter_bytes
@@ -76,6 +76,32 @@ def test_f_numbers_beyond_32_bits_and_unaligned_pointers_have_code_of_their_own(
     for start in (0, 1, 4, 3):
         triton_launch(cpu_compiled.scale, (1,), on_gpu(x[start:]), x, None, 4, 1.0, 1, BIAS=False)
     assert len(fake.loaded) == 3
+
+
+@needs_triton
+def test_a_launch_that_is_settled_takes_its_tensors_alone(fake: FakeDriver, cpu_compiled: Any) -> None:
+    x, y, z = (on_gpu(torch.zeros(4)) for _ in range(3))
+    fake.sizes = [8, 8, 4, 4, 8, 8]
+    bound = triton_bind(cpu_compiled.scale, (6,), x, y, None, 4, 2.0, 1, cluster=3, BIAS=False)
+    assert not fake.launches
+    bound(z, x)
+    bound(y, y)
+    assert [launch.arguments[:2] for launch in fake.launches] == [
+        [struct.pack("<Q", tensor.data_ptr()) for tensor in pair] for pair in ((z, x), (y, y))
+    ]
+    assert fake.launches[0].arguments[2:4] == [struct.pack("<i", 4), struct.pack("<f", 2.0)]
+    assert fake.launches[0].grid == (6, 1, 1) and fake.launches[0].attributes[4] == (3, 1, 1)
+    with pytest.raises(KernelError, match="the first one on cuda:0"):
+        bound(z, on_gpu(torch.zeros(4), 1))
+    with pytest.raises(ValueError, match="zip"):
+        bound(z)
+    fake.capturing = True  # what was compiled for other sizes needs nothing that a capture forbids
+    triton_bind(cpu_compiled.scale, (7,), x, y, None, 5, 2.0, 1, BIAS=False)(x, y)
+    assert fake.launches[-1].arguments[2] == struct.pack("<i", 5) and len(fake.loaded) == 1
+    there = [on_gpu(torch.zeros(4), 1) for _ in range(2)]
+    fake.capturing = False
+    triton_bind(cpu_compiled.scale, (1,), *there, None, 4, 2.0, 1, BIAS=False)(*there)
+    assert (fake.launches[-1].device, fake.current) == (1, 0)
 
 
 @needs_triton

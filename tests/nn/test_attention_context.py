@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 
+import pytest
 import torch
 
 from onegpu.nn import attention_context
-from onegpu.nn.attention_context import answer_all, current_step, decode_step, enqueue
+from onegpu.nn.attention_context import answer_all, current_step, decode_step, enqueue, restarts
 
 
 def test_a_step_belongs_to_its_block_and_its_thread():
@@ -53,3 +54,12 @@ def test_questions_that_nobody_asks_do_not_pile_up():
     assert len(attention_context._local.open) <= 64
     answer_all(kept[0])
     assert not attention_context._local.open
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_positions_that_changed_in_place_are_read_again(mode):
+    with mode():
+        positions = torch.tensor([[0, 1, 2, 3]])
+        assert restarts(positions).tolist() == [True, False, False, False]
+        positions[0, 2:] -= 2
+        assert restarts(positions).tolist() == [True, False, True, False]
