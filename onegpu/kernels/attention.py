@@ -179,13 +179,29 @@ def _implementation(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: 
 
 
 def _readable(x: torch.Tensor) -> torch.Tensor:
-    """What the kernels read: the head dim side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """What the kernels read: the head dim side by side, rows that begin on 16 bytes; a copy where it is not so.
+
+    Rows elsewhere would be loaded two bytes at a time (and Triton 3.6 made wrong code of it).
+    """
+    *outer, last = x.stride()
+    on_16_bytes = x.data_ptr() % 16 == 0
+    for n, stride in zip(x.shape, outer, strict=False):
+        on_16_bytes = on_16_bytes and (n == 1 or stride % 8 == 0)
+    return x if last == 1 and on_16_bytes else x.clone(memory_format=torch.contiguous_format)
+
+
+def _padded(x: torch.Tensor) -> torch.Tensor:
+    """With zeros behind each head, to a multiple of 8 columns: products and sums of both are the same."""
+    return torch.nn.functional.pad(x, (0, -x.shape[-1] % 8))
 
 
 def _forward_cuda(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    options = Options(*rest)
+    if options.implementation != "definition" and (q.shape[-1] % 8 or v.shape[-1] % 8):
+        out, lse = _forward_cuda(_padded(q), _padded(k), _padded(v), *rest)
+        return out[..., : v.shape[-1]].contiguous(), lse
     q, k, v = _readable(q), _readable(k), _readable(v)
-    name = _implementation(q, k, v, Options(*rest))
+    name = _implementation(q, k, v, options)
     if name == "definition":
         return _forward(q, k, v, *rest)
     out, lse = _forward_fake(q, k, v, *rest)
@@ -205,6 +221,11 @@ def _backward_cuda(
     out: torch.Tensor, lse: torch.Tensor, deterministic: bool, *rest: Any,
 ) -> _Gradients:  # fmt: skip
     options = Options(*rest)
+    if options.implementation != "definition" and (q.shape[-1] % 8 or v.shape[-1] % 8):
+        wide = [_padded(x) for x in (q, k, v, out)]
+        made = _backward_cuda(_padded(grad), grad_lse, *wide, lse, deterministic, *rest)
+        dq, dk, dv = (x[..., : like.shape[-1]].contiguous() for x, like in zip(made, (q, k, v), strict=True))
+        return dq, dk, dv
     grad, q, k, v = _readable(grad), _readable(q), _readable(k), _readable(v)
     name = _implementation(q, k, v, options, backward=True)
     if name == "definition":

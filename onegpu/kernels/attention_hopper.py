@@ -171,8 +171,8 @@ def backward(
     section = max(1, min(batch * heads_kv, _L2_BYTES // (heads // heads_kv * s_q * wide * 8)))
     constants = {
         "HEAD": d, "HEAD_V": d_v, "ST": 2, "LEFT": left >= 0, "RIGHT": right >= 0,
-        "EVEN": not how_k and s_k % 128 == 0, "RQ": how_q, "RK": how_k, "DRAW": drawn is not None, "SWAP": False,
-        "TMA_DQ": False,
+        "EVEN": not how_k and s_k % 128 == 0, "RQ": how_q, "RK": how_k, "DRAW": drawn is not None,
+        "SWAP": wide == 64, "SPLIT": wide == 64 and right >= 0, "TMA_DQ": True,
     } | options  # fmt: skip
     triton_launch(
         attention_sm90_backward.backward_kernel, (started,), descriptor(q, m), descriptor(k, 64), descriptor(v, 64),
