@@ -28,9 +28,9 @@ from onegpu.kernels.guard import (
     refuse_capture,
 )
 from onegpu.kernels.tensor_map import tensor_map
-from onegpu.kernels.triton_kernel import TritonKernel
+from onegpu.kernels.triton_kernel import Prepared, TritonKernel
 
-__all__ = ["CudaKernel", "aligned", "tensor_map", "triton_launch"]
+__all__ = ["CudaKernel", "aligned", "tensor_map", "triton_launch", "triton_prepare"]
 
 Grid = tuple[int, ...]  # one to three sizes
 
@@ -168,10 +168,18 @@ def triton_launch(kernel: Any, grid: Grid, *args: Any, **constants: Any) -> None
     As in Triton, an integer that is 1 or a multiple of 16 and a pointer that is a multiple of 16 get code of their own,
     unless the kernel's ``do_not_specialize`` names them; None and 1 become constants.
     """
-    found = _TRITON.get(id(kernel))
-    if found is None:
-        found = _TRITON[id(kernel)] = TritonKernel(kernel)
+    found = _TRITON.get(id(kernel)) or _kept(kernel)
     found(grid, args, constants)
+
+
+def triton_prepare(kernel: Any, grid: Grid, *args: Any, **constants: Any) -> Prepared:
+    """What `triton_launch` would launch (which is not done), to be launched with other tensors of the same layout."""
+    found = _TRITON.get(id(kernel)) or _kept(kernel)
+    return found.prepare(grid, args, constants)
+
+
+def _kept(kernel: Any) -> TritonKernel:
+    return _TRITON.setdefault(id(kernel), TritonKernel(kernel))
 
 
 _TRITON: dict[int, TritonKernel] = {}  # a TritonKernel keeps its function alive, so that no id comes twice

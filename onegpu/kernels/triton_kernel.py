@@ -73,16 +73,73 @@ class _Made:
 
 def _descriptor(given: Any, meta: dict[str, Any]) -> list[Any]:
     """A descriptor object of Triton's as the kernel takes it: the map, shape and strides."""
-    shape, strides = tuple(given.shape), tuple(given.strides)
+    return [encode(given.base.data_ptr(), *_map_of(given, meta)), *given.shape, *given.strides]
+
+
+def _map_of(given: Any, meta: dict[str, Any]) -> tuple[Any, ...]:
+    """What `encode` takes behind the address."""
     # Triton's numbers for dtypes are the driver's, but for these three.
     kind = {8: 10, 9: 8, 10: 9}.get(meta["elem_type"], meta["elem_type"])
     if getattr(given, "round_f32_to_tf32", False):
         kind = _TF32
-    box = tuple(meta["block_size"])
-    made = encode(
-        given.base.data_ptr(), kind, meta["elem_size"], shape, strides, box, meta["swizzle"], given.padding == "nan"
-    )
-    return [made, *shape, *strides]
+    shape, strides, box = tuple(given.shape), tuple(given.strides), tuple(meta["block_size"])
+    return kind, meta["elem_size"], shape, strides, box, meta["swizzle"], given.padding == "nan"
+
+
+class Prepared:
+    """A launch with everything but the tensors settled: dtypes, shapes, strides, alignment, numbers and the grid.
+
+    What a caller keeps where working those out costs more than the launch; it sees to it that they are the same.
+    """
+
+    def __init__(
+        self, made: _Made, grid: tuple[int, ...], args: tuple[Any, ...], addresses: list[Any], device: int
+    ) -> None:
+        if made.scratch or made.ctas > 1:
+            raise KernelError(f"{made.kernel.op}: scratch memory and clusters are not served in a prepared launch")
+        self._made, self._device = made, device
+        self._sizes = (*grid, 1, 1)[:3]
+        self._values: list[Any] = []
+        self._tensors: list[tuple[int, dict[int, bytes] | None, tuple[Any, ...]]] = []
+        meta = iter(made.descriptors)
+        for index, kind in made.kept:
+            place = len(self._values)
+            if kind.startswith("tensordesc"):
+                one = next(meta)
+                self._tensors.append((place, {}, _map_of(args[index], one)))
+                self._values += _descriptor(args[index], one)
+            else:
+                if kind.startswith("*"):
+                    self._tensors.append((place, None, ()))
+                self._values.append(addresses[index])
+        self._values += (0, 0)
+
+    def __call__(self, *tensors: torch.Tensor) -> None:
+        """Launch with these tensors: those of the pointers and descriptors in order, without what was None."""
+        if 0 in self._sizes:
+            return
+        values = self._values.copy()
+        for x, (place, maps, rest) in zip(tensors, self._tensors, strict=True):
+            address = x.data_ptr()
+            if maps is None:
+                values[place] = address
+                continue
+            found = maps.get(address)
+            if found is None:
+                if len(maps) > 256:
+                    maps.clear()
+                found = maps[address] = encode(address, *rest)
+            values[place] = found
+        if self._device != current_device():
+            with torch.cuda.device(self._device):
+                self._launch(values)
+        else:
+            self._launch(values)
+
+    def _launch(self, values: list[Any]) -> None:
+        made, device = self._made, self._device
+        stream = raw_stream(device)
+        made.packer.launch(made.kernel, self._sizes, made.threads, made.shared, stream, made.attributes, values, device)
 
 
 class TritonKernel:
@@ -102,6 +159,43 @@ class TritonKernel:
         if self._interpreted:
             self.function[grid](*args, **constants)
             return
+        device, key, addresses = self._key(args, constants)
+        if device != current_device():
+            if device is None or device < 0:
+                raise not_on_cuda(self.op)
+            with torch.cuda.device(device):
+                return self(grid, args, constants)
+        made = self._made.get(key)
+        if made is None:
+            made = self._make(key, device, args, constants)
+        sizes = (*grid, 1, 1)[:3]
+        if 0 in sizes:
+            return
+        values = made.values(args, addresses)
+        scratch = 0
+        if made.scratch:  # of this call alone: the allocator keeps it until the stream is done with it
+            blocks = sizes[0] * sizes[1] * sizes[2] * made.ctas
+            memory = torch.empty(blocks * made.scratch, dtype=torch.int8, device=torch.device("cuda", device))
+            scratch = memory.data_ptr()
+        values += (scratch, 0)
+        stream = raw_stream(device)
+        if made.ctas > 1:
+            sizes = (sizes[0] * made.ctas, sizes[1], sizes[2])
+        made.packer.launch(made.kernel, sizes, made.threads, made.shared, stream, made.attributes, values, device)
+
+    def prepare(self, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> Prepared:
+        """As a call, but what is launched is kept, to be launched again with other tensors."""
+        device, key, addresses = self._key(args, constants)
+        if device is None:
+            raise not_on_cuda(self.op)
+        made = self._made.get(key)
+        if made is None:
+            with torch.cuda.device(device):
+                made = self._make(key, device, args, constants)
+        return Prepared(made, grid, args, addresses, device)
+
+    def _key(self, args: tuple[Any, ...], constants: dict[str, Any]) -> tuple[int | None, tuple[Any, ...], list[Any]]:
+        """The device of the tensors, what a compiled form is kept by, and the addresses and numbers to be written."""
         key: list[Any] = []
         addresses: list[Any] = []
         device, unaligned, bit = None, 0, 1
@@ -129,30 +223,8 @@ class TritonKernel:
                     unaligned |= bit
                 bit += bit
             addresses.append(arg)
-        if device != current_device():
-            if device is None or device < 0:
-                raise not_on_cuda(self.op)
-            with torch.cuda.device(device):
-                return self(grid, args, constants)
         key += (device, unaligned, *constants.values(), *constants)
-        full_key = tuple(key)
-        made = self._made.get(full_key)
-        if made is None:
-            made = self._make(full_key, device, args, constants)
-        sizes = (*grid, 1, 1)[:3]
-        if 0 in sizes:
-            return
-        values = made.values(args, addresses)
-        scratch = 0
-        if made.scratch:  # of this call alone: the allocator keeps it until the stream is done with it
-            blocks = sizes[0] * sizes[1] * sizes[2] * made.ctas
-            memory = torch.empty(blocks * made.scratch, dtype=torch.int8, device=torch.device("cuda", device))
-            scratch = memory.data_ptr()
-        values += (scratch, 0)
-        stream = raw_stream(device)
-        if made.ctas > 1:
-            sizes = (sizes[0] * made.ctas, sizes[1], sizes[2])
-        made.packer.launch(made.kernel, sizes, made.threads, made.shared, stream, made.attributes, values, device)
+        return device, tuple(key), addresses
 
     def _make(self, key: tuple[Any, ...], device: int, args: tuple[Any, ...], constants: dict[str, Any]) -> _Made:
         refuse_capture(self.op)
