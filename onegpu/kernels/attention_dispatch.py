@@ -27,6 +27,7 @@ CUDNN: dict[tuple[bool, int, bool], tuple[int, int]] = {
     (False, 128, False): (128, 512),
 }
 
+_CUDNN_ELEMENTS = 1 << 23  # of q, from which on its 80 microseconds of host time are hidden
 _ready: dict[tuple[Any, ...], Any] = {}  # by layout, what `attention_hopper` made
 
 
@@ -72,7 +73,17 @@ def _for_cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Optio
 def _cudnn_is_faster(q: torch.Tensor, options: Options, backward: bool) -> bool:
     lowest, highest = CUDNN.get((backward, q.shape[-1], options.right == 0), (1, 0))
     length = q.shape[1]
+    if q.numel() < _CUDNN_ELEMENTS:
+        return False
     return lowest <= length <= highest and length % 128 == 0 and torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def by_cudnn() -> list[str]:
+    """The entries of `CUDNN` in words, for ``onegpu env``."""
+    return [
+        f"{'backward' if back else 'forward'} D{d} {'causal' if causal else 'full'}, S {low} to {high}"
+        for (back, d, causal), (low, high) in CUDNN.items()
+    ]
 
 
 def implementation(
@@ -184,7 +195,8 @@ def backward_cuda(
 def _gradients(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: bool) -> Gradients:
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     if packed:  # the kernels write the rows of sequences only
-        dq.zero_(), dk.zero_(), dv.zero_()
+        for x in (dq, dk, dv):
+            x.zero_()
     return dq, dk, dv
 
 
@@ -195,7 +207,7 @@ def _settle_backward(
     options = Options(*rest)
     if options.implementation != "definition" and (q.shape[-1] % 8 or v.shape[-1] % 8):
         wide = [padded(x) for x in (q, k, v, out)]
-        made = backward_cuda(padded(grad), grad_lse, *wide, lse, deterministic, *rest)
+        made = backward_cuda(padded(grad), grad_lse, wide[0], wide[1], wide[2], wide[3], lse, deterministic, *rest)
         dq, dk, dv = (x[..., : like.shape[-1]].contiguous() for x, like in zip(made, (q, k, v), strict=True))
         return dq, dk, dv
     given = grad, q, k, v

@@ -238,4 +238,4 @@ def backward(
         attention_sm90_rows.after_kernel, (tiles_q * heads * batch,), total, dq, q_rows, heads, s_q, n_b, tiles_q,
         scale, HEAD=d, **sizes, FRAGMENTS=not constants["TMA_DQ"], num_warps=4,
     )  # fmt: skip
-    return Backward(before, main, after, constants["DRAW"], tuple(total.shape), tuple(rows.shape))
+    return Backward(before, main, after, constants["DRAW"], (blocks * m, wide), (blocks, 2 * m))
