@@ -12,7 +12,7 @@ import torch
 from onegpu.errors import KernelError
 from onegpu.kernels import launch
 from onegpu.kernels.driver import KINDS
-from onegpu.kernels.launch import triton_launch
+from onegpu.kernels.launch import triton_launch, triton_prepare
 from tests.fake_driver import FakeDriver, on_gpu
 from tests.nvrtc_tools import scale_kernel
 from tests.triton_tools import needs_triton, ptx_parameter_bytes
@@ -48,6 +48,25 @@ def test_d_scratch_is_allocated_for_each_call(
         triton_launch(cpu_compiled.device_descriptor, grid, x, x, 16, ROWS=16, COLUMNS=64)
     assert sizes[0] > 0 and sizes[1] == 6 * sizes[0]
     assert fake.launches[0].arguments[3] != bytes(8)
+
+
+@needs_triton
+def test_a_prepared_launch_takes_other_tensors(fake: FakeDriver, cpu_compiled: Any) -> None:
+    x, y, there = on_gpu(torch.zeros(4)), on_gpu(torch.zeros(4)), on_gpu(torch.zeros(4), 1)
+    fake.sizes = [8, 8, 4, 4, 8, 8]
+    again = triton_prepare(cpu_compiled.scale, (3,), x, x, None, 4, 2.0, 1, BIAS=False)
+    assert not fake.launches
+    triton_launch(cpu_compiled.scale, (3,), x, y, None, 4, 2.0, 1, BIAS=False)
+    again(x, y)
+    again(y, x)
+    first, second, turned = fake.launches
+    assert first.arguments == second.arguments and first.grid == second.grid
+    assert turned.arguments == [first.arguments[1], first.arguments[0], *first.arguments[2:]]
+    with pytest.raises(ValueError, match="zip"):
+        again(x)
+    elsewhere = triton_prepare(cpu_compiled.scale, (1,), there, there, None, 4, 2.0, 1, BIAS=False)
+    elsewhere(there, there)
+    assert (fake.launches[-1].device, fake.current) == (1, 0)
 
 
 @needs_triton
