@@ -31,7 +31,7 @@ _ERRORS: dict[str, tuple[int, str]] = {
 _WARNINGS = {"warning": (0, ""), "warning_once": (0, ""), "warn": (0, "")}
 _SHORTEST = 5  # letters; a shorter piece says nothing on its own
 _NO_TEXT = {"Exit", "AssertionError"}  # raised to leave a command, and where nobody gets to
-_NO_TEXT |= {"NotCapturableError", "UnservedError"}  # caught inside; their text is the reason on generate()'s report
+_NO_TEXT |= {"NotCapturableError", "UnservedError", "Declined"}  # caught inside; their text is the reason on generate()'s report
 # Messages that cannot be read off the call, as the message stands there: what the page must have for them instead.
 _BY_HAND: dict[tuple[str, str], str] = {
     ("onegpu/auto.py", "'%s'"): "in CPU memory",  # placement.text, put together in placement/device_map.py

@@ -62,9 +62,7 @@ def quantize(
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit of a model on the hub.", rich_help_panel=_FILES)
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="Where to quantise: cpu, cuda, cuda:1.  [the GPU, if any]")
-    ] = None,
+    device: Annotated[str | None, typer.Option(help="Where to quantise: cpu, cuda, cuda:1.  [the GPU, if any]")] = None,
     json_output: Json = False,
 ) -> None:
     """Quantise a checkpoint to a new folder, in bounded memory.

@@ -130,10 +130,7 @@ def make_plan(model: Any, headers: list[TensorInfo], settings: Settings, compati
         reasons = Counter(change.reason for change in left)
         why = f"leaves nothing to quantise in {type(model).__name__} ({', '.join(reasons) or 'no linear layer'})"
         raise bad_argument("model", model.config.name_or_path or type(model).__name__, why, "use it as it is")
-    changes = [
-        Change(t.name, _shown(model, t), f"{settings.quant_type} {t.kind}", t.kind)
-        for t in wanted.values()
-    ]
+    changes = [Change(t.name, _shown(model, t), f"{settings.quant_type} {t.kind}", t.kind) for t in wanted.values()]
     # What a loader would otherwise take for codes, or quantise by itself.
     skip = (*settings.skip, *(name.removesuffix(".weight") for name in others))
     return Plan(model, replace(settings, skip=skip), steps, left, changes)

@@ -1,6 +1,6 @@
 """The registry of conversions: each rule finds, by structure, what it can change, changes it and takes it back.
 
-Later rules (norms, MLPs, fused projections) are added to ``RULES``; the order is the order of application.
+Later rules (fused projections) are added to ``RULES``; the order is the order of application.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import nn
 from onegpu.convert.attention_rule import UseAttention
 from onegpu.convert.quantized import Target, find_targets, is_conv1d, quantized_experts, quantized_linear
 from onegpu.convert.report import Change, Report
+from onegpu.convert.structure_rule import UseKernels
 from onegpu.convert.swap import stack_to_parameter, swap_module
 from onegpu.errors import bad_argument
 from onegpu.formats.bitsandbytes import Settings
@@ -114,4 +115,4 @@ def _to_cpu(module: Any) -> torch.Tensor:
     return values
 
 
-RULES: tuple[Rule, ...] = (QuantizeWeights(), UseAttention())
+RULES: tuple[Rule, ...] = (QuantizeWeights(), UseAttention(), UseKernels())

@@ -76,7 +76,7 @@ _KNOWN = frozenset(
         "num_heads", "num_attention_heads", "scaling", "attention_dropout", "is_causal", "sliding_window", "layer_type",
         "use_rope", "intermediate_size", "act_fn", "activation_fn", "variance_epsilon", "padding_idx", "vocab_size",
         "gradient_checkpointing", "has_sliding_layers", "attention_type", "block_size", "rope_theta",
-        "max_position_embeddings", "rotary_fn",
+        "max_position_embeddings", "rotary_fn", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit",
     }
 )  # fmt: skip
 # Factors that some models apply outside of any module.

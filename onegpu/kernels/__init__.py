@@ -15,6 +15,11 @@ OPS = (
     "int8_linear",
     "linear_4bit",
     "linear_16bit",
+    "decode_attention",
+    "rms_norm",
+    "layer_norm",
+    "rotary",
+    "gated_mlp",
 )
 
 
@@ -27,6 +32,7 @@ _TRITON = {
     "int8_linear": "CUDA C++ up to 128 rows, then dequantised",
     "linear_4bit": "CUDA C++ up to 64 rows, then dequantised",
     "linear_16bit": "CUDA C++ up to 8 rows, then cuBLAS",
+    **dict.fromkeys(("decode_attention", "rms_norm", "layer_norm", "rotary", "gated_mlp"), "Triton"),
 }
 
 

@@ -12,8 +12,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from onegpu.kernels import attention_sm90, attention_sm90_backward, attention_sm90_rows
 from onegpu.kernels.hopper import LOG2E
-from onegpu.kernels.launch import triton_prepare
-from onegpu.kernels.triton_kernel import Prepared
+from onegpu.kernels.launch import triton_bind
+from onegpu.kernels.triton_kernel import Bound
 
 TRITON_VERSIONS = ("3.6.", "3.7.")  # what the kernels were compiled with; Gluon changes between releases
 _L2_BYTES = 32 << 20  # what the keys and values of the heads that run together may take of it
@@ -112,7 +112,7 @@ def for_tma(x: torch.Tensor) -> torch.Tensor:
 class Forward(NamedTuple):
     """A forward that is ready: for tensors of the layout that it was made for."""
 
-    launch: Prepared
+    launch: Bound
     draws: bool
 
     def __call__(
@@ -152,7 +152,7 @@ def forward(
         "RK": how_k, "DRAW": tiles > blocks, "CARRY": 0, "POLY": 0, "ALIAS": boxed(d) == boxed(d_v) == 256,
     } | options  # fmt: skip
     drawn = _counter(q.device) if constants["DRAW"] else lse
-    launch = triton_prepare(
+    launch = triton_bind(
         attention_sm90.forward_kernel, (blocks,), descriptor(q, 64), descriptor(k, bn), descriptor(v, bn),
         descriptor(out, 64), out, lse, q_rows, k_rows, drawn, batch, heads, group, s_q, s_k, n_m, section,
         scale * LOG2E.value, left, right, **constants, num_warps=4,
@@ -163,9 +163,9 @@ def forward(
 class Backward(NamedTuple):
     """A backward that is ready: for tensors of the layout that it was made for."""
 
-    before: Prepared
-    main: Prepared
-    after: Prepared
+    before: Bound
+    main: Bound
+    after: Bound
     draws: bool
     sum_shape: tuple[int, int]
     rows_shape: tuple[int, int]
@@ -213,7 +213,7 @@ def backward(
     total, rows = lse.new_empty(blocks * m, wide), lse.new_empty(blocks, 2 * m)
     strides = (0, *grad.stride()[:2]) if packed else grad.stride()[:3]
     sizes = {"D": wide, "M": m, "RQ": how_q}
-    before = triton_prepare(
+    before = triton_bind(
         attention_sm90_rows.before_kernel, (n_m * heads * batch,), out, grad, lse, grad_lse, rows, total, q_rows,
         *strides, heads, s_q, n_b, n_m, HEAD=d_v, **sizes, num_warps=4,
     )  # fmt: skip
@@ -227,14 +227,14 @@ def backward(
         "SWAP": wide == 64, "SPLIT": wide == 64 and right >= 0, "TMA_DQ": True,
     } | options  # fmt: skip
     drawn = _counter(q.device) if constants["DRAW"] else lse
-    main = triton_prepare(
+    main = triton_bind(
         attention_sm90_backward.backward_kernel, (started,), descriptor(q, m), descriptor(k, 64), descriptor(v, 64),
         descriptor(grad, m), descriptor(dk, 64), descriptor(dv, 64), *scratch(rows, total), total, dk, dv, q_rows,
         k_rows, drawn, batch, heads, heads_kv, s_q, s_k, n_b, n_n, section, scale, scale * LOG2E.value, left, right,
         **constants, num_warps=4,
     )  # fmt: skip
     tiles_q = triton.cdiv(max_seqlen_q if packed else s_q, 64) * (wide // 64)
-    after = triton_prepare(
+    after = triton_bind(
         attention_sm90_rows.after_kernel, (tiles_q * heads * batch,), total, dq, q_rows, heads, s_q, n_b, tiles_q,
         scale, HEAD=d, **sizes, FRAGMENTS=not constants["TMA_DQ"], num_warps=4,
     )  # fmt: skip

@@ -12,6 +12,7 @@ keys are read once. A second kernel adds the parts in a fixed order, in float32 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ from onegpu.kernels.library import define, has_triton
 
 MAX_QUERIES = 8
 _MAX_SPLITS = 256
-_SPLIT_KEYS = 4096  # a split has at most so many, that a long sequence in a batch of short ones is not one program's
+_SPLIT_KEYS = 8192  # a split has at most so many, that a long sequence in a batch of short ones is not one program's
 _FEWEST_KEYS = 128  # and at least so many: less is not worth a part
 
 
@@ -64,7 +65,7 @@ def _decode(
 def _empty(q: torch.Tensor, d_v: int) -> torch.Tensor:
     """In memory ``[B, T, H, D_v]``: the layout that the output projection reads."""
     b, h, t, _ = q.shape
-    return torch.empty(b, t, h, d_v, dtype=q.dtype, device=q.device).transpose(1, 2)
+    return torch.empty_strided((b, h, t, d_v), (t * h * d_v, d_v, h * d_v, 1), dtype=q.dtype, device=q.device)
 
 
 def _decode_cuda(
@@ -80,12 +81,17 @@ def _decode_cuda(
 ) -> torch.Tensor:
     if not has_triton() or q.dtype == torch.float64:
         return _decode(q, k, v, length, first, scale, window, softcap, slopes)
-    from onegpu.kernels import decode_attention_triton
-
     out = _empty(q, v.shape[-1])
     if out.numel():
-        decode_attention_triton.decode(q, k, v, length, first, scale, window, softcap, slopes, out)
+        _kernels().decode(q, k, v, length, first, scale, window, softcap, slopes, out)
     return out
+
+
+@functools.cache
+def _kernels() -> Any:
+    from onegpu.kernels import decode_attention_triton
+
+    return decode_attention_triton
 
 
 def _decode_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, length: torch.Tensor, *_: object) -> torch.Tensor:
@@ -143,23 +149,22 @@ def decode_attention(
     if not q.dtype == k.dtype == v.dtype:
         raise bad_argument("k", k.dtype, f"is not the dtype of q and v, {q.dtype} and {v.dtype}", "convert one of them")
     scale = d**-0.5 if scale is None else scale
-    return torch.ops.onegpu.decode_attention(  # type: ignore[no-any-return]
+    return torch.ops.onegpu.decode_attention.default(  # type: ignore[no-any-return]
         q, k, v, length, first, scale, window, softcap, slopes
     )
 
 
-@functools.lru_cache(maxsize=1024)
-def splits(sequences: int, tiles: int, keys: int, sms: int) -> int:
-    """Into how many parts the keys of a sequence are split: two programs for each SM, at once.
+def splits(programs: int, keys: int, sms: int) -> int:
+    """Into how many parts the keys of a sequence are split: a program for each SM, or two where that leaves many idle.
 
     Args:
-        sequences: batch × key heads × row tiles; each gets as many programs as there are splits.
-        tiles: programs that fit on one SM.
+        programs: batch × key heads × row tiles; each becomes as many programs as there are splits.
         keys: the most keys that a query can see.
         sms: streaming multiprocessors.
     """
-    wanted = max(tiles * sms // sequences, -(-keys // _SPLIT_KEYS))
-    return max(1, min(wanted, -(-keys // _FEWEST_KEYS), _MAX_SPLITS))
+    one = sms // programs if sms >= programs else 1
+    even = one if one * programs >= 0.9 * sms else 2 * sms // programs
+    return max(1, min(max(even, -(-keys // _SPLIT_KEYS)), -(-keys // _FEWEST_KEYS), _MAX_SPLITS))
 
 
 def cost(b: int, h: int, h_kv: int, t: int, keys: int, d: int, d_v: int, itemsize: int) -> tuple[int, int]:

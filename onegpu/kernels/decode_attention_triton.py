@@ -1,14 +1,15 @@
 """Triton kernels of ``decode_attention``, imported at the first call on a GPU. Compiled with Triton 3.6 and 3.7.
 
-One program takes one part of the keys of one key head, for up to 64 rows: the T queries of the G heads that share it.
+One program takes one part of the keys of one key head, for up to 128 rows: the T queries of the G heads that share it.
 Parts are equal shares of the keys that the sequence really has, so that every program of a graph captured for the
-longest cache has work at any length; what is left over exits at once. Scores are kept in base 2.
+longest cache has work at any length. Where the parts of a head are few they are one cluster, whose programs wait for
+each other and add the parts, a row each: a second kernel costs more than that. 16-bit scores are kept in base 2.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,18 +17,62 @@ import triton.language as tl
 from triton.language.extra import cuda as tl_cuda
 
 from onegpu.kernels.decode_attention import splits
+from onegpu.kernels.launch import triton_bind
+from onegpu.kernels.triton_kernel import Bound
 
 _LOG2E = tl.constexpr(1.4426950408889634)
+_CLUSTER = 8  # programs; more than 8 are a matter of luck with the layout of the chip
+_MOST_PLANS = 4096
 
 
 @triton.jit
+def _tanh(b_x):
+    """Accurate to float32's last bits, unlike the hardware's, and 1 - 2 / (1 + exp(2 x)) for small x."""
+    b_square = b_x * b_x
+    b_small = -0.008412559 + b_square * 0.0023735163  # fitted to (tanh(x) / x - 1) / x² for |x| < 0.6
+    b_small = -0.053961653 + b_square * (0.021789111 + b_square * b_small)
+    b_small = -0.33333334 + b_square * (0.13333313 + b_square * b_small)
+    b_size = tl.abs(b_x)
+    b_large = 1.0 - 2.0 / (1.0 + tl.exp2(b_size * (2.0 * _LOG2E)))
+    return tl.where(b_size < 0.6, b_x + b_x * (b_square * b_small), tl.where(b_x < 0, -b_large, b_large))
+
+
+@triton.jit
+def _add_parts(
+    p_parts, p_stats, p_to, i_part, SPLITS, ROWS,
+    DV: tl.constexpr, BS: tl.constexpr, BP: tl.constexpr, BDV: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """One row of the output. i_part: of its first part; those of the others lie ROWS further each."""
+    o_s, o_dv, o_p = tl.arange(0, BS), tl.arange(0, BDV), tl.arange(0, BP)
+    o_stats = i_part + o_s * ROWS  # [BS]
+    b_max = tl.load(p_stats + o_stats * 2, mask=o_s < SPLITS, other=float("-inf"))
+    b_sum = tl.load(p_stats + o_stats * 2 + 1, mask=o_s < SPLITS, other=0.0)
+    peak = tl.max(b_max, 0)
+    # A part without keys has sum 0, and memory that nobody wrote. Of NaN alone it has the maximum -inf, and counts.
+    total = tl.sum(tl.where(b_sum == 0.0, 0.0, b_sum * tl.exp2((b_max - peak) * UNIT)), 0)
+    b_acc = tl.zeros([BDV], tl.float32)
+    for i_s in range(0, SPLITS, BP):
+        m_p = i_s + o_p < SPLITS
+        o_part = i_part + (i_s + o_p) * ROWS  # [BP]
+        b_part_max = tl.load(p_stats + o_part * 2, mask=m_p, other=float("-inf"))
+        m_p = m_p & (tl.load(p_stats + o_part * 2 + 1, mask=m_p, other=0.0) != 0.0)
+        m_part = (i_s + o_p < SPLITS)[:, None] & (o_dv < DV)[None, :]  # loaded without waiting for the sums
+        b_part = tl.load(p_parts + o_part[:, None] * DV + o_dv[None, :], mask=m_part, other=0.0)  # [BP, BDV]
+        b_scale = tl.exp2((b_part_max - peak) * UNIT)
+        b_acc += tl.sum(tl.where(m_p[:, None], b_part * b_scale[:, None], 0.0), 0)
+    b_acc = b_acc / tl.where(total == 0.0, 1.0, total)
+    tl.store(p_to + o_dv, b_acc.to(p_to.dtype.element_ty), mask=o_dv < DV)
+
+
+@triton.jit(do_not_specialize=["HKV", "L", "ROW_TILES", "SPLITS", "window"])
 def _split_kernel(
-    p_q, p_k, p_v, p_length, p_first, p_slopes, p_out, p_parts, p_stats,
+    p_q, p_k, p_v, p_length, p_first, p_slopes, p_out, p_parts,
     HKV, L, ROW_TILES, SPLITS, window, scale, softcap,
     q_b, q_h, q_t, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_t, o_h,
     T: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BD: tl.constexpr, BDV: tl.constexpr, ALIGN: tl.constexpr, FIRST: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, SLOPES: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr,
+    UNIT: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl_cuda.gdc_wait()
@@ -51,18 +96,14 @@ def _split_kernel(
     begin += i_split * share
     end = tl.minimum(begin + share, length)
     o_stats = (i_head * SPLITS + i_split) * ROWS + o_m  # [BM]
-
-    if begin >= end and not WHOLE:
-        tl.store(p_stats + o_stats * 2, float("-inf") + tl.zeros([BM], tl.float32), mask=m_m)
-        tl.store(p_stats + o_stats * 2 + 1, tl.zeros([BM], tl.float32), mask=m_m)
-        return
+    p_stats = p_parts + (tl.num_programs(0) // ROW_TILES).to(tl.int64) * ROWS * DV
 
     o_d, o_dv, o_n = tl.arange(0, BD), tl.arange(0, BDV), tl.arange(0, BN)
     o_h_m = i_kv * G + o_m % G  # [BM]; query head
     p_row = p_q + i_b * q_b + o_h_m * q_h + (o_m // G).to(tl.int64) * q_t
     b_q = tl.load(p_row[:, None] + o_d[None, :], mask=m_m[:, None] & (o_d < D)[None, :], other=0.0)  # [BM, BD]
     if SLOPES:
-        b_slope = tl.load(p_slopes + o_h_m, mask=m_m, other=0.0).to(tl.float32) * _LOG2E  # [BM]
+        b_slope = tl.load(p_slopes + o_h_m, mask=m_m, other=0.0).to(tl.float32) * (_LOG2E / UNIT)  # [BM]
     # Strides come divided by ALIGN: the compiler then knows that rows begin at multiples of it, and loads 16 bytes.
     p_kb = p_k + (i_b * k_b + i_kv * k_h) * ALIGN
     p_vb = p_v + (i_b * v_b + i_kv * v_h) * ALIGN
@@ -81,9 +122,12 @@ def _split_kernel(
         b_k = tl.load(p_kb + tl.cast(i_n, tl.int64) * k_n * ALIGN + o_k, mask=m_k, other=0.0)
         b_s = tl.dot(b_q, b_k, input_precision=PRECISION)  # [BM, BN]
         if SOFTCAP:
-            b_s = softcap * (1.0 - 2.0 / (1.0 + tl.exp2(b_s * (2.0 * _LOG2E * scale / softcap)))) * _LOG2E
+            if PRECISION == "ieee":
+                b_s = softcap * _tanh(b_s * scale / softcap)
+            else:
+                b_s = softcap * (1.0 - 2.0 / (1.0 + tl.exp2(b_s * (2.0 * _LOG2E * scale / softcap)))) * _LOG2E
         else:
-            b_s *= scale * _LOG2E
+            b_s *= scale * (_LOG2E / UNIT)
         o_far = i_n + o_n[None, :] - o_at[:, None]  # [BM, BN]; 0 is the query's own key
         if SLOPES:
             b_s += b_slope[:, None] * o_far
@@ -93,8 +137,8 @@ def _split_kernel(
         b_s = tl.where(m_s, b_s, float("-inf"))
         b_new = tl.maximum(b_max, tl.max(b_s, 1))
         b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
-        b_scale = tl.exp2(b_max - b_base)
-        b_p = tl.exp2(b_s - b_base[:, None])
+        b_scale = tl.exp2((b_max - b_base) * UNIT)
+        b_p = tl.exp2((b_s - b_base[:, None]) * UNIT)
         b_sum = b_sum * b_scale + tl.sum(b_p, 1)
         b_v = tl.load(p_vb + tl.cast(i_n, tl.int64) * v_n * ALIGN + o_v, mask=m_v, other=0.0)
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_scale[:, None], input_precision=PRECISION)
@@ -106,16 +150,32 @@ def _split_kernel(
         p_to = p_out + i_b * o_b + o_h_m * o_h + (o_m // G).to(tl.int64) * o_t
         tl.store(p_to[:, None] + o_dv[None, :], b_acc.to(p_out.dtype.element_ty), mask=m_out)
     else:
-        tl.store(p_parts + o_stats[:, None] * DV + o_dv[None, :], b_acc, mask=m_out)
+        tl.store(p_parts + o_stats[:, None] * DV + o_dv[None, :], b_acc, mask=m_out & (begin < end))
         tl.store(p_stats + o_stats * 2, b_max, mask=m_m)
         tl.store(p_stats + o_stats * 2 + 1, b_sum, mask=m_m)
+    if BS:  # the parts of this head are one cluster, which adds them here
+        _barrier("barrier.cluster.arrive.release.aligned;")
+        i_first = i_tile * BM + i_split
+        i_end = tl.minimum(i_tile * BM + BM, ROWS)
+        if i_first < i_end:  # who has no row to add need not wait
+            _barrier("barrier.cluster.wait.acquire.aligned;")
+            for i_m in range(i_first, i_end, SPLITS):
+                p_row_out = p_out + i_b * o_b + (i_kv * G + i_m % G) * o_h + (i_m // G).to(tl.int64) * o_t
+                i_part = i_head * SPLITS * ROWS + i_m
+                _add_parts(p_parts, p_stats, p_row_out, i_part, SPLITS, ROWS, DV, BS, BS, BDV, UNIT)
 
 
 @triton.jit
+def _barrier(code: tl.constexpr):
+    """Of all threads of a cluster."""
+    tl.inline_asm_elementwise(code + " // dummy $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit(do_not_specialize=["HKV", "SPLITS"])
 def _combine_kernel(
-    p_parts, p_stats, p_out, HKV, SPLITS, o_b, o_t, o_h,
+    p_parts, p_out, HKV, SPLITS, o_b, o_t, o_h,
     T: tl.constexpr, G: tl.constexpr, DV: tl.constexpr, BS: tl.constexpr, BP: tl.constexpr, BDV: tl.constexpr,
-    PDL: tl.constexpr,
+    PDL: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl_cuda.gdc_wait()
@@ -123,51 +183,35 @@ def _combine_kernel(
     ROWS: tl.constexpr = T * G
     i_row = tl.program_id(0).to(tl.int64)  # of all key heads of all sequences
     i_head, i_m = i_row // ROWS, i_row % ROWS
-    o_s, o_dv = tl.arange(0, BS), tl.arange(0, BDV)
-    o_stats = (i_head * SPLITS + o_s) * ROWS + i_m  # [BS]
-    b_max = tl.load(p_stats + o_stats * 2, mask=o_s < SPLITS, other=float("-inf"))
-    b_sum = tl.load(p_stats + o_stats * 2 + 1, mask=o_s < SPLITS, other=0.0)
-    peak = tl.max(b_max, 0)
-    # A part without keys has sum 0, and memory that nobody wrote. Of NaN alone it has the maximum -inf, and counts.
-    total = tl.sum(tl.where(b_sum == 0.0, 0.0, b_sum * tl.exp2(b_max - peak)), 0)
-    b_acc = tl.zeros([BDV], tl.float32)
-    o_p = tl.arange(0, BP)
-    for i_s in range(0, SPLITS, BP):
-        o_part = (i_head * SPLITS + i_s + o_p) * ROWS + i_m  # [BP]
-        m_p = i_s + o_p < SPLITS
-        b_part_max = tl.load(p_stats + o_part * 2, mask=m_p, other=float("-inf"))
-        m_p = m_p & (tl.load(p_stats + o_part * 2 + 1, mask=m_p, other=0.0) != 0.0)
-        m_part = m_p[:, None] & (o_dv < DV)[None, :]
-        b_part = tl.load(p_parts + o_part[:, None] * DV + o_dv[None, :], mask=m_part, other=0.0)  # [BP, BDV]
-        b_acc += tl.sum(b_part * tl.where(m_p, tl.exp2(b_part_max - peak), 0.0)[:, None], 0)
-    b_acc = b_acc / tl.where(total == 0.0, 1.0, total)
+    p_stats = p_parts + tl.num_programs(0).to(tl.int64) * SPLITS * DV
     p_to = p_out + (i_head // HKV) * o_b + ((i_head % HKV) * G + i_m % G) * o_h + (i_m // G) * o_t
-    tl.store(p_to + o_dv, b_acc.to(p_out.dtype.element_ty), mask=o_dv < DV)
+    _add_parts(p_parts, p_stats, p_to, i_head * SPLITS * ROWS + i_m, SPLITS, ROWS, DV, BS, BP, BDV, UNIT)
 
 
 class Config(NamedTuple):
-    """What a program of the first kernel looks like, and how many parts there are."""
+    """What a program of the first kernel looks like, how many parts there are, and whether they are one cluster."""
 
     bm: int
     bn: int
     warps: int
     stages: int
     splits: int
+    cluster: bool = False
 
 
 @functools.lru_cache(maxsize=1024)
-def configure(heads: int, rows: int, d: int, d_v: int, keys: int, itemsize: int, sms: int) -> Config:
+def configure(heads: int, rows: int, d: int, d_v: int, keys: int, itemsize: int, sms: int, clusters: bool) -> Config:
     """The heuristic. ``heads``: batch × key heads; ``rows``: queries × heads of a group; ``keys``: most keys seen."""
     wide = _padded(d) + _padded(d_v)
     # Three stages of at most 32 KiB are within 99 KiB, and no tile spills registers on any architecture (tested).
     if itemsize == 4:
         bm, bn, warps, stages = 16, max(16, min(32, 8192 // wide)), 8, 2
     else:
-        bm = max(16, min(64 if wide <= 256 else 32, triton.next_power_of_2(rows)))
+        bm = max(16, min(128 if wide <= 128 else 64 if wide <= 256 else 32, triton.next_power_of_2(rows)))
         bn = max(16, min(128 if bm == 16 else 64, 16384 // wide))
-        warps, stages = (8, 2) if bm == 64 else (4, 3)
-    programs = max(1, heads * triton.cdiv(rows, bm))
-    return Config(bm, bn, warps, stages, splits(programs, 2, keys, sms))
+        warps, stages = (8, 2) if bm >= 64 or (bm == 32 and wide > 256) else (4, 3)
+    parts = splits(max(1, heads * triton.cdiv(rows, bm)), keys, sms)
+    return Config(bm, bn, warps, stages, parts, clusters and 1 < parts <= _CLUSTER)
 
 
 def _padded(d: int) -> int:
@@ -175,14 +219,71 @@ def _padded(d: int) -> int:
 
 
 @functools.cache
-def _device(index: int) -> tuple[int, bool]:
-    properties = torch.cuda.get_device_properties(index)
+def _device(device: torch.device) -> tuple[int, bool]:
+    """Streaming multiprocessors, and whether there are clusters and programmatic dependent launch."""
+    if device.type != "cuda":
+        return 1, False
+    properties = torch.cuda.get_device_properties(device)
     return properties.multi_processor_count, properties.major >= 9
 
 
-def _align(*tensors: torch.Tensor) -> int:
-    """8 where every row begins at a multiple of eight elements, else 1."""
-    return 8 if all(stride % 8 == 0 for tensor in tensors for stride in tensor.stride()[:3]) else 1
+class _Plan(NamedTuple):
+    """All that a call needs beside its tensors."""
+
+    split: Bound
+    combine: Bound | None
+    scratch: int  # floats
+
+
+def _plan(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    length: torch.Tensor,
+    first: torch.Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+    slopes: torch.Tensor | None,
+    out: torch.Tensor,
+    config: Config | None,
+) -> _Plan:
+    (b, h, t, d), (_, h_kv, room, d_v) = q.shape, v.shape
+    group = h // h_kv
+    # 8 where every row begins at a multiple of eight elements
+    align = 8 if all(stride % 8 == 0 for x in (k, v) for stride in x.stride()[:3]) else 1
+    sms, hopper = _device(q.device)
+    seen = min(room, window + t - 1) if window else room
+    config = config or configure(b * h_kv, t * group, d, d_v, seen, q.element_size(), sms, hopper)
+    bm, bn, warps, stages, parts, cluster = config
+    tiles, whole = triton.cdiv(t * group, bm), parts == 1
+    size = 0 if whole else b * h * t * parts * (d_v + 2)
+    scratch = torch.empty(size, dtype=torch.float32, device=q.device)
+    out_strides = (out.stride(0), out.stride(2), out.stride(1))
+    pad_dv, block, exact = _padded(d_v), triton.next_power_of_2(parts), q.dtype == torch.float32
+    unit = 1.4426950408889634 if exact else 1.0  # scores in natural units lose nothing before the largest is taken off
+    options = {"launch_pdl": True} if hopper else {}
+    split = triton_bind(
+        _split_kernel, (parts * tiles * b * h_kv,),
+        q, k, v, length, first, slopes, out, scratch,
+        h_kv, room, tiles, parts, window, scale, softcap,
+        *q.stride()[:3], *(s // align for x in (k, v) for s in x.stride()[:3]), *out_strides,
+        T=t, G=group, D=d, DV=d_v, BM=bm, BN=bn, BD=_padded(d), BDV=pad_dv, ALIGN=align, FIRST=first is not None,
+        WINDOW=window > 0, SOFTCAP=softcap > 0, SLOPES=slopes is not None, WHOLE=whole, PDL=hopper,
+        PRECISION="ieee" if exact else None, UNIT=unit, BS=block if cluster else 0,
+        cluster=parts if cluster else 1, num_warps=warps, num_stages=stages, **options,
+    )  # fmt: skip
+    if whole or cluster:
+        return _Plan(split, None, size)
+    combine = triton_bind(
+        _combine_kernel, (b * h * t,),
+        scratch, out, h_kv, parts, *out_strides,
+        T=t, G=group, DV=d_v, BS=block, BP=min(block, 32), BDV=pad_dv, PDL=hopper, UNIT=unit, num_warps=4, **options,
+    )  # fmt: skip
+    return _Plan(split, combine, size)
+
+
+_PLANS: dict[tuple[Any, ...], _Plan] = {}
 
 
 def decode(
@@ -199,31 +300,25 @@ def decode(
     config: Config | None = None,
 ) -> None:
     """Arguments as of the op; ``out``: ``[B, H, T, D_v]`` with any strides but the last. ``config`` for benchmarks."""
-    (b, h, t, d), (_, h_kv, room, d_v) = q.shape, v.shape
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    group, align = h // h_kv, _align(k, v)
-    sms, pdl = _device(q.device.index) if q.is_cuda else (1, False)
-    seen = min(room, window + t - 1) if window else room
-    bm, bn, warps, stages, parts = config or configure(b * h_kv, t * group, d, d_v, seen, q.element_size(), sms)
-    tiles, whole = triton.cdiv(t * group, bm), parts == 1
-    sizes = (0, 0) if whole else (b * h * t * parts * d_v, b * h * t * parts * 2)
-    scratch = torch.empty(sum(sizes), dtype=torch.float32, device=q.device)
-    stats = scratch[sizes[0] :]
-    out_strides = (out.stride(0), out.stride(2), out.stride(1))
-    pad_d, pad_dv = _padded(d), _padded(d_v)
-    options = {"launch_pdl": True} if pdl else {}
-    with torch.cuda.device(q.device):
-        _split_kernel[(parts * tiles * b * h_kv,)](
-            q, k, v, length, first, slopes, out, scratch, stats,
-            h_kv, room, tiles, parts, window, scale, softcap,
-            *q.stride()[:3], *(s // align for x in (k, v) for s in x.stride()[:3]), *out_strides,
-            T=t, G=group, D=d, DV=d_v, BM=bm, BN=bn, BD=pad_d, BDV=pad_dv, ALIGN=align, FIRST=first is not None,
-            WINDOW=window > 0, SOFTCAP=softcap > 0, SLOPES=slopes is not None, WHOLE=whole, PDL=pdl,
-            PRECISION="ieee" if q.dtype == torch.float32 else None, num_warps=warps, num_stages=stages, **options,
-        )  # fmt: skip
-        if not whole:
-            block = triton.next_power_of_2(parts)
-            _combine_kernel[(b * h * t,)](
-                scratch, stats, out, h_kv, parts, *out_strides,
-                T=t, G=group, DV=d_v, BS=block, BP=min(block, 32), BDV=pad_dv, PDL=pdl, num_warps=4, **options,
-            )  # fmt: skip
+    if not q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    tensors = [q, k, v, length]
+    if first is not None:
+        tensors.append(first)
+    if slopes is not None:
+        tensors.append(slopes)
+    key = (
+        q.device, q.shape, q.stride(), k.stride(), v.shape, v.stride(), out.stride(), scale, window, softcap,
+        first is None, slopes is None, config, out.data_ptr() & 15,
+        *[(x.dtype, x.data_ptr() & 15) for x in tensors],
+    )  # fmt: skip
+    plan = _PLANS.get(key)
+    if plan is None:
+        plan = _plan(q, k, v, length, first, scale, window, softcap, slopes, out, config)
+        if len(_PLANS) >= _MOST_PLANS:  # a cache that grows token by token has a shape each
+            _PLANS.clear()
+        _PLANS[key] = plan
+    scratch = torch.empty(plan.scratch, dtype=torch.float32, device=q.device)
+    plan.split(*tensors, out, scratch)
+    if plan.combine is not None:
+        plan.combine(scratch, out)

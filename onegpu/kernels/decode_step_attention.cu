@@ -42,6 +42,7 @@ attend(const float* qkv, const i64* position, const i64* rope_position, const in
   float* turn = heads + WARPS * HD;                                      // [2, HALF] cosines and sines
   float* ends = turn + (HALF ? 2 * HALF : 2);                            // [WARPS, 8, 2] maxima and sums
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
+  const Shared mine = shared(ring + warp * STAGES * STAGE);
 
   let_next_kernel_start();
   wait_before_reading_x();
@@ -60,7 +61,7 @@ attend(const float* qkv, const i64* position, const i64* rope_position, const in
 
     auto fetch = [&](int tile, int stage) {
       if (tile < tiles) {
-        u8* to = ring + (warp * STAGES + stage) * STAGE;
+        const Shared to = mine + stage * STAGE;
 #pragma unroll
         for (int i = 0; i < UNITS / 2; i++) {
           int u = lane + 32 * i, key = u / UNITS, unit = u % UNITS, j = seen.from + tile * 16 + key;

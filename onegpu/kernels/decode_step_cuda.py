@@ -27,39 +27,39 @@ _COMMON = {"NESTED": 0, "TABLE_SHIFT": 7, "CL": 1, "CLUSTERED": 0, "FP4": 0}
 class Shape(NamedTuple):
     """How a product is laid out on an SM.
 
-    warps: of a block. width: bytes of a row of W in a piece. slots: pieces in a warp's ring. shared: bytes of shared
-    memory.
+    warps: of a block. width: bytes of a row of W in a piece. slots: pieces in a warp's ring. table_shift: 8 makes the
+    look-up table of 4-bit products twice as large and a look-up one instruction shorter. per_sm: blocks that the
+    registers allow on an SM.
     """
 
     warps: int
     width: int
     slots: int
-    shared: int
+    table_shift: int = 7
+    per_sm: int = 2
+
+    def shared(self, form: str, rows: int, columns: int, nested: bool) -> int:
+        """Bytes of shared memory, as the kernel divides it: table, map, x, sums, shares of the norm, rings."""
+        fmt = _FORMATS[form]
+        piece = (self.width // 2, self.width, 2 * self.width)[fmt]
+        pitch = -(-(-(-columns // piece) * piece * 2) // 128) * 128 + (16 if fmt else 64)
+        table = (256 << self.table_shift) + 1024 * nested if fmt == 2 else 0
+        sums = 2 * _tiles(rows) * self.warps * 16 * rows * 4
+        shares = (2 * rows * self.warps + rows + 3) // 4 * 16
+        ring = self.warps * self.slots * (16 * self.width + (piece if fmt == 2 else 0))
+        return table + rows * pitch + sums + shares + ring
 
 
 @lru_cache(maxsize=256)
-def shape(form: str, rows: int, columns: int, nested: bool, fixed: tuple[int, int, int] | None = None) -> Shape | None:
-    """The layout for a product; None if x does not fit into shared memory. fixed: warps, width, slots."""
-    if fixed is not None:
-        return Shape(*fixed, _shared(form, rows, columns, nested, *fixed))
-    four = _FORMATS[form] == 2
+def shape(form: str, rows: int, columns: int, nested: bool) -> Shape | None:
+    """The layout for a product; None if x does not fit into shared memory."""
     for limit, fewest in ((_HALF, 4), (_HALF, 3), (_WHOLE, 2)):
-        for width in (64,) if four else (128, 64):
-            fitting = [n for n in range(fewest, 9) if _shared(form, rows, columns, nested, 8, width, n) <= limit]
-            if fitting:
-                return Shape(8, width, fitting[-1], _shared(form, rows, columns, nested, 8, width, fitting[-1]))
+        for width in (64,) if _FORMATS[form] == 2 else (128, 64):
+            for slots in range(8, fewest - 1, -1):
+                found = Shape(8, width, slots)
+                if found.shared(form, rows, columns, nested) <= limit:
+                    return found
     return None
-
-
-def _shared(form: str, rows: int, columns: int, nested: bool, warps: int, width: int, slots: int) -> int:
-    """As the kernel divides it: table, map, x, sums, shares of the norm, rings."""
-    fmt = _FORMATS[form]
-    piece = (width // 2, width, 2 * width)[fmt]
-    pitch = -(-(-(-columns // piece) * piece * 2) // 128) * 128 + (16 if fmt else 64)
-    table = ((256 << _COMMON["TABLE_SHIFT"]) + 1024 * nested) if fmt == 2 else 0
-    sums = 2 * _tiles(rows) * warps * 16 * rows * 4
-    shares = (2 * rows * warps + rows + 3) // 4 * 16
-    return table + rows * pitch + sums + shares + warps * slots * (16 * width + (piece if fmt == 2 else 0))
 
 
 def _tiles(rows: int) -> int:
@@ -78,21 +78,23 @@ def product(
     sums: torch.Tensor | None = None,
     act: str = "silu",
     pdl: bool = True,
-    fixed: tuple[int, int, int] | None = None,
+    fixed: Shape | None = None,
 ) -> None:
     """One launch of decode_step_product.cu, whose head says what source and sink are."""
     rows, columns = len(x), matrix.columns
     nested = matrix.parts[0].nested is not None
-    found = shape(matrix.format, rows, columns, nested, fixed)
+    found = fixed or shape(matrix.format, rows, columns, nested)
     if found is None:
-        raise bad_argument("rows", rows, f"x of {columns} columns does not fit into shared memory", "Use fewer rows")
+        raise bad_argument(
+            "rows", rows, f"is too many: x of {columns} columns does not fit into shared memory", "Use fewer rows"
+        )
     dtype = gain.dtype if gain is not None else x.dtype
     splits, size = (sums.shape[2], x.shape[3]) if sums is not None else (1, 64)
     kernel = _kernel("product").variant(
-        None, **_COMMON | {"NESTED": int(nested), "FP4": int(matrix.format == "fp4")},
+        None, **_COMMON | {"NESTED": int(nested), "FP4": int(matrix.format == "fp4"), "TABLE_SHIFT": found.table_shift},
         FMT=_FORMATS[matrix.format], BF16=int(dtype == torch.bfloat16), M=rows, K=columns, WARPS=found.warps,
-        SLOTS=found.slots, CB=found.width, TG=_tiles(rows), SOURCE=_SOURCES.index(source), SINK=_SINKS.index(sink),
-        SPLITS=splits, HD=size, ACT=ACTIVATIONS.index(act),
+        SLOTS=found.slots, CB=found.width, PER_SM=found.per_sm, TG=_tiles(rows),
+        SOURCE=_SOURCES.index(source), SINK=_SINKS.index(sink), SPLITS=splits, HD=size, ACT=ACTIVATIONS.index(act),
     )  # fmt: skip
     parts = [*matrix.parts, *[None] * (3 - len(matrix.parts))]
     pointers = [
@@ -104,7 +106,7 @@ def product(
     counts = [0 if part is None else part.rows for part in parts]
     blocks = matrix.blocksize.bit_length() - 7  # log2 of how many 64 columns share a scale
     kernel(
-        (multiprocessors(out.get_device()),), 32 * found.warps, found.shared,
+        (multiprocessors(out.get_device()),), 32 * found.warps, found.shared(matrix.format, rows, columns, nested),
         *pointers, table, gain, x, sums, out, *counts, blocks, eps, pdl=pdl,
     )  # fmt: skip
 

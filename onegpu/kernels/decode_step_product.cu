@@ -6,7 +6,7 @@
 // SINK    0  y, float32 [M, N], with bias; W is up to three matrices below one another (q, k, v)
 //         1  h += y, float32 [M, N]
 //         2  act(gate) * up, 16-bit [M, N]; W is two matrices (gate, up)
-// Filled in: M, K, WARPS, SLOTS, CB (bytes of a row in a piece), TG (tiles between two sums), SOURCE, SINK, SPLITS, HD, ACT.
+// Filled in: M, K, WARPS, SLOTS, CB (bytes of a row in a piece), TG (tiles between two sums), PER_SM, SOURCE, SINK, SPLITS, HD, ACT.
 //
 // A block takes a range of rows of W in tiles of 16 (SINK 2: 8 of gate, 8 of up). The pieces of its tiles (16 rows, CB bytes
 // of each) go round the warps; each warp streams its own through a ring of its own, without a barrier. The rings are filled
@@ -60,7 +60,7 @@ DEVICE float4 columns(const void* in, const float2* ml, int m, int c) {
   return make_float4(v.x * total, v.y * total, v.z * total, v.w * total);
 }
 
-__global__ void __launch_bounds__(THREADS, 2)
+__global__ void __launch_bounds__(THREADS, PER_SM)
 product(const u8* w0, const u8* w1, const u8* w2, const void* absmax0, const void* absmax1, const void* absmax2,
         const float* nested0, const float* nested1, const float* nested2, const float* offset0, const float* offset1, const float* offset2,
         const u16* bias0, const u16* bias1, const u16* bias2, const float* map, const u16* gain, const void* in, const float2* ml, void* out,
@@ -95,25 +95,30 @@ product(const u8* w0, const u8* w1, const u8* w2, const void* absmax0, const voi
   };
   auto inside = [&](int tile, int r) { return r0 + tile * TILE_ROWS + (GATED ? r & 7 : r) < r1; };
 
-  int fetched = warp, f_slot = 0;                                        // pieces are counted through all tiles
+  constexpr int UNITS = CB / 16, STEP = 32 / UNITS;                      // a warp copies STEP rows at once
+  const int f_line = lane / UNITS, f_unit = lane % UNITS, f_place = f_line * CB + swizzled<CB>(f_line, f_unit) * 16;
+  const Shared first_slot = shared(ring + f_place);
+  Shared f_slot = first_slot;
+  int fetched = warp;                                                    // pieces are counted through all tiles
   auto fetch = [&]() {
     if (fetched < tiles * PIECES) {
-      const int tile = fetched / PIECES, piece = fetched % PIECES; u8* slot = ring + f_slot * SLOT;
+      const int tile = fetched / PIECES, piece = fetched % PIECES, row0 = r0 + tile * TILE_ROWS + f_line, at = piece * CB + f_unit * 16;
+      const bool there = K % KB == 0 || at < ROW_BYTES; const i64 from = there ? at : 0;
 #pragma unroll
-      for (int j = 0; j < CB / 32; j++) {
-        int u = lane + 32 * j, r = u / (CB / 16), unit = u % (CB / 16), at = piece * CB + unit * 16, row;
-        Part p = part_of(tile, r, row); bool there = K % KB == 0 || at < ROW_BYTES;
-        if (inside(tile, r)) copy16(slot + r * CB + swizzled<CB>(r, unit) * 16, p.w + (i64)row * ROW_BYTES + (there ? at : 0), there ? 16 : 0, policy);
+      for (int j = 0; j < 16 / STEP; j++) {                              // the swizzle is the same every STEP rows
+        const int row = row0 + j * STEP % TILE_ROWS; const u8* w = GATED && j * STEP >= 8 ? w1 : w0;
+        if (SINK == 0) w = row >= n0 + n1 ? w2 - (i64)(n0 + n1) * ROW_BYTES : row >= n0 ? w1 - (i64)n0 * ROW_BYTES : w0;
+        if (row < r1) copy16(f_slot + j * STEP * CB, w + (i64)row * ROW_BYTES + from, there ? 16 : 0, policy);
       }
 #pragma unroll
       for (int j = 0; j < SCALES / 2; j++) {
         int e = lane + 32 * j, r = e / PER_ROW, b = piece * PER_ROW + e % PER_ROW, row;
         Part p = part_of(tile, r, row); const Scales scales = {p.absmax, p.nested, map, p.offset, shift, 8};
-        scales.fetch(slot + PIECE + e * 4, (i64)row * (K / 64) + b, inside(tile, r) && b < K / 64);
+        scales.fetch(f_slot + (PIECE + e * 4 - f_place), (i64)row * (K / 64) + b, inside(tile, r) && b < K / 64);
       }
       fetched += WARPS;
     }
-    if (++f_slot == SLOTS) f_slot = 0;
+    f_slot = f_slot == first_slot + (SLOTS - 1) * SLOT ? first_slot : f_slot + SLOT;
     commit();
   };
 

@@ -6,13 +6,19 @@ import torch
 import triton
 import triton.language as tl
 
+from onegpu.kernels.launch import triton_launch
+
 _ROOT = tl.constexpr(0.7978845608028654)  # sqrt(2 / pi)
 _BLOCK = 1024
 
 
 @triton.jit
-def _tanh(b_x):
-    return 1.0 - 2.0 / (1.0 + tl.exp(2.0 * b_x))  # of large x: 1 - 2 / inf, and 1 - 2 / 1
+def _sigmoids(b_x):
+    """sigmoid(x) and sigmoid(-x), neither by a difference."""
+    b_small = tl.exp(-tl.abs(b_x))
+    b_large = 1.0 / (1.0 + b_small)
+    b_small *= b_large
+    return tl.where(b_x < 0, b_small, b_large), tl.where(b_x < 0, b_large, b_small)
 
 
 @triton.jit
@@ -21,8 +27,8 @@ def _act(b_x, ACTIVATION: tl.constexpr):
         return b_x / (1.0 + tl.exp(-b_x))
     elif ACTIVATION == "gelu":
         return 0.5 * b_x * (1.0 + tl.erf(b_x * 0.7071067811865476))
-    else:
-        return 0.5 * b_x * (1.0 + _tanh((b_x + 0.044715 * b_x * b_x * b_x) * _ROOT))
+    else:  # 0.5 + 0.5 * tanh(z) is sigmoid(2 z)
+        return b_x / (1.0 + tl.exp((b_x + 0.044715 * b_x * b_x * b_x) * (-2.0 * _ROOT)))
 
 
 @triton.jit
@@ -33,9 +39,9 @@ def _slope(b_x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu":
         return 0.5 * (1.0 + tl.erf(b_x * 0.7071067811865476)) + b_x * tl.exp(-0.5 * b_x * b_x) * (0.5 * _ROOT)
     else:
-        b_tanh = _tanh((b_x + 0.044715 * b_x * b_x * b_x) * _ROOT)
-        b_inner = (1.0 + 0.134145 * b_x * b_x) * _ROOT
-        return 0.5 * (1.0 + b_tanh) + 0.5 * b_x * (1.0 - b_tanh * b_tanh) * b_inner
+        b_plus, b_minus = _sigmoids((b_x + 0.044715 * b_x * b_x * b_x) * (2.0 * _ROOT))
+        b_inner = (1.0 + 0.134145 * b_x * b_x) * (2.0 * _ROOT)
+        return b_plus + b_x * b_plus * b_minus * b_inner
 
 
 @triton.jit
@@ -78,10 +84,19 @@ def forward(gate: torch.Tensor, up: torch.Tensor, activation: str, y: torch.Tens
         return
     g2, u2 = _rows(gate), _rows(up)
     rows, n = g2.shape
-    with torch.cuda.device(y.device):
-        _forward_kernel[(rows, triton.cdiv(n, _BLOCK))](
-            g2, u2, y, g2.stride(0), u2.stride(0), n, ACTIVATION=activation, BLOCK=_BLOCK, num_warps=4
-        )
+    triton_launch(
+        _forward_kernel,
+        (rows, triton.cdiv(n, _BLOCK)),
+        g2,
+        u2,
+        y,
+        g2.stride(0),
+        u2.stride(0),
+        n,
+        ACTIVATION=activation,
+        BLOCK=_BLOCK,
+        num_warps=4,
+    )
 
 
 def backward(
@@ -97,8 +112,8 @@ def backward(
         return
     d2, g2, u2 = _rows(grad), _rows(gate), _rows(up)
     rows, n = g2.shape
-    with torch.cuda.device(grad.device):
-        _backward_kernel[(rows, triton.cdiv(n, _BLOCK))](
-            d2, g2, u2, grad_gate, grad_up, d2.stride(0), g2.stride(0), u2.stride(0), n,
-            ACTIVATION=activation, BLOCK=_BLOCK, num_warps=4,
-        )  # fmt: skip
+    triton_launch(
+        _backward_kernel, (rows, triton.cdiv(n, _BLOCK)),
+        d2, g2, u2, grad_gate, grad_up, d2.stride(0), g2.stride(0), u2.stride(0), n,
+        ACTIVATION=activation, BLOCK=_BLOCK, num_warps=4,
+    )  # fmt: skip

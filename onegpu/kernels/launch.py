@@ -28,9 +28,9 @@ from onegpu.kernels.guard import (
     refuse_capture,
 )
 from onegpu.kernels.tensor_map import tensor_map
-from onegpu.kernels.triton_kernel import Prepared, TritonKernel
+from onegpu.kernels.triton_kernel import Bound, TritonKernel
 
-__all__ = ["CudaKernel", "aligned", "tensor_map", "triton_launch", "triton_prepare"]
+__all__ = ["CudaKernel", "aligned", "tensor_map", "triton_bind", "triton_launch"]
 
 Grid = tuple[int, ...]  # one to three sizes
 
@@ -168,18 +168,27 @@ def triton_launch(kernel: Any, grid: Grid, *args: Any, **constants: Any) -> None
     As in Triton, an integer that is 1 or a multiple of 16 and a pointer that is a multiple of 16 get code of their own,
     unless the kernel's ``do_not_specialize`` names them; None and 1 become constants.
     """
-    found = _TRITON.get(id(kernel)) or _kept(kernel)
-    found(grid, args, constants)
+    _triton(kernel)(grid, args, constants)
 
 
-def triton_prepare(kernel: Any, grid: Grid, *args: Any, **constants: Any) -> Prepared:
-    """What `triton_launch` would launch (which is not done), to be launched with other tensors of the same layout."""
-    found = _TRITON.get(id(kernel)) or _kept(kernel)
-    return found.prepare(grid, args, constants)
+def triton_bind(kernel: Any, grid: Grid, *args: Any, cluster: int = 1, **constants: Any) -> Bound:
+    """Settle a launch once, for an op that keeps it by all that decides it: shapes, strides, alignment, options.
+
+    Args:
+        kernel, grid, args, constants: as of `triton_launch`; the tensors are examples.
+        cluster: so many blocks in a row run at once and may use ``barrier.cluster`` (compute capability 9.0 and up).
+
+    Returns:
+        The launch: called with its tensors alone, alike in dtype, device and 16-byte alignment, without the Nones.
+    """
+    return _triton(kernel).bind(grid, args, constants, cluster)
 
 
-def _kept(kernel: Any) -> TritonKernel:
-    return _TRITON.setdefault(id(kernel), TritonKernel(kernel))
+def _triton(kernel: Any) -> TritonKernel:
+    found = _TRITON.get(id(kernel))
+    if found is None:
+        found = _TRITON[id(kernel)] = TritonKernel(kernel)
+    return found
 
 
 _TRITON: dict[int, TritonKernel] = {}  # a TritonKernel keeps its function alive, so that no id comes twice

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from onegpu.kernels.library import define, has_triton
-from onegpu.kernels.rms_norm import MAX_WIDTH
+from onegpu.kernels.rms_norm import MAX_BACKWARD_WIDTH, MAX_WIDTH
 
 
 def _norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
@@ -74,7 +74,7 @@ def _backward(
 def _backward_cuda(
     grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if not has_triton() or x.shape[-1] > MAX_WIDTH or x.dtype == torch.float64:
+    if not has_triton() or x.shape[-1] > MAX_BACKWARD_WIDTH or x.dtype == torch.float64:
         return _backward(grad, x, weight, eps)
     from onegpu.kernels import norm_triton
 

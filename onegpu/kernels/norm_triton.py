@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from onegpu.kernels.launch import triton_launch
+
 
 @triton.jit
 def _forward_kernel(
@@ -39,7 +41,7 @@ def _forward_kernel(
     tl.store(p_y + i_row * N + o_n, b_x.to(p_y.dtype.element_ty), mask=m_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _backward_kernel(
     p_grad, p_x, p_weight, p_grad_x, p_grad_weight, p_grad_bias, rows, g_row, x_row, eps, offset,
     N: tl.constexpr, BLOCK: tl.constexpr, MEAN: tl.constexpr, WEIGHT: tl.constexpr,
@@ -79,7 +81,7 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def _warps(block: int) -> int:
-    return max(1, min(16, block // 512))
+    return max(1, min(32, block // 512))
 
 
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -103,12 +105,12 @@ def forward(
         return
     x2, r2 = _rows(x), None if residual is None else _rows(residual)
     block = triton.next_power_of_2(n)
-    with torch.cuda.device(x.device):
-        _forward_kernel[(x2.shape[0],)](
-            x2, r2, weight, bias, y, total, x2.stride(0), 0 if r2 is None else r2.stride(0), eps, offset,
-            N=n, BLOCK=block, MEAN=mean, RESIDUAL=residual is not None, WEIGHT=weight is not None,
-            BIAS=bias is not None, MIDDLE=_TYPES[middle], num_warps=_warps(block),
-        )  # fmt: skip
+    triton_launch(
+        _forward_kernel, (x2.shape[0],),
+        x2, r2, weight, bias, y, total, x2.stride(0), 0 if r2 is None else r2.stride(0), eps, offset,
+        N=n, BLOCK=block, MEAN=mean, RESIDUAL=residual is not None, WEIGHT=weight is not None,
+        BIAS=bias is not None, MIDDLE=_TYPES[middle], num_warps=_warps(block),
+    )  # fmt: skip
 
 
 @functools.cache
@@ -133,10 +135,10 @@ def backward(
         return x.new_zeros(n, dtype=torch.float32), x.new_zeros(n, dtype=torch.float32)
     shares = torch.empty(2 if mean else 1, programs, n, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(n)
-    with torch.cuda.device(x.device):
-        _backward_kernel[(programs,)](
-            g2, x2, weight, grad_x, shares[0], shares[-1], x2.shape[0], g2.stride(0), x2.stride(0), eps, offset,
-            N=n, BLOCK=block, MEAN=mean, WEIGHT=weight is not None, num_warps=_warps(block),
-        )  # fmt: skip
+    triton_launch(
+        _backward_kernel, (programs,),
+        g2, x2, weight, grad_x, shares[0], shares[-1], x2.shape[0], g2.stride(0), x2.stride(0), eps, offset,
+        N=n, BLOCK=block, MEAN=mean, WEIGHT=weight is not None, num_warps=_warps(block),
+    )  # fmt: skip
     sums = shares.sum(1)
     return sums[0], sums[-1]

@@ -20,6 +20,7 @@ from onegpu.kernels.library import define, has_triton
 
 STYLES = ("llama", "t5", "gemma", "olmo2")
 MAX_WIDTH = 16384  # of the kernel: a row lies in the registers of one program
+MAX_BACKWARD_WIDTH = 8192  # and on the way back, with its gradient and the sums of all rows
 
 
 def _norm(
@@ -91,7 +92,7 @@ def _backward(
 def _backward_cuda(
     grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if not has_triton() or x.shape[-1] > MAX_WIDTH or x.dtype == torch.float64:
+    if not has_triton() or x.shape[-1] > MAX_BACKWARD_WIDTH or x.dtype == torch.float64:
         return _backward(grad, x, weight, eps, offset)
     from onegpu.kernels import norm_triton
 

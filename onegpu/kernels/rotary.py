@@ -19,7 +19,9 @@ from onegpu.kernels.library import define, has_triton
 def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
     """x ``[B, H, T, D]`` in its own strides; products and sums rounded as transformers rounds them."""
     half = cos.shape[-1]
-    first, second = (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else (slice(half), slice(half, 2 * half))
+    first, second = (
+        (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else (slice(half), slice(half, 2 * half))
+    )
     a, b, cos, sin = x[..., first], x[..., second], cos[:, None], sin[:, None]
     out = x.clone()
     out[..., first] = a * cos + -b * sin

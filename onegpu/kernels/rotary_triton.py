@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from onegpu.kernels.launch import triton_launch
+
 _HEADS = 4  # of a program
 
 
@@ -41,7 +43,7 @@ def _heads(
         tl.store(p_to + o_d, tl.load(p_from + o_d, mask=m_d, other=0.0).to(p_out.dtype.element_ty), mask=m_d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "H", "HKV", "L"])
 def _rotary_kernel(
     p_q, p_k, p_v, p_cos, p_sin, p_places, p_q_out, p_k_out, p_v_out, T, H, HKV, L,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, c_b, c_t, s_b, s_t, p_b, p_t,
@@ -117,12 +119,12 @@ def _launch(
     q, k, v, cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, cos, sin))
     blocks = triton.cdiv(h, _HEADS) + (2 if places is not None else 1) * triton.cdiv(h_kv, _HEADS)
     places_strides = (0, 0) if places is None else places.stride()
-    with torch.cuda.device(q.device):
-        _rotary_kernel[(b * t, blocks)](
-            q, k, v, cos, sin, places, q_out, k_out, v_out, t, h, h_kv, k_out.shape[2],
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *cos.stride()[:2], *sin.stride()[:2], *places_strides,
-            *q_out.stride()[:3], *k_out.stride()[:3], *v_out.stride()[:3],
-            D=d, DV=d_v, HALF=half, BH=_HEADS, BHALF=triton.next_power_of_2(max(1, half)),
-            BREST=triton.next_power_of_2(max(1, d - 2 * half)), BDV=triton.next_power_of_2(d_v),
-            INTERLEAVED=interleaved, CACHE=places is not None, num_warps=2,
-        )  # fmt: skip
+    triton_launch(
+        _rotary_kernel, (b * t, blocks),
+        q, k, v, cos, sin, places, q_out, k_out, v_out, t, h, h_kv, k_out.shape[2],
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *cos.stride()[:2], *sin.stride()[:2], *places_strides,
+        *q_out.stride()[:3], *k_out.stride()[:3], *v_out.stride()[:3],
+        D=d, DV=d_v, HALF=half, BH=_HEADS, BHALF=triton.next_power_of_2(max(1, half)),
+        BREST=triton.next_power_of_2(max(1, d - 2 * half)), BDV=triton.next_power_of_2(d_v),
+        INTERLEAVED=interleaved, CACHE=places is not None, num_warps=2,
+    )  # fmt: skip

@@ -6,6 +6,7 @@ the machine; here a tuple of what matters is the key, and the driver is called d
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -57,6 +58,7 @@ class _Made:
         self.threads = (32 * meta.num_warps, 1, 1)
         self.shared, self.ctas, self.scratch = meta.shared, meta.num_ctas, meta.global_scratch_size or 0
         pdl, cooperative = bool(meta.launch_pdl), bool(meta.launch_cooperative_grid)
+        self.cooperative, self.pdl = cooperative, pdl
         self.attributes = driver.attributes(pdl, cooperative, (self.ctas, 1, 1), spread=True)
         self.indices = [index for index, _ in kept]
 
@@ -86,60 +88,7 @@ def _map_of(given: Any, meta: dict[str, Any]) -> tuple[Any, ...]:
     return kind, meta["elem_size"], shape, strides, box, meta["swizzle"], given.padding == "nan"
 
 
-class Prepared:
-    """A launch with everything but the tensors settled: dtypes, shapes, strides, alignment, numbers and the grid.
-
-    What a caller keeps where working those out costs more than the launch; it sees to it that they are the same.
-    """
-
-    def __init__(
-        self, made: _Made, grid: tuple[int, ...], args: tuple[Any, ...], addresses: list[Any], device: int
-    ) -> None:
-        if made.scratch or made.ctas > 1:
-            raise KernelError(f"{made.kernel.op}: scratch memory and clusters are not served in a prepared launch")
-        self._made, self._device = made, device
-        self._sizes = (*grid, 1, 1)[:3]
-        self._values: list[Any] = []
-        self._tensors: list[tuple[int, dict[int, bytes] | None, tuple[Any, ...]]] = []
-        meta = iter(made.descriptors)
-        for index, kind in made.kept:
-            place = len(self._values)
-            if kind.startswith("tensordesc"):
-                one = next(meta)
-                self._tensors.append((place, {}, _map_of(args[index], one)))
-                self._values += _descriptor(args[index], one)
-            else:
-                if kind.startswith("*"):
-                    self._tensors.append((place, None, ()))
-                self._values.append(addresses[index])
-        self._values += (0, 0)
-
-    def __call__(self, *tensors: torch.Tensor) -> None:
-        """Launch with these tensors: those of the pointers and descriptors in order, without what was None."""
-        if 0 in self._sizes:
-            return
-        values = self._values.copy()
-        for x, (place, maps, rest) in zip(tensors, self._tensors, strict=True):
-            address = x.data_ptr()
-            if maps is None:
-                values[place] = address
-                continue
-            found = maps.get(address)
-            if found is None:
-                if len(maps) > 256:
-                    maps.clear()
-                found = maps[address] = encode(address, *rest)
-            values[place] = found
-        if self._device != current_device():
-            with torch.cuda.device(self._device):
-                self._launch(values)
-        else:
-            self._launch(values)
-
-    def _launch(self, values: list[Any]) -> None:
-        made, device = self._made, self._device
-        stream = raw_stream(device)
-        made.packer.launch(made.kernel, self._sizes, made.threads, made.shared, stream, made.attributes, values, device)
+Bound = Callable[..., None]  # called with its tensors, in the order of the arguments
 
 
 class TritonKernel:
@@ -161,8 +110,6 @@ class TritonKernel:
             return
         device, key, addresses = self._key(args, constants)
         if device != current_device():
-            if device is None or device < 0:
-                raise not_on_cuda(self.op)
             with torch.cuda.device(device):
                 return self(grid, args, constants)
         made = self._made.get(key)
@@ -183,19 +130,8 @@ class TritonKernel:
             sizes = (sizes[0] * made.ctas, sizes[1], sizes[2])
         made.packer.launch(made.kernel, sizes, made.threads, made.shared, stream, made.attributes, values, device)
 
-    def prepare(self, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> Prepared:
-        """As a call, but what is launched is kept, to be launched again with other tensors."""
-        device, key, addresses = self._key(args, constants)
-        if device is None:
-            raise not_on_cuda(self.op)
-        made = self._made.get(key)
-        if made is None:
-            with torch.cuda.device(device):
-                made = self._make(key, device, args, constants)
-        return Prepared(made, grid, args, addresses, device)
-
-    def _key(self, args: tuple[Any, ...], constants: dict[str, Any]) -> tuple[int | None, tuple[Any, ...], list[Any]]:
-        """The device of the tensors, what a compiled form is kept by, and the addresses and numbers to be written."""
+    def _key(self, args: tuple[Any, ...], constants: dict[str, Any]) -> tuple[int, tuple[Any, ...], list[Any]]:
+        """The device, what decides the compiled form, and the arguments with addresses for tensors."""
         key: list[Any] = []
         addresses: list[Any] = []
         device, unaligned, bit = None, 0, 1
@@ -223,8 +159,69 @@ class TritonKernel:
                     unaligned |= bit
                 bit += bit
             addresses.append(arg)
-        key += (device, unaligned, *constants.values(), *constants)
-        return device, tuple(key), addresses
+        if device is None or device < 0:
+            raise not_on_cuda(self.op)
+        return device, (*key, device, unaligned, *constants.values(), *constants), addresses
+
+    def bind(self, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any], cluster: int) -> Bound:
+        """A launch of which only the addresses are open, see `onegpu.kernels.launch.triton_bind`."""
+        # tensors, and descriptors, for which their tensors are given
+        tensors = [index for index, arg in enumerate(args) if isinstance(arg, torch.Tensor) or hasattr(arg, "base")]
+        if self._interpreted:
+
+            def call(*given: torch.Tensor) -> None:
+                filled = dict(zip(tensors, given, strict=True))
+                self.function[grid](*(filled.get(index, arg) for index, arg in enumerate(args)), **constants)
+
+            return call
+        device, key, _ = self._key(args, constants)
+        with torch.cuda.device(device):
+            made = self._made.get(key) or self._make(key, device, args, constants)
+            if cluster > 8:
+                made.kernel.allow_large_cluster(device)
+        if made.scratch or made.ctas > 1:
+            raise KernelError(f"{self.op}: Triton's scratch and its clusters cannot be bound")
+        attributes = driver.attributes(made.pdl, made.cooperative, (cluster, 1, 1), spread=True)
+        sizes = (*grid, 1, 1)[:3]
+        values: list[Any] = []
+        place_of: dict[int, tuple[int, dict[int, bytes] | None, tuple[Any, ...]]] = {}
+        meta = iter(made.descriptors)
+        for index, kind in made.kept:
+            if kind.startswith("tensordesc"):  # the maps of addresses that were met, and what else makes one
+                one = next(meta)
+                place_of[index] = len(values), {}, _map_of(args[index], one)
+                values += _descriptor(args[index], one)
+            else:
+                place_of[index] = len(values), None, ()
+                values.append(0 if index in tensors else args[index])  # the examples are not kept alive
+        # A tensor that the code does not read has no place among them: it goes to the end, which is taken off again.
+        places = [place_of.get(index, (-1, None, ())) for index in tensors]
+        values += (0, 0, 0)
+        kernel, threads, shared, launch_packed = made.kernel, made.threads, made.shared, made.packer.launch
+
+        def launch(*given: torch.Tensor) -> None:
+            if device != current_device():
+                with torch.cuda.device(device):
+                    return launch(*given)
+            if 0 in sizes:
+                return None
+            filled = values.copy()
+            for (place, maps, rest), tensor in zip(places, given, strict=True):
+                if tensor.get_device() != device:
+                    raise other_device(self.op, tensor, device)
+                address: Any = tensor.data_ptr()
+                if maps is not None:
+                    if address not in maps:
+                        if len(maps) >= 256:
+                            maps.clear()
+                        maps[address] = encode(address, *rest)
+                    address = maps[address]
+                filled[place] = address
+            filled.pop()
+            launch_packed(kernel, sizes, threads, shared, raw_stream(device), attributes, filled, device)
+            return None
+
+        return launch
 
     def _make(self, key: tuple[Any, ...], device: int, args: tuple[Any, ...], constants: dict[str, Any]) -> _Made:
         refuse_capture(self.op)

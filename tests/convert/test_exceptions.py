@@ -16,7 +16,7 @@ from tests.tiny import tiny_model
 @pytest.mark.parametrize("overrides", [{}, {"multi_query": False}], ids=["multi query", "as many"])
 def test_older_layouts(overrides):
     model, ours = tiny_model("falcon_old", **overrides), tiny_model("falcon_old", **overrides)
-    assert len(onegpu.optimize(ours).swapped) == 2
+    assert [c.after for c in onegpu.optimize(ours).swapped].count("onegpu attention") == 2
     batch = harness.text(padding="left")
     real = batch["attention_mask"].bool()
     assert_near(ours(**batch).logits[real], model(**batch).logits[real])

@@ -10,13 +10,14 @@ from onegpu.convert.attention_rule import UseAttention
 from onegpu.convert.optimize import State
 from onegpu.convert.report import Report
 from onegpu.convert.rules import RULES, QuantizeWeights
+from onegpu.convert.structure_rule import UseKernels
 from onegpu.errors import ArgumentError
 from onegpu.formats.bitsandbytes import Settings
 from tests.tiny import tiny_model
 
 
 def test_the_registry():
-    assert [type(rule) for rule in RULES] == [QuantizeWeights, UseAttention]
+    assert [type(rule) for rule in RULES] == [QuantizeWeights, UseAttention, UseKernels]
 
 
 def test_no_settings_no_change_of_weights():
@@ -24,7 +25,7 @@ def test_no_settings_no_change_of_weights():
     before = dict(model.named_parameters())
     for rule in RULES:
         rule.apply(model, None, State(), False, report)
-    assert {change.after for change in report.changes} == {"onegpu attention"}
+    assert {change.after for change in report.changes} == {"onegpu attention", "onegpu RMSNorm", "onegpu GatedMLP"}
     assert all(before[name] is parameter for name, parameter in model.named_parameters())
 
 

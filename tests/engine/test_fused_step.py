@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+import onegpu
 from onegpu.engine.fused_step import Fused, FusedStep, left_padded, plan
 from onegpu.engine.generate import Generate
 from onegpu.engine.loop import Engine
@@ -80,6 +81,42 @@ def test_logits_of_4_bit_layers_are_the_models() -> None:
     compare(model)
 
 
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_an_optimised_model_generates_with_it(quantize: str | None) -> None:
+    model = causal_model("llama")
+    onegpu.optimize(model, quantize=quantize)
+    assert step_of(model).structure.layers[0].qkv.format == (quantize or "16bit")
+    engine = Engine("emulate")
+    model.__dict__["generate"] = Generate(model, engine)
+    model.generate(torch.randint(4, 100, (1, 9)), max_new_tokens=20, do_sample=False)
+    assert engine.last is not None
+    assert engine.last.fused
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantize", [None, "nf4", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_it_generates_on_a_gpu(quantize: str | None, dtype: torch.dtype) -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=500, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, eos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).to("cuda", dtype).eval()
+    model.generation_config.eos_token_id = None
+    onegpu.optimize(model, quantize=quantize)
+    engine = Engine()
+    model.__dict__["generate"] = Generate(model, engine)
+    ids = torch.randint(4, 400, (2, 30), device="cuda")
+    out = model.generate(ids, max_new_tokens=30, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    assert engine.last is not None
+    assert engine.last.fused
+    with torch.no_grad():
+        want = model(out.sequences).logits[:, 29:-1].float()
+    got = torch.stack(out.logits, 1).float()
+    assert float((got - want).norm() / want.norm()) < 2e-2
+
+
 def test_llama_with_biases_and_scaled_rotary_embedding() -> None:
     config = transformers.LlamaConfig(
         vocab_size=100, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
@@ -120,11 +157,11 @@ def test_a_mask_with_holes_takes_the_models_forward_even_after_a_fused_request()
     wants = [model.generate(ids, attention_mask=m, max_new_tokens=20, do_sample=False) for m in (mask, holes, mask)]
     engine = Engine("emulate")
     model.__dict__["generate"] = Generate(model, engine)
-    for m, want, fused in zip((mask, holes, mask), wants, (True, False, False), strict=True):
+    for m, want, fused in zip((mask, holes, mask), wants, (True, False, True), strict=True):
         assert torch.equal(model.generate(ids, attention_mask=m, max_new_tokens=20, do_sample=False), want)
         assert engine.last is not None
         assert engine.last.loop == "captured"
-        assert engine.last.fused == fused  # the step over this memory is the model's own by then
+        assert engine.last.fused == fused
 
 
 def test_a_wrong_step_is_found_out_and_not_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,21 +185,20 @@ def test_left_padded() -> None:
     assert left_padded(torch.ones(2, 0))
 
 
-# what, rows, length of the cache, position, first
+# what, dtype, rows, length of the cache, position, first
 KERNELS = [
-    ({}, 1, 64, 40, None),
-    ({"form": "nf4", "nested": True, "norms": True, "rotated": 16}, 2, 64, 40, [0, 11]),
-    ({"form": "int8", "window": 32, "act": "gelu_tanh"}, 4, 32, 70, [0, 50, 60, 69]),
+    ({}, torch.bfloat16, 1, 64, 40, None),
+    ({"form": "nf4", "nested": True, "norms": True, "rotated": 16}, torch.float16, 2, 64, 40, [0, 11]),
+    ({"form": "int8", "window": 32, "act": "gelu_tanh"}, torch.bfloat16, 4, 32, 70, [0, 50, 60, 69]),
 ]
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", KERNELS, ids=["16bit", "nf4", "int8"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_chain_of_kernels_is_the_chain_of_definitions(
-    device: str, case: tuple, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    device: str, case: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    what, rows, length, position, first = case
+    what, dtype, rows, length, position, first = case
     found = structure(dtype=dtype, **what)
     ids, at = torch.arange(rows)[:, None], torch.tensor([position])
     begin = None if first is None else torch.tensor(first, dtype=torch.int32)

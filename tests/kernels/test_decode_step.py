@@ -12,7 +12,10 @@ from tests.decode_structures import matrix, moved
 from tests.kernels.emulated_step import DEVICES, on
 
 DTYPES = [torch.bfloat16, torch.float16]
-FORMS = ["16bit", "int8", "nf4", "fp4", "nested"]
+FORMS = ["16bit", "int8", "nf4", "nested"]
+# form, rows, and columns or the activation
+NORMS = [("16bit", 1, 192), ("16bit", 8, 128), ("int8", 3, 448), ("nf4", 1, 192), ("fp4", 8, 128), ("nested", 3, 448)]
+GATED = [("16bit", 2, "silu"), ("int8", 5, "gelu_tanh"), ("nf4", 1, "gelu"), ("nested", 2, "silu")]
 
 
 def made(form: str, rows: tuple[int, ...], columns: int, dtype: torch.dtype) -> ops.Matrix:
@@ -34,9 +37,9 @@ def check(y: torch.Tensor, reference: torch.Tensor, other: torch.Tensor, what: s
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("rows", "columns"), [(1, 192), (3, 448), (8, 128)])
-def test_products_of_a_norm(device: str, form: str, rows: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("case", NORMS, ids=str)
+def test_products_of_a_norm(device: str, case: tuple[str, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    form, rows, columns = case
     dtype = DTYPES[rows % 2]
     m, h, gain = made(form, (48, 16, 16), columns, dtype), random(rows, columns), (random(columns) * 0.1 + 1).to(dtype)
     x = ops.rms_norm(h, gain, 1e-5)
@@ -48,9 +51,9 @@ def test_products_of_a_norm(device: str, form: str, rows: int, columns: int, mon
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("rows", "act"), [(2, "silu"), (5, "gelu_tanh"), (1, "gelu")])
-def test_gated_products(device: str, form: str, rows: int, act: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("case", GATED, ids=str)
+def test_gated_products(device: str, case: tuple[str, int, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    form, rows, act = case
     dtype = DTYPES[rows % 2]
     m, h, gain = made(form, (37, 37), 128, dtype), random(rows, 128), (random(128) * 0.1 + 1).to(dtype)
     if form in ("nf4", "fp4", "nested"):

@@ -171,4 +171,4 @@ def test_gpu_a_call_costs_little_host_time() -> None:
             for _ in range(50):
                 call()
             times.append((time.perf_counter() - start) / 50)
-        assert statistics.median(times) < 10e-6, (name, statistics.median(times))
+        assert statistics.median(times) < 12e-6, (name, statistics.median(times))  # DESIGN's budget of a linear

@@ -7,7 +7,8 @@ import functools
 import pytest
 import torch
 
-from onegpu import functional, kernels  # noqa: F401  (functional defines every op)
+from onegpu import functional, kernels  # noqa: F401  (functional defines every op of bitsandbytes' functions)
+from onegpu.kernels import decode_attention, gated_mlp, layer_norm, rms_norm, rotary  # noqa: F401
 from onegpu.kernels.library import define
 
 

@@ -12,7 +12,7 @@ import torch
 from onegpu.errors import KernelError
 from onegpu.kernels import launch
 from onegpu.kernels.driver import KINDS
-from onegpu.kernels.launch import triton_launch, triton_prepare
+from onegpu.kernels.launch import triton_bind, triton_launch
 from tests.fake_driver import FakeDriver, on_gpu
 from tests.nvrtc_tools import scale_kernel
 from tests.triton_tools import needs_triton, ptx_parameter_bytes
@@ -51,25 +51,6 @@ def test_d_scratch_is_allocated_for_each_call(
 
 
 @needs_triton
-def test_a_prepared_launch_takes_other_tensors(fake: FakeDriver, cpu_compiled: Any) -> None:
-    x, y, there = on_gpu(torch.zeros(4)), on_gpu(torch.zeros(4)), on_gpu(torch.zeros(4), 1)
-    fake.sizes = [8, 8, 4, 4, 8, 8]
-    again = triton_prepare(cpu_compiled.scale, (3,), x, x, None, 4, 2.0, 1, BIAS=False)
-    assert not fake.launches
-    triton_launch(cpu_compiled.scale, (3,), x, y, None, 4, 2.0, 1, BIAS=False)
-    again(x, y)
-    again(y, x)
-    first, second, turned = fake.launches
-    assert first.arguments == second.arguments and first.grid == second.grid
-    assert turned.arguments == [first.arguments[1], first.arguments[0], *first.arguments[2:]]
-    with pytest.raises(ValueError, match="zip"):
-        again(x)
-    elsewhere = triton_prepare(cpu_compiled.scale, (1,), there, there, None, 4, 2.0, 1, BIAS=False)
-    elsewhere(there, there)
-    assert (fake.launches[-1].device, fake.current) == (1, 0)
-
-
-@needs_triton
 def test_f_lengths_compile_nothing(fake: FakeDriver, cpu_compiled: Any) -> None:
     x = on_gpu(torch.zeros(4))
     fake.sizes = [8, 8, 4, 4, 8, 8]
@@ -95,6 +76,58 @@ def test_f_numbers_beyond_32_bits_and_unaligned_pointers_have_code_of_their_own(
     for start in (0, 1, 4, 3):
         triton_launch(cpu_compiled.scale, (1,), on_gpu(x[start:]), x, None, 4, 1.0, 1, BIAS=False)
     assert len(fake.loaded) == 3
+
+
+@needs_triton
+def test_a_launch_that_is_settled_takes_its_tensors_alone(fake: FakeDriver, cpu_compiled: Any) -> None:
+    x, y, z = (on_gpu(torch.zeros(4)) for _ in range(3))
+    fake.sizes = [8, 8, 4, 4, 8, 8]
+    bound = triton_bind(cpu_compiled.scale, (6,), x, y, None, 4, 2.0, 1, cluster=3, BIAS=False)
+    assert not fake.launches
+    bound(z, x)
+    bound(y, y)
+    assert [launch.arguments[:2] for launch in fake.launches] == [
+        [struct.pack("<Q", tensor.data_ptr()) for tensor in pair] for pair in ((z, x), (y, y))
+    ]
+    assert fake.launches[0].arguments[2:4] == [struct.pack("<i", 4), struct.pack("<f", 2.0)]
+    assert fake.launches[0].grid == (6, 1, 1) and fake.launches[0].attributes[4] == (3, 1, 1)
+    with pytest.raises(KernelError, match="the first one on cuda:0"):
+        bound(z, on_gpu(torch.zeros(4), 1))
+    with pytest.raises(ValueError, match="zip"):
+        bound(z)
+    fake.capturing = True  # what was compiled for other sizes needs nothing that a capture forbids
+    triton_bind(cpu_compiled.scale, (7,), x, y, None, 5, 2.0, 1, BIAS=False)(x, y)
+    assert fake.launches[-1].arguments[2] == struct.pack("<i", 5) and len(fake.loaded) == 1
+    there = [on_gpu(torch.zeros(4), 1) for _ in range(2)]
+    fake.capturing = False
+    triton_bind(cpu_compiled.scale, (1,), *there, None, 4, 2.0, 1, BIAS=False)(*there)
+    assert (fake.launches[-1].device, fake.current) == (1, 0)
+
+
+@needs_triton
+def test_a_settled_launch_makes_descriptors_of_other_tensors(
+    fake: FakeDriver, cpu_compiled: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from onegpu.kernels import triton_kernel
+
+    made = []
+    monkeypatch.setattr(
+        triton_kernel, "encode", lambda at, *rest: made.append((at, rest)) or at.to_bytes(128, "little")
+    )
+    x, y = on_gpu(torch.zeros(16, 64)), on_gpu(torch.zeros(16, 64))
+    fake.sizes = [128, 4, 4, 8, 8, 8, 8, 8]
+    descriptor = TensorDescriptor.from_tensor(x, [16, 64])
+    bound = triton_bind(cpu_compiled.through_descriptor, (1,), descriptor, x, ROWS=16, COLUMNS=64)
+    for tensor in (y, x, y):
+        bound(tensor, x)
+        assert fake.launches[-1].arguments[0] == tensor.data_ptr().to_bytes(128, "little")
+    assert fake.launches[-1].arguments[5] == struct.pack("<Q", x.data_ptr())
+    assert [at for at, _ in made[1:]] == [y.data_ptr(), x.data_ptr()]  # each once
+    assert len({rest for _, rest in made}) == 1
+    triton_bind(cpu_compiled.through_descriptor, (0,), descriptor, x, ROWS=16, COLUMNS=64)(x, x)
+    assert len(fake.launches) == 3
 
 
 @needs_triton
