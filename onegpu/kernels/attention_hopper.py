@@ -224,7 +224,7 @@ def backward(
     constants = {
         "HEAD": d, "HEAD_V": d_v, "ST": 2, "LEFT": left >= 0, "RIGHT": right >= 0,
         "EVEN": not how_k and s_k % 128 == 0, "RQ": how_q, "RK": how_k, "DRAW": tiles > started,
-        "SWAP": wide == 64, "SPLIT": wide == 64 and right >= 0, "TMA_DQ": True,
+        "SWAP": wide == 64, "SPLIT": wide == 64 and right >= 0 > left, "TMA_DQ": True,
     } | options  # fmt: skip
     drawn = _counter(q.device) if constants["DRAW"] else lse
     main = triton_bind(

@@ -14,7 +14,7 @@ from tests.triton_tools import needs_triton, spills
 @needs_triton
 @pytest.mark.parametrize(
     ("d", "options"),
-    [(128, {}), (64, {"RQ": 2, "RK": 2, "EVEN": False, "LEFT": True, "SWAP": True, "SPLIT": True})],
+    [(128, {}), (64, {"RQ": 2, "RK": 2, "EVEN": False, "SWAP": True, "SPLIT": True})],
 )
 def test_compiles_within_the_limits(d: int, options: dict[str, Any]) -> None:
     from onegpu.kernels import attention_hopper, attention_sm90_backward
