@@ -46,6 +46,7 @@ def collect() -> dict[str, Any]:
 
     from onegpu import hardware
     from onegpu.kernels import available
+    from onegpu.kernels.attention_dispatch import by_cudnn
 
     gpus = []
     for index in range(hardware.device_count()):
@@ -64,6 +65,7 @@ def collect() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "packages": versions,
         "kernels": available(),
+        "attention_by_cudnn": by_cudnn(),
         "missing": missing(versions, bool(gpus), torch.version.cuda),
     }
 
@@ -112,6 +114,8 @@ def page(facts: dict[str, Any]) -> str:
     lines += [f"  {name:<25}{version or 'not installed'}" for name, version in facts["packages"].items()]
     lines += ["", "kernels"]
     lines += [f"  {name:<25}{implementation}" for name, implementation in facts["kernels"].items()]
+    lines += ["", "attention through cuDNN on Hopper, where it was measured faster"]
+    lines += [f"  {entry}" for entry in facts["attention_by_cudnn"]] or ["  nothing"]
     lines += ["", "missing"]
     lines += [f"  {sentence}" for sentence in facts["missing"]] or ["  nothing"]
     return "\n".join(lines)

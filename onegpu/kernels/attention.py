@@ -14,227 +14,16 @@ Sources: FlashAttention-2 (arXiv 2307.08691), FlashAttention-3 (arXiv 2407.08608
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from onegpu.errors import bad_argument
-from onegpu.kernels import attention_cpu
+from onegpu.kernels.attention_definition import Options, backward, backward_fake, forward, forward_fake
+from onegpu.kernels.attention_dispatch import IMPLEMENTATIONS, again, backward_cuda, forward_cuda, plain
 from onegpu.kernels.autocast import autocast_dtype
-from onegpu.kernels.library import define, has_triton
-
-IMPLEMENTATIONS = ("auto", "definition", "portable", "hopper")
-_KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_MAX_HEAD_DIM = 256  # of the kernels
-
-
-class Options(NamedTuple):
-    """What the ops take beside the tensors of the attention itself, in the order of their schema.
-
-    left, right: the window, -1 without a limit. q_range, k_range: int32 ``[B, 2]``, (first, length) of each row of a
-    padded batch. cu_seqlens_q, cu_seqlens_k: int32 ``[B + 1]``, ends of packed sequences, from 0. max_seqlen_q,
-    max_seqlen_k: upper bounds of their lengths.
-    """
-
-    scale: float
-    left: int = -1
-    right: int = -1
-    q_range: torch.Tensor | None = None
-    k_range: torch.Tensor | None = None
-    cu_seqlens_q: torch.Tensor | None = None
-    cu_seqlens_k: torch.Tensor | None = None
-    max_seqlen_q: int = 0
-    max_seqlen_k: int = 0
-    implementation: str = "auto"
-
-
-class _Sequence(NamedTuple):
-    """Indices of one sequence's real rows: of q and out, of k and v, of the log-sum-exp."""
-
-    q: tuple[Any, ...]
-    k: tuple[Any, ...]
-    lse: tuple[Any, ...]
-
-
-def _sequences(q: torch.Tensor, k: torch.Tensor, options: Options) -> Iterator[_Sequence]:
-    if options.cu_seqlens_q is not None and options.cu_seqlens_k is not None:
-        ends_q, ends_k = options.cu_seqlens_q.tolist(), options.cu_seqlens_k.tolist()
-        for b in range(len(ends_q) - 1):
-            rows, keys = slice(ends_q[b], ends_q[b + 1]), slice(ends_k[b], ends_k[b + 1])
-            yield _Sequence((rows,), (keys,), (slice(None), rows))
-        return
-    ranges_q = [(0, q.shape[1])] * q.shape[0] if options.q_range is None else options.q_range.tolist()
-    ranges_k = [(0, k.shape[1])] * q.shape[0] if options.k_range is None else options.k_range.tolist()
-    for b, ((first_q, n), (first_k, m)) in enumerate(zip(ranges_q, ranges_k, strict=True)):
-        rows, keys = slice(first_q, first_q + n), slice(first_k, first_k + m)
-        yield _Sequence((b, rows), (b, keys), (b, slice(None), rows))
-
-
-def _by_head(x: torch.Tensor, heads: int) -> torch.Tensor:
-    """``[S, H, D]`` of one sequence, in the dtype of the calculation, as ``[heads, H / heads, S, D]``."""
-    x = x if x.dtype == torch.float64 else x.float()
-    return x.transpose(0, 1).unflatten(0, (heads, -1))  # type: ignore[no-any-return]
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """The inverse of `_by_head`."""
-    return x.flatten(0, 1).transpose(0, 1)
-
-
-def _scores(q: torch.Tensor, k: torch.Tensor, options: Options) -> torch.Tensor:
-    """``[H_kv, G, n, m]``, -inf where a row does not see a key."""
-    scores = q @ k.transpose(-1, -2) * options.scale
-    n, m = scores.shape[-2:]
-    distance = torch.arange(m, device=q.device) - torch.arange(m - n, m, device=q.device)[:, None]
-    hidden = torch.zeros_like(distance, dtype=torch.bool)
-    if options.left >= 0:
-        hidden |= distance < -options.left
-    if options.right >= 0:
-        hidden |= distance > options.right
-    return scores.masked_fill_(hidden, -math.inf)
-
-
-def _probabilities(scores: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-    return torch.exp(scores - lse.masked_fill(lse == -math.inf, 0)[..., None])
-
-
-def _lse_dtype(q: torch.Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
-def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    options = Options(*rest)
-    out, lse = _forward_fake(q, k, v, *rest)
-    out.zero_()
-    lse.fill_(-math.inf)
-    flash = options.implementation == "auto" and attention_cpu.serves(q, k, v)
-    for at in _sequences(q, k, options):
-        if flash and (told := attention_cpu.masks(q[at.q], k[at.k], options)) is not None:
-            attention_cpu.forward(q[at.q], k[at.k], v[at.k], out[at.q], lse[at.lse], told)
-            continue
-        keys, values = (_by_head(x[at.k], k.shape[-2]) for x in (k, v))
-        scores = _scores(_by_head(q[at.q], k.shape[-2]), keys, options)
-        if scores.numel():
-            logarithm = torch.logsumexp(scores, -1)
-            lse[at.lse] = logarithm.flatten(0, 1)
-            out[at.q] = _rows(_probabilities(scores, logarithm) @ values).to(out.dtype)
-    return out, lse
-
-
-def _forward_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    *batch, heads, _ = q.shape
-    shape = (batch[0], heads, batch[1]) if len(batch) == 2 else (heads, batch[0])
-    return q.new_empty((*batch, heads, v.shape[-1])), q.new_empty(shape, dtype=_lse_dtype(q))
-
-
-_Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-def _backward(
-    grad: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-    out: torch.Tensor, lse: torch.Tensor, deterministic: bool, *rest: Any,
-) -> _Gradients:  # fmt: skip
-    options = Options(*rest)
-    dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    heads = k.shape[-2]
-    flash = options.implementation == "auto" and grad_lse is None and attention_cpu.serves(q, k, v)
-    for at in _sequences(q, k, options):
-        if flash and (told := attention_cpu.masks(q[at.q], k[at.k], options)) is not None:
-            given = (grad[at.q], q[at.q], k[at.k], v[at.k], out[at.q], lse[at.lse])
-            attention_cpu.backward(*given, (dq[at.q], dk[at.k], dv[at.k]), told)
-            continue
-        queries, gradients, outputs = (_by_head(x[at.q], heads) for x in (q, grad, out))
-        keys, values = (_by_head(x[at.k], heads) for x in (k, v))
-        logarithm = lse[at.lse].unflatten(0, (heads, -1))
-        p = _probabilities(_scores(queries, keys, options), logarithm)
-        delta = (gradients * outputs).sum(-1)
-        if grad_lse is not None:
-            delta = delta - grad_lse[at.lse].unflatten(0, (heads, -1))
-        ds = p * (gradients @ values.transpose(-1, -2) - delta[..., None]) * options.scale
-        dq[at.q] = _rows(ds @ keys).to(dq.dtype)
-        dk[at.k] = _rows((ds.transpose(-1, -2) @ queries).sum(1, keepdim=True)).to(dk.dtype)
-        dv[at.k] = _rows((p.transpose(-1, -2) @ gradients).sum(1, keepdim=True)).to(dv.dtype)
-    return dq, dk, dv
-
-
-def _backward_fake(
-    grad: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
-) -> _Gradients:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _implementation(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options, backward: bool = False) -> str:
-    """What serves these inputs on a GPU: the name that was asked for, or the best for "auto"."""
-    name = options.implementation
-    kernels = has_triton() and q.dtype in _KERNEL_DTYPES and max(q.shape[-1], v.shape[-1]) <= _MAX_HEAD_DIM
-    kernels = kernels and options.scale > 0 and q.numel() > 0 and v.numel() > 0
-    if name == "definition" or (name == "auto" and not kernels):
-        return "definition"
-    hopper = False
-    if kernels and name != "portable":
-        from onegpu.kernels import attention_hopper
-
-        hopper = attention_hopper.serves(q, k, v, backward=backward)
-    if name == "auto":
-        return "hopper" if hopper else "portable"
-    if name == "hopper" and backward and not hopper:
-        return "portable"  # head dims past 128
-    if not kernels or (name == "hopper" and not hopper):
-        fix = "Leave it out. Kernels take 16-bit (portable also float32) inputs, head dims to 256 and a positive scale"
-        raise bad_argument("implementation", name, "cannot serve these inputs", fix)
-    return name
-
-
-def _readable(x: torch.Tensor) -> torch.Tensor:
-    """What the kernels read: the head dim side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _forward_cuda(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    q, k, v = _readable(q), _readable(k), _readable(v)
-    name = _implementation(q, k, v, Options(*rest))
-    if name == "definition":
-        return _forward(q, k, v, *rest)
-    out, lse = _forward_fake(q, k, v, *rest)
-    if name == "hopper":
-        from onegpu.kernels import attention_hopper
-
-        attention_hopper.forward(q, k, v, out, lse, *rest[:-2])
-    else:
-        from onegpu.kernels import attention_triton
-
-        attention_triton.forward(q, k, v, out, lse, *rest[:-2])
-    return out, lse
-
-
-def _backward_cuda(
-    grad: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-    out: torch.Tensor, lse: torch.Tensor, deterministic: bool, *rest: Any,
-) -> _Gradients:  # fmt: skip
-    options = Options(*rest)
-    grad, q, k, v = _readable(grad), _readable(q), _readable(k), _readable(v)
-    name = _implementation(q, k, v, options, backward=True)
-    if name == "definition":
-        return _backward(grad, grad_lse, q, k, v, out, lse, deterministic, *rest)
-    gradients = _backward_fake(grad, grad_lse, q, k, v)
-    if options.cu_seqlens_q is not None:  # the kernels write the rows of sequences only
-        for x in gradients:
-            x.zero_()
-    if grad_lse is not None:
-        grad_lse = grad_lse.contiguous()
-    if name == "hopper" and not deterministic:
-        from onegpu.kernels import attention_hopper
-
-        attention_hopper.backward(grad, grad_lse, q, k, v, out, lse, gradients, *rest[:-1])
-    else:
-        from onegpu.kernels import attention_triton_backward
-
-        attention_triton_backward.backward(grad, grad_lse, q, k, v, out, lse, gradients, *rest[:-1])
-    return gradients
-
+from onegpu.kernels.library import define
 
 _OPTIONS = (
     "float scale, SymInt left, SymInt right, Tensor? q_range, Tensor? k_range, Tensor? cu_seqlens_q, "
@@ -242,16 +31,16 @@ _OPTIONS = (
 )
 define(
     f"attention_forward(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor out, Tensor lse)",
-    _forward,
-    _forward_fake,
-    cuda=_forward_cuda,
+    forward,
+    forward_fake,
+    cuda=forward_cuda,
 )
 define(
     "attention_backward(Tensor grad, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     f"bool deterministic, {_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv)",
-    _backward,
-    _backward_fake,
-    cuda=_backward_cuda,
+    backward,
+    backward_fake,
+    cuda=backward_cuda,
 )
 
 
@@ -260,7 +49,8 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, deterministic: bool, options: Options
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        out, lse = torch.ops.onegpu.attention_forward(q, k, v, *options)
+        made = forward_cuda if plain(q, k, v) else torch.ops.onegpu.attention_forward
+        out, lse = made(q, k, v, *options)
         ctx.save_for_backward(q, k, v, out, lse, *(x for x in options if isinstance(x, torch.Tensor)))
         ctx.options = tuple(isinstance(x, torch.Tensor) or x for x in options)  # True where a tensor was
         ctx.deterministic = deterministic
@@ -317,7 +107,8 @@ def attention(
     dtype = autocast_dtype(q.device.type)
     if dtype is not None and q.dtype != torch.float64:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    _check(q, k, v, q_range, k_range, cu_seqlens_q, cu_seqlens_k, implementation)
+    if q.ndim < 3 or k.ndim < 3:
+        _check(q, k, v, q_range, k_range, cu_seqlens_q, cu_seqlens_k, implementation)
     left, right = (-1, -1) if window is None else window
     if causal:
         right = 0 if right < 0 else min(right, 0)
@@ -327,11 +118,16 @@ def attention(
         "auto" if implementation is None else implementation,
     )  # fmt: skip
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        _check(q, k, v, q_range, k_range, cu_seqlens_q, cu_seqlens_k, implementation)
         if deterministic is None:
             deterministic = torch.are_deterministic_algorithms_enabled()
         out, lse = _Attention.apply(q, k, v, deterministic, options)
     else:
-        out, lse = torch.ops.onegpu.attention_forward(q, k, v, *options)
+        made = again(q, k, v, *options) if plain(q, k, v) else None
+        if made is None:
+            _check(q, k, v, q_range, k_range, cu_seqlens_q, cu_seqlens_k, implementation)
+            made = torch.ops.onegpu.attention_forward(q, k, v, *options)
+        out, lse = made
     return (out, lse) if return_lse else out
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from onegpu.kernels.attention import Options
+    from onegpu.kernels.attention_definition import Options
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

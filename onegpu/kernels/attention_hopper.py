@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -12,7 +12,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from onegpu.kernels import attention_sm90, attention_sm90_backward, attention_sm90_rows
 from onegpu.kernels.hopper import LOG2E
-from onegpu.kernels.launch import triton_launch
+from onegpu.kernels.launch import triton_bind
+from onegpu.kernels.triton_kernel import Bound
 
 TRITON_VERSIONS = ("3.6.", "3.7.")  # what the kernels were compiled with; Gluon changes between releases
 _L2_BYTES = 32 << 20  # what the keys and values of the heads that run together may take of it
@@ -98,17 +99,43 @@ def rows_of(
     return (unused, 0) if rows is None else (rows, 1)
 
 
-def counter(device: torch.device, tiles: int, blocks: int) -> torch.Tensor | None:
-    """What tiles are drawn from: of this call alone, so that two graphs never share it. None: there is one a block."""
-    return torch.zeros(1, dtype=torch.int32, device=device) if tiles > blocks else None
+def _counter(device: torch.device) -> torch.Tensor:
+    """What tiles are drawn from: of one call alone, so that two graphs never share it."""
+    return torch.zeros(1, dtype=torch.int32, device=device)
+
+
+def for_tma(x: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy that TMA can read."""
+    return x if _for_tma(x) else x.contiguous()
+
+
+class Forward(NamedTuple):
+    """A forward that is ready: for tensors of the layout that it was made for."""
+
+    launch: Bound
+    draws: bool
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
+        q_rows: torch.Tensor | None, k_rows: torch.Tensor | None,
+    ) -> None:  # fmt: skip
+        """q_rows, k_rows: ranges or cu_seqlens."""
+        unused = lse
+        drawn = _counter(q.device) if self.draws else unused
+        self.launch(
+            q, k, v, out, out, lse, unused if q_rows is None else q_rows, unused if k_rows is None else k_rows, drawn
+        )
 
 
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, scale: float, left: int,
     right: int, q_range: torch.Tensor | None, k_range: torch.Tensor | None, cu_seqlens_q: torch.Tensor | None,
     cu_seqlens_k: torch.Tensor | None, max_seqlen_q: int, **options: Any,
-) -> None:  # fmt: skip
-    """As the op, for what `serves`; out contiguous. options: constants of the kernel, other than chosen here."""
+) -> Forward:  # fmt: skip
+    """As the op, for what `serves`; out contiguous. options: constants of the kernel, other than chosen here.
+
+    Does not run it: returns what does.
+    """
     (s_q, heads, d), (s_k, heads_kv, d_v) = q.shape[-3:], v.shape[-3:]
     q_rows, how_q = rows_of(q_range, cu_seqlens_q, lse)
     k_rows, how_k = rows_of(k_range, cu_seqlens_k, lse)
@@ -117,19 +144,46 @@ def forward(
     n_m = triton.cdiv(s_q if cu_seqlens_q is None else max_seqlen_q, 128)
     tiles = n_m * heads * batch
     blocks = min(tiles, processors(q.get_device()))
-    drawn = counter(q.device, tiles, blocks)
     group = heads // heads_kv
     section = max(1, min(batch * heads, _L2_BYTES // (s_k * (d + d_v) * 2) * group))
     aligned = right >= 0 and not how_q and not how_k and (s_k - s_q + right) % 64 == 0
     constants = {
         "HEAD": d_v, "BN": bn, "ST": 2, "LEFT": left >= 0, "RIGHT": right >= 0, "ALIGNED": aligned, "RQ": how_q,
-        "RK": how_k, "DRAW": drawn is not None, "CARRY": 0, "POLY": 0, "ALIAS": boxed(d) == boxed(d_v) == 256,
+        "RK": how_k, "DRAW": tiles > blocks, "CARRY": 0, "POLY": 0, "ALIAS": boxed(d) == boxed(d_v) == 256,
     } | options  # fmt: skip
-    triton_launch(
+    drawn = _counter(q.device) if constants["DRAW"] else lse
+    launch = triton_bind(
         attention_sm90.forward_kernel, (blocks,), descriptor(q, 64), descriptor(k, bn), descriptor(v, bn),
-        descriptor(out, 64), out, lse, q_rows, k_rows, lse if drawn is None else drawn, batch, heads, group, s_q, s_k,
-        n_m, section, scale * LOG2E.value, left, right, **constants, num_warps=4,
+        descriptor(out, 64), out, lse, q_rows, k_rows, drawn, batch, heads, group, s_q, s_k, n_m, section,
+        scale * LOG2E.value, left, right, **constants, num_warps=4,
     )  # fmt: skip
+    return Forward(launch, constants["DRAW"])
+
+
+class Backward(NamedTuple):
+    """A backward that is ready: for tensors of the layout that it was made for."""
+
+    before: Bound
+    main: Bound
+    after: Bound
+    draws: bool
+    sum_shape: tuple[int, int]
+    rows_shape: tuple[int, int]
+
+    def __call__(
+        self, grad: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+        out: torch.Tensor, lse: torch.Tensor, gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        q_rows: torch.Tensor | None, k_rows: torch.Tensor | None,
+    ) -> None:  # fmt: skip
+        """grad as `for_tma` makes it, grad_lse contiguous; q_rows, k_rows: ranges or cu_seqlens."""
+        dq, dk, dv = gradients
+        q_rows, k_rows = lse if q_rows is None else q_rows, lse if k_rows is None else k_rows
+        total, rows = lse.new_empty(self.sum_shape), lse.new_empty(self.rows_shape)
+        given = (out, grad, lse) if grad_lse is None else (out, grad, lse, grad_lse)
+        self.before(*given, rows, total, q_rows)
+        drawn = _counter(q.device) if self.draws else lse
+        self.main(q, k, v, grad, dk, dv, rows, total, total, dk, dv, q_rows, k_rows, drawn)
+        self.after(total, dq, q_rows)
 
 
 def backward(
@@ -138,15 +192,14 @@ def backward(
     left: int, right: int, q_range: torch.Tensor | None, k_range: torch.Tensor | None,
     cu_seqlens_q: torch.Tensor | None, cu_seqlens_k: torch.Tensor | None, max_seqlen_q: int, max_seqlen_k: int,
     **options: Any,
-) -> None:  # fmt: skip
-    """As the op, for what `serves`; out and the gradients (dq, dk, dv) contiguous.
+) -> Backward:  # fmt: skip
+    """As the op, for what `serves`; out and the gradients (dq, dk, dv) contiguous, grad as `for_tma` makes it.
 
     Of packed ones, rows of no sequence are not written. options: constants of the main kernel.
+    Does not run it: returns what does.
     """
     (s_q, heads, d), (s_k, heads_kv, d_v) = q.shape[-3:], v.shape[-3:]
     dq, dk, dv = gradients
-    if not _for_tma(grad):
-        grad = grad.contiguous()
     q_rows, how_q = rows_of(q_range, cu_seqlens_q, lse)
     k_rows, how_k = rows_of(k_range, cu_seqlens_k, lse)
     packed = cu_seqlens_q is not None
@@ -157,31 +210,32 @@ def backward(
     # Scratch memory in blocks of m queries: a packed sequence begins a block of its own, at cu_seqlens[b] // m + b.
     n_b = s_q // m + batch if packed else n_m
     blocks = n_b * heads * (1 if packed else batch)
-    total = torch.empty((blocks * m, wide), dtype=torch.float32, device=q.device)
-    rows = torch.empty((blocks, 2 * m), dtype=torch.float32, device=q.device)
+    total, rows = lse.new_empty(blocks * m, wide), lse.new_empty(blocks, 2 * m)
     strides = (0, *grad.stride()[:2]) if packed else grad.stride()[:3]
     sizes = {"D": wide, "M": m, "RQ": how_q}
-    triton_launch(
+    before = triton_bind(
         attention_sm90_rows.before_kernel, (n_m * heads * batch,), out, grad, lse, grad_lse, rows, total, q_rows,
         *strides, heads, s_q, n_b, n_m, HEAD=d_v, **sizes, num_warps=4,
     )  # fmt: skip
     tiles = n_n * heads_kv * batch
     started = min(tiles, processors(q.get_device()))
-    drawn = counter(q.device, tiles, started)
     section = max(1, min(batch * heads_kv, _L2_BYTES // (heads // heads_kv * s_q * wide * 8)))
+    # Measured on an H100: for D = 64 loads by four warps and a loop for masked blocks gain 8 % each, for 128 they lose.
     constants = {
         "HEAD": d, "HEAD_V": d_v, "ST": 2, "LEFT": left >= 0, "RIGHT": right >= 0,
-        "EVEN": not how_k and s_k % 128 == 0, "RQ": how_q, "RK": how_k, "DRAW": drawn is not None, "SWAP": False,
-        "TMA_DQ": False,
+        "EVEN": not how_k and s_k % 128 == 0, "RQ": how_q, "RK": how_k, "DRAW": tiles > started,
+        "SWAP": wide == 64, "SPLIT": wide == 64 and right >= 0 > left, "TMA_DQ": True,
     } | options  # fmt: skip
-    triton_launch(
+    drawn = _counter(q.device) if constants["DRAW"] else lse
+    main = triton_bind(
         attention_sm90_backward.backward_kernel, (started,), descriptor(q, m), descriptor(k, 64), descriptor(v, 64),
         descriptor(grad, m), descriptor(dk, 64), descriptor(dv, 64), *scratch(rows, total), total, dk, dv, q_rows,
-        k_rows, lse if drawn is None else drawn, batch, heads, heads_kv, s_q, s_k, n_b, n_n, section, scale,
-        scale * LOG2E.value, left, right, **constants, num_warps=4,
+        k_rows, drawn, batch, heads, heads_kv, s_q, s_k, n_b, n_n, section, scale, scale * LOG2E.value, left, right,
+        **constants, num_warps=4,
     )  # fmt: skip
     tiles_q = triton.cdiv(max_seqlen_q if packed else s_q, 64) * (wide // 64)
-    triton_launch(
+    after = triton_bind(
         attention_sm90_rows.after_kernel, (tiles_q * heads * batch,), total, dq, q_rows, heads, s_q, n_b, tiles_q,
         scale, HEAD=d, **sizes, FRAGMENTS=not constants["TMA_DQ"], num_warps=4,
     )  # fmt: skip
+    return Backward(before, main, after, constants["DRAW"], (blocks * m, wide), (blocks, 2 * m))

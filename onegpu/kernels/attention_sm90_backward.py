@@ -33,9 +33,13 @@ from onegpu.kernels.hopper import (
     bar_sync,
     clear_rows,
     fetch_next,
+    first_block,
+    key_tile_of,
     publish_next,
+    query_blocks,
     sequence,
     tma_add,
+    whole_blocks,
 )
 
 # Named hardware barriers; the compiler takes the lowest.
@@ -51,7 +55,7 @@ FIELDS = {
     **dict.fromkeys(("B", "H", "HK", "SQ", "SK", "NB", "NN", "section", "scale", "scale_log2", "left", "right"),
                     gl.tensor),
     **dict.fromkeys(("M", "D", "HEAD", "HEAD_V", "ST", "LEFT", "RIGHT", "EVEN", "RQ", "RK", "DRAW", "LOADERS",
-                     "TMA_DQ"), gl.constexpr),
+                     "SPLIT", "TMA_DQ"), gl.constexpr),
 }  # fmt: skip
 
 
@@ -60,7 +64,8 @@ class _Args:
 
     NB: blocks of M queries that a head has in the scratch memory. NN: tiles of a head. HEAD and HEAD_V: the real head
     dims, D the one in shared memory. EVEN: every tile has 128 keys. RQ, RK: how rows are told: 0 all, 1 by ranges, 2
-    packed. DRAW: tiles from a counter. LOADERS: threads of the producer. TMA_DQ: dQ is added by TMA, row by row.
+    packed. DRAW: tiles from a counter. LOADERS: threads of the producer. SPLIT: query blocks with a mask have a loop of
+    their own. TMA_DQ: dQ is added by TMA, row by row.
     """
 
     __annotations__ = FIELDS
@@ -72,42 +77,6 @@ class _Args:
 
 
 Args = aggregate(_Args)
-
-
-@gluon.jit
-def _tile_of(a, tile):
-    """(tile of the head, key head, batch), in sections of heads as in the forward."""
-    per_section = a.section * a.NN
-    first = tile // per_section * a.section
-    width = gl.minimum(a.section, a.B * a.HK - first)
-    rest = tile % per_section
-    bh = first + rest % width
-    return rest // width, bh % a.HK, bh // a.HK
-
-
-@gluon.jit
-def _query_blocks(a, n, n_q, n_k):
-    """(first, stop) of the query blocks that see tile n; equal where none does."""
-    M: gl.constexpr = a.M
-    at = n * 128 - (n_k - n_q)  # the query at the position of the first key
-    first = at * 0
-    stop = gl.cdiv(n_q, M)
-    if a.RIGHT:
-        first = gl.maximum(at - a.right, 0) // M
-    if a.LEFT:
-        stop = gl.minimum(stop, gl.cdiv(gl.maximum(at + 128 + a.left, 0), M))
-    if a.RK:
-        stop = gl.where(n * 128 < n_k, stop, 0)
-    return gl.minimum(first, stop), stop
-
-
-@gluon.jit
-def _first_block(a, b, h, i_q):
-    """Where the blocks of a head of a sequence begin in the scratch memory (see attention_hopper.scratch_blocks)."""
-    if a.RQ == 2:
-        return h * a.NB + i_q // a.M + b
-    else:
-        return (b * a.H + h) * a.NB
 
 
 @gluon.jit
@@ -137,10 +106,10 @@ def _producer(a):
     slot_phase = 1
     tile = gl.program_id(0)
     while tile < a.NN * a.HK * a.B:
-        n, hk, b = _tile_of(a, tile)
+        n, hk, b = key_tile_of(a, tile)
         i_q, n_q = sequence(a.p_q_rows, b, a.SQ, a.RQ)
         i_k, n_k = sequence(a.p_k_rows, b, a.SK, a.RK)
-        first, stop = _query_blocks(a, n, n_q, n_k)
+        first, stop = query_blocks(a, n, n_q, n_k)
         row = gl.where(a.RQ == 2, 0, b)  # of the tensors
         group = a.H // a.HK
         h = hk * group
@@ -152,7 +121,7 @@ def _producer(a):
             mbarrier.expect(a.q_full.index(stage), M * D * 2 + M * 8)
             tma.async_copy_global_to_shared(a.q_desc, [row, h, i_q + m * M, 0], a.q_full.index(stage),
                                             a.q_bufs.index(stage))  # fmt: skip
-            tma.async_copy_global_to_shared(a.rows_desc, [_first_block(a, b, h, i_q) + m, 0], a.q_full.index(stage),
+            tma.async_copy_global_to_shared(a.rows_desc, [first_block(a, b, h, i_q) + m, 0], a.q_full.index(stage),
                                             a.row_bufs.index(stage))  # fmt: skip
             if t == 0:
                 mbarrier.wait(a.kv_empty.index(0), kv_phase)
@@ -213,8 +182,12 @@ def _issue_dq(a, buf, WG: gl.constexpr):
 
 
 @gluon.jit
-def _step(a, dk, dv, stage, phase, buf, kv_phase, is_first, row0, block, m, n_q, n_k, WG: gl.constexpr):
-    """Query block m: dk and dv [64, D] get their share, dQ goes to memory. is_first: K's and V's first use."""
+def _step(a, dk, dv, stage, phase, buf, kv_phase, is_first, row0, block, m, n_q, n_k, MASK: gl.constexpr,
+          WG: gl.constexpr):  # fmt: skip
+    """Query block m: dk and dv [64, D] get their share, dQ goes to memory.
+
+    is_first: V may still be on its way. MASK: 0 no block needs one, 1 this one does, 2 it is to be seen.
+    """
     M: gl.constexpr = a.M
     D: gl.constexpr = a.D
     dtype: gl.constexpr = a.k_bufs.dtype
@@ -241,8 +214,10 @@ def _step(a, dk, dv, stage, phase, buf, kv_phase, is_first, row0, block, m, n_q,
     lse = values.index(2 * stage).load(row_layout)
     s = warpgroup_mma_wait(1, deps=[s_tok])
     p = gl.exp2(s * a.scale_log2 - lse[None, :])
-    if a.RIGHT or a.LEFT or not a.EVEN:
-        at = m * M + n_k - n_q
+    at = m * M + n_k - n_q
+    if MASK == 1:
+        p = _hide(a, p, row0, at, n_k, s_layout)
+    elif MASK == 2:
         edge = row0 + 64 > n_k  # keys past the end would give P = exp(-lse)
         if a.RIGHT:
             edge = edge | (at + a.right < row0 + 63)
@@ -306,30 +281,46 @@ def _consumer(a, WG: gl.constexpr):
     slot_phase = 0
     tile = gl.program_id(0)
     while tile < a.NN * a.HK * a.B:
-        n, hk, b = _tile_of(a, tile)
+        n, hk, b = key_tile_of(a, tile)
         i_q, n_q = sequence(a.p_q_rows, b, a.SQ, a.RQ)
         i_k, n_k = sequence(a.p_k_rows, b, a.SK, a.RK)
-        first, stop = _query_blocks(a, n, n_q, n_k)
+        first, stop = query_blocks(a, n, n_q, n_k)
         group = a.H // a.HK
         row0 = n * 128 + WG * 64
         dk = gl.full([64, D], 0.0, gl.float32, kv_layout)
         dv = gl.full([64, D], 0.0, gl.float32, kv_layout)
         steps = (stop - first) * group
-        h = hk * group
-        m = first
         mbarrier.wait(a.k_full.index(0), kv_phase, pred=steps > 0)
         if a.RK and steps > 0 and row0 + 64 > n_k:
             clear_rows(a.k_bufs.index(WG).reshape([64, D]), n_k - row0)
             mbarrier.wait(a.v_full.index(0), kv_phase)
             clear_rows(a.v_bufs.index(WG).reshape([64, D]), n_k - row0)
-        for t in range(steps):
-            block = _first_block(a, b, h, i_q)
-            dk, dv = _step(a, dk, dv, stage, phase, buf, kv_phase, t == 0, row0, block, m, n_q, n_k, WG)
-            stage, phase = advance(stage, phase, a.ST)
-            buf ^= 1
-            m += 1
-            h = gl.where(m == stop, h + 1, h)
-            m = gl.where(m == stop, first, m)
+        if a.SPLIT:
+            whole, end = whole_blocks(a, n, n_q, n_k, first, stop)
+            mbarrier.wait(a.v_full.index(0), kv_phase, pred=steps > 0)
+            for h in range(hk * group, hk * group + group):
+                block = first_block(a, b, h, i_q)
+                for part in gl.static_range(3):
+                    lo = first if part == 0 else whole if part == 1 else end
+                    hi = whole if part == 0 else end if part == 1 else stop
+                    if part == 1 or a.LEFT or not a.EVEN or (a.RIGHT and part == 0):
+                        for m in range(lo, hi):
+                            dk, dv = _step(a, dk, dv, stage, phase, buf, kv_phase, False, row0, block, m, n_q, n_k,
+                                           1 - part % 2, WG)  # fmt: skip
+                            stage, phase = advance(stage, phase, a.ST)
+                            buf ^= 1
+        else:
+            MASK: gl.constexpr = 2 if a.RIGHT or a.LEFT or not a.EVEN else 0
+            h = hk * group
+            m = first
+            for t in range(steps):
+                block = first_block(a, b, h, i_q)
+                dk, dv = _step(a, dk, dv, stage, phase, buf, kv_phase, t == 0, row0, block, m, n_q, n_k, MASK, WG)
+                stage, phase = advance(stage, phase, a.ST)
+                buf ^= 1
+                m += 1
+                h = gl.where(m == stop, h + 1, h)
+                m = gl.where(m == stop, first, m)
         if steps > 0:
             mbarrier.arrive(a.kv_empty.index(0), count=1)
         kv_phase = gl.where(steps > 0, kv_phase ^ 1, kv_phase)
@@ -349,7 +340,7 @@ def backward_kernel(q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, rows_desc
                     p_q_rows, p_k_rows, p_counter, B, H, HK, SQ, SK, NB, NN, section, scale, scale_log2, left, right,
                     HEAD: gl.constexpr, HEAD_V: gl.constexpr, ST: gl.constexpr, LEFT: gl.constexpr,
                     RIGHT: gl.constexpr, EVEN: gl.constexpr, RQ: gl.constexpr, RK: gl.constexpr, DRAW: gl.constexpr,
-                    SWAP: gl.constexpr, TMA_DQ: gl.constexpr):  # fmt: skip
+                    SWAP: gl.constexpr, SPLIT: gl.constexpr, TMA_DQ: gl.constexpr):  # fmt: skip
     """SWAP: the four warps of the default partition load; the consumers spill less then, and three warps idle."""
     dtype: gl.constexpr = q_desc.dtype
     M: gl.constexpr = q_desc.block_shape[2]
@@ -384,7 +375,8 @@ def backward_kernel(q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, rows_desc
     a = Args(q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, rows_desc, sum_desc, p_sum, p_dk, p_dv, p_q_rows,
              p_k_rows, p_counter, q_bufs, do_bufs, row_bufs, k_bufs, v_bufs, ds_bufs, out_bufs, q_full, do_full, k_full,
              v_full, kv_empty, t_buf, t_full, t_empty, B, H, HK, SQ, SK, NB, NN, section, scale, scale_log2, left,
-             right, M, D, HEAD, HEAD_V, ST, LEFT, RIGHT, EVEN, RQ, RK, DRAW, 128 if SWAP else 32, TMA_DQ)  # fmt: skip
+             right, M, D, HEAD, HEAD_V, ST, LEFT, RIGHT, EVEN, RQ, RK, DRAW, 128 if SWAP else 32, SPLIT,
+             TMA_DQ)  # fmt: skip
     if SWAP:
         gl.warp_specialize([(_producer, (a,)), (_consumer, (a, 0)), (_consumer, (a, 1))], [4, 4], [240, 240])
     else:

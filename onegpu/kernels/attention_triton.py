@@ -73,6 +73,12 @@ def load(p, o_s, stride, o_d, m_s, D, ROWS: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
+def units(s):
+    """A batch or head stride, told in units of 8 elements: so the compiler knows that rows begin on 16 bytes."""
+    return tl.cast(s, tl.int64) * 8
+
+
+@triton.jit
 def visible(o_i, o_j, n_k, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
     """Whether the query at key position o_i sees key o_j; the two broadcast."""
     m = o_j < n_k
@@ -150,6 +156,9 @@ def forward_kernel(p_q, p_k, p_v, p_o, p_lse, p_q_range, p_k_range, p_cu_q, p_cu
                    RIGHT: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, DV: tl.constexpr,
                    DV1: tl.constexpr, DV2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     PACKED: tl.constexpr = p_cu_q is not None
+    q_b, q_s, q_h = units(q_b), q_s * 8, units(q_h)
+    k_b, k_s, k_h = units(k_b), k_s * 8, units(k_h)
+    v_b, v_s, v_h = units(v_b), v_s * 8, units(v_h)
     i_m = tl.program_id(0) % n_m
     if RIGHT:
         i_m = n_m - 1 - i_m  # the longest first
@@ -238,7 +247,7 @@ def forward(
     cu_seqlens_k: torch.Tensor | None, max_seqlen_q: int,
     config: tuple[int, int, int, int] | None = None,
 ) -> None:  # fmt: skip
-    """As the op; out contiguous, lse float32. config: (BM, BN, warps, stages)."""
+    """As the op, for inputs as `attention._readable` makes them. config: (BM, BN, warps, stages)."""
     (s_q, heads, d), (s_k, heads_kv, d_v) = q.shape[-3:], v.shape[-3:]
     made = constants(d, d_v, left, right)
     configs = _CONFIGS_FP32 if q.dtype == torch.float32 else _CONFIGS
@@ -254,5 +263,9 @@ def forward(
 
 
 def strides(x: torch.Tensor) -> tuple[int, ...]:
-    """(batch, row, head) strides; the batch stride of a packed tensor is 0."""
-    return (0, *x.stride()[:2]) if x.ndim == 3 else x.stride()[:3]
+    """(batch, row, head) strides in units of 8 elements; the batch stride of a packed tensor is 0.
+
+    Those of dimensions of one element, which are multiplied by 0, may be anything.
+    """
+    batch, row, head = (0, *x.stride()[:2]) if x.ndim == 3 else x.stride()[:3]
+    return batch // 8, row // 8, head // 8

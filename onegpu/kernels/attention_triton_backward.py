@@ -22,6 +22,7 @@ from onegpu.kernels.attention_triton import (
     load,
     positions,
     strides,
+    units,
     visible,
 )
 from onegpu.kernels.launch import triton_launch
@@ -42,6 +43,7 @@ def store(p, o_s, stride, m_s, b_x, b_x2, D: tl.constexpr, D1: tl.constexpr, D2:
 def rows_kernel(p_o, p_do, p_lse, p_dlse, p_rows, do_b, do_s, do_h, H, S, n, DV: tl.constexpr, D1: tl.constexpr,
                 BM: tl.constexpr):  # fmt: skip
     """p_rows[0]: lse / ln 2, +inf where nothing is seen, which makes P zero; p_rows[1]: delta. n: the size of lse."""
+    do_b, do_s, do_h = units(do_b), do_s * 8, units(do_h)
     i_bh = tl.program_id(0) // tl.cdiv(S, BM)
     o_m = tl.program_id(0) % tl.cdiv(S, BM) * BM + tl.arange(0, BM)
     m_m = o_m < S
@@ -131,6 +133,10 @@ def keys_kernel(p_q, p_k, p_v, p_do, p_rows, p_dk, p_dv, p_q_range, p_k_range, p
                 DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, BM: tl.constexpr,
                 BN: tl.constexpr):  # fmt: skip
     PACKED: tl.constexpr = p_cu_q is not None
+    q_b, q_s, q_h = units(q_b), q_s * 8, units(q_h)
+    k_b, k_s, k_h = units(k_b), k_s * 8, units(k_h)
+    v_b, v_s, v_h = units(v_b), v_s * 8, units(v_h)
+    do_b, do_s, do_h = units(do_b), do_s * 8, units(do_h)
     HK = H // G
     i_n = tl.program_id(0) % n_m * BN
     i_hk = tl.program_id(0) // n_m % HK
@@ -217,6 +223,10 @@ def queries_kernel(p_q, p_k, p_v, p_do, p_rows, p_dq, p_q_range, p_k_range, p_cu
                    DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, BM: tl.constexpr,
                    BN: tl.constexpr):  # fmt: skip
     PACKED: tl.constexpr = p_cu_q is not None
+    q_b, q_s, q_h = units(q_b), q_s * 8, units(q_h)
+    k_b, k_s, k_h = units(k_b), k_s * 8, units(k_h)
+    v_b, v_s, v_h = units(v_b), v_s * 8, units(v_h)
+    do_b, do_s, do_h = units(do_b), do_s * 8, units(do_h)
     i_m = tl.program_id(0) % n_m
     if RIGHT:
         i_m = n_m - 1 - i_m  # the longest first

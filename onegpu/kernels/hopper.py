@@ -70,6 +70,59 @@ def tile_of(a, tile):
 
 
 @gluon.jit
+def key_tile_of(a, tile):
+    """(tile of 128 keys, key head, batch) in the backward, in sections of heads as in `tile_of`."""
+    per_section = a.section * a.NN
+    first = tile // per_section * a.section
+    width = gl.minimum(a.section, a.B * a.HK - first)
+    rest = tile % per_section
+    bh = first + rest % width
+    return rest // width, bh % a.HK, bh // a.HK
+
+
+@gluon.jit
+def query_blocks(a, n, n_q, n_k):
+    """(first, stop) of the query blocks that see tile n; equal where none does."""
+    M: gl.constexpr = a.M
+    at = n * 128 - (n_k - n_q)  # the query at the position of the first key
+    first = at * 0
+    stop = gl.cdiv(n_q, M)
+    if a.RIGHT:
+        first = gl.maximum(at - a.right, 0) // M
+    if a.LEFT:
+        stop = gl.minimum(stop, gl.cdiv(gl.maximum(at + 128 + a.left, 0), M))
+    if a.RK:
+        stop = gl.where(n * 128 < n_k, stop, 0)
+    return gl.minimum(first, stop), stop
+
+
+@gluon.jit
+def whole_blocks(a, n, n_q, n_k, first, stop):
+    """(first, stop) of the query blocks that see all of tile n, inside [first, stop)."""
+    M: gl.constexpr = a.M
+    at = n * 128 - (n_k - n_q)
+    whole = first
+    end = stop
+    if a.RIGHT:
+        whole = gl.cdiv(gl.maximum(at + 127 - a.right, 0), M)
+    if a.LEFT:
+        end = gl.maximum(at + a.left + 1, 0) // M
+    if not a.EVEN:  # keys past the end would give P = exp(-lse)
+        end = gl.where(n * 128 + 128 > n_k, 0, end)
+    whole = gl.minimum(gl.maximum(whole, first), stop)
+    return whole, gl.minimum(gl.maximum(end, whole), stop)
+
+
+@gluon.jit
+def first_block(a, b, h, i_q):
+    """Where the blocks of a head of a sequence begin in the scratch memory (see attention_hopper.backward)."""
+    if a.RQ == 2:
+        return h * a.NB + i_q // a.M + b
+    else:
+        return (b * a.H + h) * a.NB
+
+
+@gluon.jit
 def publish_next(a, tile, slot, phase):
     """Producer: draw a tile and tell the consumers. Returns tile, slot, phase.
 

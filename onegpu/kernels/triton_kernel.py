@@ -75,16 +75,17 @@ class _Made:
 
 def _descriptor(given: Any, meta: dict[str, Any]) -> list[Any]:
     """A descriptor object of Triton's as the kernel takes it: the map, shape and strides."""
-    shape, strides = tuple(given.shape), tuple(given.strides)
+    return [encode(given.base.data_ptr(), *_map_of(given, meta)), *given.shape, *given.strides]
+
+
+def _map_of(given: Any, meta: dict[str, Any]) -> tuple[Any, ...]:
+    """What `encode` takes behind the address."""
     # Triton's numbers for dtypes are the driver's, but for these three.
     kind = {8: 10, 9: 8, 10: 9}.get(meta["elem_type"], meta["elem_type"])
     if getattr(given, "round_f32_to_tf32", False):
         kind = _TF32
-    box = tuple(meta["block_size"])
-    made = encode(
-        given.base.data_ptr(), kind, meta["elem_size"], shape, strides, box, meta["swizzle"], given.padding == "nan"
-    )
-    return [made, *shape, *strides]
+    shape, strides, box = tuple(given.shape), tuple(given.strides), tuple(meta["block_size"])
+    return kind, meta["elem_size"], shape, strides, box, meta["swizzle"], given.padding == "nan"
 
 
 Bound = Callable[..., None]  # called with its tensors, in the order of the arguments
@@ -164,7 +165,8 @@ class TritonKernel:
 
     def bind(self, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any], cluster: int) -> Bound:
         """A launch of which only the addresses are open, see `onegpu.kernels.launch.triton_bind`."""
-        tensors = [index for index, arg in enumerate(args) if isinstance(arg, torch.Tensor)]
+        # tensors, and descriptors, for which their tensors are given
+        tensors = [index for index, arg in enumerate(args) if isinstance(arg, torch.Tensor) or hasattr(arg, "base")]
         if self._interpreted:
 
             def call(*given: torch.Tensor) -> None:
@@ -177,25 +179,44 @@ class TritonKernel:
             made = self._made.get(key) or self._make(key, device, args, constants)
             if cluster > 8:
                 made.kernel.allow_large_cluster(device)
-        if not made.plain or made.scratch or made.ctas > 1:
-            raise KernelError(f"{self.op}: descriptors, Triton's scratch and its clusters cannot be bound")
+        if made.scratch or made.ctas > 1:
+            raise KernelError(f"{self.op}: Triton's scratch and its clusters cannot be bound")
         attributes = driver.attributes(made.pdl, made.cooperative, (cluster, 1, 1), spread=True)
         sizes = (*grid, 1, 1)[:3]
-        values = [args[index] for index in made.indices] + [0, 0]
-        # A tensor that the code does not read has no place among them.
-        places = [made.indices.index(index) if index in made.indices else -1 for index in tensors]
-        values.append(0)  # where those go: taken off again
+        values: list[Any] = []
+        place_of: dict[int, tuple[int, dict[int, bytes] | None, tuple[Any, ...]]] = {}
+        meta = iter(made.descriptors)
+        for index, kind in made.kept:
+            if kind.startswith("tensordesc"):  # the maps of addresses that were met, and what else makes one
+                one = next(meta)
+                place_of[index] = len(values), {}, _map_of(args[index], one)
+                values += _descriptor(args[index], one)
+            else:
+                place_of[index] = len(values), None, ()
+                values.append(0 if index in tensors else args[index])  # the examples are not kept alive
+        # A tensor that the code does not read has no place among them: it goes to the end, which is taken off again.
+        places = [place_of.get(index, (-1, None, ())) for index in tensors]
+        values += (0, 0, 0)
         kernel, threads, shared, launch_packed = made.kernel, made.threads, made.shared, made.packer.launch
 
         def launch(*given: torch.Tensor) -> None:
             if device != current_device():
                 with torch.cuda.device(device):
                     return launch(*given)
+            if 0 in sizes:
+                return None
             filled = values.copy()
-            for place, tensor in zip(places, given, strict=True):
+            for (place, maps, rest), tensor in zip(places, given, strict=True):
                 if tensor.get_device() != device:
                     raise other_device(self.op, tensor, device)
-                filled[place] = tensor.data_ptr()
+                address: Any = tensor.data_ptr()
+                if maps is not None:
+                    if address not in maps:
+                        if len(maps) >= 256:
+                            maps.clear()
+                        maps[address] = encode(address, *rest)
+                    address = maps[address]
+                filled[place] = address
             filled.pop()
             launch_packed(kernel, sizes, threads, shared, raw_stream(device), attributes, filled, device)
             return None

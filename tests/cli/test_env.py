@@ -19,6 +19,7 @@ def test_every_fact_is_there(run) -> None:
     assert facts["memory"]["total_bytes"] > 0 and facts["cpu"]["cores"] >= 1
     assert facts["kernels"] and all(isinstance(value, str) for value in facts["kernels"].values())
     page = run("env").stdout
+    assert all(entry in page for entry in facts["attention_by_cudnn"])
     for value in (facts["python"], facts["packages"]["torch"], facts["cpu"]["name"], *facts["kernels"]):
         assert str(value) in page
 

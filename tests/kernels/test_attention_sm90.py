@@ -43,7 +43,6 @@ def compile_gluon(kernel: Any, descriptors: list[Any], **constants: Any) -> Any:
     ("d", "options"),
     [
         (128, {}),
-        (128, {"RQ": 1, "RK": 1, "ALIGNED": False}),
         (64, {"RQ": 2, "RK": 2, "ALIGNED": False, "LEFT": True}),
         (256, {"BN": 64, "ALIAS": True, "RIGHT": False}),
     ],

@@ -14,9 +14,10 @@ def test_compiles_within_the_limits(architecture: int) -> None:
     from onegpu.kernels import attention_triton_backward as kernels
 
     for kernel, table in ((kernels.keys_kernel, kernels._KEYS), (kernels.queries_kernel, kernels._QUERIES)):
-        for width in table if architecture == 90 else (128,):
+        for width in (128, 256) if architecture == 90 else (128,):
             made = compile_attention(kernel, table[width], width, architecture)
-            assert made.metadata.shared <= SHARED_MEMORY_LIMIT, (width, table[width])
+            limit = 227 * 1024 if architecture == 100 else SHARED_MEMORY_LIMIT  # other products, in other layouts
+            assert made.metadata.shared <= limit, (width, table[width])
     rows = {"DV": 80, "D1": 128, "BM": 64, "p_dlse": None}
     assert compile_attention(kernels.rows_kernel, (64, 0, 4, 1), 80, architecture, **rows).metadata.shared < 4096
 

@@ -105,6 +105,32 @@ def test_a_launch_that_is_settled_takes_its_tensors_alone(fake: FakeDriver, cpu_
 
 
 @needs_triton
+def test_a_settled_launch_makes_descriptors_of_other_tensors(
+    fake: FakeDriver, cpu_compiled: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from onegpu.kernels import triton_kernel
+
+    made = []
+    monkeypatch.setattr(
+        triton_kernel, "encode", lambda at, *rest: made.append((at, rest)) or at.to_bytes(128, "little")
+    )
+    x, y = on_gpu(torch.zeros(16, 64)), on_gpu(torch.zeros(16, 64))
+    fake.sizes = [128, 4, 4, 8, 8, 8, 8, 8]
+    descriptor = TensorDescriptor.from_tensor(x, [16, 64])
+    bound = triton_bind(cpu_compiled.through_descriptor, (1,), descriptor, x, ROWS=16, COLUMNS=64)
+    for tensor in (y, x, y):
+        bound(tensor, x)
+        assert fake.launches[-1].arguments[0] == tensor.data_ptr().to_bytes(128, "little")
+    assert fake.launches[-1].arguments[5] == struct.pack("<Q", x.data_ptr())
+    assert [at for at, _ in made[1:]] == [y.data_ptr(), x.data_ptr()]  # each once
+    assert len({rest for _, rest in made}) == 1
+    triton_bind(cpu_compiled.through_descriptor, (0,), descriptor, x, ROWS=16, COLUMNS=64)(x, x)
+    assert len(fake.launches) == 3
+
+
+@needs_triton
 def test_what_is_written_is_what_the_compiled_kernel_takes(fake: FakeDriver, cpu_compiled: Any) -> None:
     from triton.tools.tensor_descriptor import TensorDescriptor
 

@@ -1,0 +1,241 @@
+"""What serves an attention on a GPU: the Hopper kernels, cuDNN where it was measured faster, the portable kernels.
+
+What was settled for tensors of one layout is kept, so that the next call costs a look-up and a launch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from onegpu.errors import bad_argument
+from onegpu.kernels.attention_definition import Gradients, Options, backward, forward, forward_fake
+from onegpu.kernels.library import has_triton
+
+IMPLEMENTATIONS = ("auto", "definition", "portable", "hopper", "cudnn")
+_KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_MAX_HEAD_DIM = 256  # of the kernels
+
+# Where cuDNN, through torch's SDPA, was faster than the Hopper kernels on an H100 (torch 2.11, cuDNN 9.15):
+# (backward, head dim, causal): rows from .. to. Only lengths that are multiples of 128, because cuDNN plans anew for
+# every shape.
+CUDNN: dict[tuple[bool, int, bool], tuple[int, int]] = {
+    (False, 64, True): (128, 1 << 20),
+    (False, 64, False): (128, 1 << 20),
+    (False, 128, True): (128, 512),
+    (False, 128, False): (128, 512),
+}
+
+_CUDNN_ELEMENTS = 1 << 23  # of q, from which on its 80 microseconds of host time are hidden
+_ready: dict[tuple[Any, ...], Any] = {}  # by layout, what `attention_hopper` made
+
+
+def _key(tensors: tuple[torch.Tensor | None, ...], rest: tuple[Any, ...]) -> tuple[Any, ...]:
+    """All that what is launched depends on, beside addresses."""
+    key: list[Any] = [rest[0], rest[1], rest[2], *rest[7:]]
+    for x in (*tensors, *rest[3:7]):
+        if x is None:
+            key.append(None)
+        else:
+            key += (x.shape, x.stride(), x.dtype, x.data_ptr() & 15)
+    return *key, tensors[0].get_device()  # type: ignore[union-attr]
+
+
+def plain(*tensors: torch.Tensor) -> bool:
+    """Whether nothing watches ops: CUDA tensors without a subclass, no tracing, no mode, no function transform."""
+    for x in tensors:
+        if type(x) is not torch.Tensor or not x.is_cuda:
+            return False
+    watched = torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None
+    return not watched and not torch.compiler.is_compiling()
+
+
+def _keep(key: tuple[Any, ...], made: Any) -> None:
+    if len(_ready) >= 1024:  # lengths that change from step to step
+        _ready.clear()
+    _ready[key] = made
+
+
+def _rows(rest: tuple[Any, ...]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Of queries and of keys, ranges or ends."""
+    return (rest[3], rest[4]) if rest[5] is None else (rest[5], rest[6])
+
+
+def _for_cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> bool:
+    """Whether cuDNN serves: 16 bits, dense, as many keys as queries, no groups, causal or full."""
+    if q.shape != k.shape or k.shape != v.shape or q.ndim != 4 or q.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    dense = all(x is None for x in options[3:7])
+    return dense and options.left < 0 and options.right <= 0 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+
+
+def _cudnn_is_faster(q: torch.Tensor, options: Options, backward: bool) -> bool:
+    lowest, highest = CUDNN.get((backward, q.shape[-1], options.right == 0), (1, 0))
+    length = q.shape[1]
+    if q.numel() < _CUDNN_ELEMENTS:
+        return False
+    return lowest <= length <= highest and length % 128 == 0 and torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def by_cudnn() -> list[str]:
+    """The entries of `CUDNN` in words, for ``onegpu env``."""
+    return [
+        f"{'backward' if back else 'forward'} D{d} {'causal' if causal else 'full'}, S {low} to {high}"
+        for (back, d, causal), (low, high) in CUDNN.items()
+    ]
+
+
+def implementation(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options, backward: bool = False,
+    deterministic: bool = False,
+) -> str:  # fmt: skip
+    """What serves these inputs on a GPU: the name that was asked for, or the best for "auto"."""
+    name = options.implementation
+    kernels = has_triton() and q.dtype in _KERNEL_DTYPES and max(q.shape[-1], v.shape[-1]) <= _MAX_HEAD_DIM
+    kernels = kernels and options.scale > 0 and q.numel() > 0 and v.numel() > 0
+    if name == "definition" or (name == "auto" and not kernels):
+        return "definition"
+    hopper = cudnn = False
+    if kernels and name in ("auto", "hopper"):
+        from onegpu.kernels import attention_hopper
+
+        hopper = attention_hopper.serves(q, k, v, backward=backward) and not deterministic
+    if kernels and name in ("auto", "cudnn"):
+        cudnn = _for_cudnn(q, k, v, options) and not deterministic
+    if name == "auto":
+        if hopper and cudnn and _cudnn_is_faster(q, options, backward):
+            return "cudnn"
+        return "hopper" if hopper else "portable"
+    if backward and not {"hopper": hopper, "cudnn": cudnn}.get(name, kernels):
+        return "portable"  # head dims past 128, and where the same bits on every run are asked for
+    if not {"hopper": hopper, "cudnn": cudnn}.get(name, kernels):
+        fix = "Leave it out. Kernels take 16-bit (portable also float32) inputs, head dims to 256 and a positive scale"
+        raise bad_argument("implementation", name, "cannot serve these inputs", fix)
+    return name
+
+
+def readable(x: torch.Tensor) -> torch.Tensor:
+    """What the kernels read: the head dim side by side, rows that begin on 16 bytes; a copy where it is not so.
+
+    Rows elsewhere would be loaded two bytes at a time, and what Triton 3.6 made of that was wrong on an H100.
+    """
+    *outer, last = x.stride()
+    on_16_bytes = x.data_ptr() % 16 == 0
+    for n, stride in zip(x.shape, outer, strict=False):
+        on_16_bytes = on_16_bytes and (n == 1 or stride % 8 == 0)
+    return x if last == 1 and on_16_bytes else x.clone(memory_format=torch.contiguous_format)
+
+
+def padded(x: torch.Tensor) -> torch.Tensor:
+    """With zeros behind each head, to a multiple of 8 columns: products and sums of both are the same."""
+    return torch.nn.functional.pad(x, (0, -x.shape[-1] % 8))
+
+
+def again(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """What was settled for such tensors, with these; None where nothing was."""
+    ready = _ready.get(_key((q, k, v), rest))
+    if ready is None:
+        return None
+    out, lse = forward_fake(q, k, v)
+    ready(q, k, v, out, lse, *_rows(rest))
+    return out, lse
+
+
+def forward_cuda(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The op on CUDA tensors."""
+    return again(q, k, v, *rest) or _settle_forward(q, k, v, *rest)
+
+
+def _settle_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    options = Options(*rest)
+    if options.implementation != "definition" and (q.shape[-1] % 8 or v.shape[-1] % 8):
+        out, lse = forward_cuda(padded(q), padded(k), padded(v), *rest)
+        return out[..., : v.shape[-1]].contiguous(), lse
+    given = q, k, v
+    q, k, v = readable(q), readable(k), readable(v)
+    name = implementation(q, k, v, options)
+    if name == "definition":
+        return forward(q, k, v, *rest)
+    if name == "cudnn":
+        turned = (x.transpose(1, 2) for x in (q, k, v))
+        made = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            *turned, None, True, 0.0, options.right == 0, scale=options.scale
+        )
+        return made[0].transpose(1, 2).contiguous(), made[1].reshape(q.shape[0], q.shape[2], q.shape[1])
+    out, lse = forward_fake(q, k, v)
+    if name == "hopper":
+        from onegpu.kernels import attention_hopper
+
+        ready = attention_hopper.forward(q, k, v, out, lse, *rest[:-2])
+        ready(q, k, v, out, lse, *_rows(rest))
+        if given[0] is q and given[1] is k and given[2] is v:
+            _keep(_key(given, rest), ready)
+    else:
+        from onegpu.kernels import attention_triton
+
+        attention_triton.forward(q, k, v, out, lse, *rest[:-2])
+    return out, lse
+
+
+def backward_cuda(
+    grad: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    out: torch.Tensor, lse: torch.Tensor, deterministic: bool, *rest: Any,
+) -> Gradients:  # fmt: skip
+    """The gradients on CUDA tensors."""
+    key = (*_key((q, k, v, grad, grad_lse), rest), deterministic)
+    ready = _ready.get(key)
+    if ready is None:
+        return _settle_backward(key, grad, grad_lse, q, k, v, out, lse, deterministic, *rest)
+    gradients = _gradients(q, k, v, rest[5] is not None)
+    ready(grad, grad_lse, q, k, v, out, lse, gradients, *_rows(rest))
+    return gradients
+
+
+def _gradients(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: bool) -> Gradients:
+    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    if packed:  # the kernels write the rows of sequences only
+        for x in (dq, dk, dv):
+            x.zero_()
+    return dq, dk, dv
+
+
+def _settle_backward(
+    key: tuple[Any, ...], grad: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor,
+    v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, deterministic: bool, *rest: Any,
+) -> Gradients:  # fmt: skip
+    options = Options(*rest)
+    if options.implementation != "definition" and (q.shape[-1] % 8 or v.shape[-1] % 8):
+        wide = [padded(x) for x in (q, k, v, out)]
+        made = backward_cuda(padded(grad), grad_lse, wide[0], wide[1], wide[2], wide[3], lse, deterministic, *rest)
+        dq, dk, dv = (x[..., : like.shape[-1]].contiguous() for x, like in zip(made, (q, k, v), strict=True))
+        return dq, dk, dv
+    given = grad, q, k, v
+    grad, q, k, v = readable(grad), readable(q), readable(k), readable(v)
+    name = implementation(q, k, v, options, True, deterministic)
+    if name == "definition":
+        return backward(grad, grad_lse, q, k, v, out, lse, deterministic, *rest)
+    if name == "cudnn" and grad_lse is None:
+        turned = (x.transpose(1, 2) for x in (grad, q, k, v, out))
+        seed = lse.new_empty(1, dtype=torch.int64)  # of a dropout that there is not
+        n = q.shape[1]
+        made = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+            *turned, lse[..., None], seed, seed, None, None, None, n, n, 0.0, options.right == 0, scale=options.scale
+        )
+        dq, dk, dv = (x.transpose(1, 2).contiguous() for x in made)
+        return dq, dk, dv
+    gradients = _gradients(q, k, v, options.cu_seqlens_q is not None)
+    contiguous = None if grad_lse is None else grad_lse.contiguous()
+    if name == "hopper":
+        from onegpu.kernels import attention_hopper
+
+        grad = attention_hopper.for_tma(grad)
+        ready = attention_hopper.backward(grad, contiguous, q, k, v, out, lse, gradients, *rest[:-1])
+        ready(grad, contiguous, q, k, v, out, lse, gradients, *_rows(rest))
+        if contiguous is grad_lse and all(x is y for x, y in zip(given, (grad, q, k, v), strict=True)):
+            _keep(key, ready)
+    else:
+        from onegpu.kernels import attention_triton_backward
+
+        attention_triton_backward.backward(grad, contiguous, q, k, v, out, lse, gradients, *rest[:-1])
+    return gradients

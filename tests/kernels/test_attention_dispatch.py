@@ -1,0 +1,82 @@
+"""What serves which inputs, as far as it shows without a GPU; the kernels' own answers stand in test_attention.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from onegpu.errors import ArgumentError
+from onegpu.kernels import attention_dispatch as dispatch
+from onegpu.kernels.attention_definition import Options, backward, forward
+from tests.triton_tools import needs_triton
+
+
+@pytest.mark.parametrize("case", ["contiguous", "turned", "odd base", "odd rows", "head dim apart"])
+def test_rows_begin_on_16_bytes(case: str) -> None:
+    x = torch.randn(2, 6, 4, 8)
+    given, kept = {
+        "contiguous": (x, True),
+        "turned": (x.transpose(1, 2), True),
+        "odd base": (torch.randn(x.numel() + 1)[1:].view(x.shape), False),
+        "odd rows": (torch.randn(2, 6, 4, 12)[..., :8], False),
+        "head dim apart": (torch.randn(2, 6, 8, 4).transpose(2, 3), False),
+    }[case]
+    read = dispatch.readable(given)
+    assert (read is given) is kept and torch.equal(read, given)
+    assert read.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in read.stride()[:-1])
+
+
+def test_padding_the_head_dim_changes_nothing() -> None:
+    q, k, v = torch.randn(1, 5, 2, 12), torch.randn(1, 7, 2, 12), torch.randn(1, 7, 2, 20)
+    # a negative scale: with "auto", no kernel takes it, and what was padded for kernels reaches the definition
+    options = Options(-(12**-0.5), right=0)
+    out, lse = dispatch.forward_cuda(q, k, v, *options)
+    expected, expected_lse = forward(q, k, v, *options)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(lse, expected_lse)
+    assert out.is_contiguous()
+    grad = torch.randn_like(out)
+    made = dispatch.backward_cuda(grad, None, q, k, v, out, lse, True, *options)
+    for x, y in zip(made, backward(grad, None, q, k, v, out, lse, True, *options), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@needs_triton
+def test_what_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    from onegpu.kernels import attention_hopper
+
+    monkeypatch.setattr(attention_hopper, "_is_hopper", lambda device: True)
+
+    def serves(
+        *shape: int, name: str = "auto", backward: bool = False, dtype: Any = torch.bfloat16, **other: Any
+    ) -> str:
+        x = torch.empty(shape, dtype=dtype)
+        deterministic = other.pop("deterministic", False)
+        options = Options(1.0, **{"right": 0} | other, implementation=name)
+        return dispatch.implementation(x, x, x, options, backward, deterministic)
+
+    big = 16, 512, 32, 128
+    assert serves(*big) == "cudnn" and serves(*big, left=100) == serves(*big, right=3) == "hopper"
+    assert serves(1, 512, 8, 128) == serves(16, 500, 32, 128) == serves(4, 4096, 32, 128) == "hopper"
+    assert serves(1, 64, 2, 16) == serves(1, 64, 2, 64, dtype=torch.float32) == "portable"
+    assert serves(1, 64, 2, 264) == "definition"
+    assert serves(*big, name="hopper") == "hopper" and serves(*big, name="portable") == "portable"
+    assert serves(1, 64, 2, 192, backward=True) == serves(*big, backward=True, deterministic=True) == "portable"
+    assert serves(*big, name="cudnn", left=100, backward=True) == "portable"
+    monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: False)
+    assert serves(*big) == "hopper"
+    with pytest.raises(ArgumentError, match="implementation"):
+        serves(1, 64, 2, 64, name="hopper", dtype=torch.float32)
+
+
+def test_a_layout_is_all_but_addresses() -> None:
+    def key(x: torch.Tensor, *rest: Any) -> Any:
+        return dispatch._key((x, x, x), tuple(Options(*rest)))
+
+    x, ends = torch.empty(4, 8, 2, 64), torch.zeros(3, dtype=torch.int32)
+    assert key(x, 1.0) == key(torch.empty_like(x), 1.0)
+    others = [key(x, 2.0), key(x, 1.0, -1, 0), key(x.bfloat16(), 1.0), key(x.transpose(0, 1), 1.0)]
+    others += [key(x, 1.0, -1, -1, None, None, ends, ends), key(x, 1.0, -1, -1, ends, ends)]
+    assert len({key(x, 1.0), *others}) == 7
