@@ -208,8 +208,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="tiny sizes: a dry run; needs --no-store")
     parser.add_argument("--again", action="store_true", help="also cases whose code has not changed since their row")
     parser.add_argument("--no-gate", action="store_true", help="do not run the tests first; needs --no-store")
-    parser.add_argument("--gate-report", action="append", metavar="XML", help="JUnit report of a run of the tests at this"
-                        " very commit on this device, instead of running them; may be given again")  # fmt: skip
+    report_help = "JUnit report of the tests at this very commit on this device, instead of running them; repeatable"
+    parser.add_argument("--gate-report", action="append", metavar="XML", help=report_help)
     parser.add_argument("--no-store", action="store_true", help="write no rows")
     parser.add_argument("--output", metavar="DIR", help="folder for rows; default benchmarks/results")
     parser.add_argument("--commit", metavar="SHA", help="commit of the code, where it runs outside of its repository")
