@@ -32,7 +32,7 @@ HALF = (*[2048] * 8, *[1024] * 8, *[512] * 16)  # 32 rows of 2048 of which half 
 _FILES = ("attention", "attention_definition", "attention_dispatch", "attention_triton", "attention_triton_backward",
           "attention_hopper", "attention_sm90", "attention_sm90_backward", "attention_sm90_rows", "hopper")  # fmt: skip
 _SOURCES = ("benchmarks/cases/attention.py", *(f"onegpu/kernels/{name}.py" for name in _FILES))
-_TESTS = ("tests/kernels/test_attention.py::test_padded_and_packed_are_unpadded_on_gpu[None-128-False]",)
+_TESTS = ("tests/kernels/test_attention.py::test_padded_and_packed_are_unpadded_on_gpu",)
 
 
 def cases() -> Iterator[Case]:

@@ -233,8 +233,7 @@ def test_lengths_on_gpu(implementation, d, dtype, mask, all_lengths):
     ("implementation", "dims", "dtype", "mask"),
     [
         ("portable", (8, 8), torch.bfloat16, BAND),
-        ("portable", (40, 40), torch.float32, SLIDING),
-        ("portable", (59, 80), torch.float16, {}),
+        ("portable", (59, 40), torch.float32, SLIDING),
         ("portable", (96, 96), torch.bfloat16, {"causal": True}),
         ("portable", (192, 128), torch.bfloat16, {}),
         (None, (72, 72), torch.bfloat16, {"causal": True}),
@@ -242,9 +241,8 @@ def test_lengths_on_gpu(implementation, d, dtype, mask, all_lengths):
     ],
 )
 def test_head_dims_on_gpu(implementation, dims, dtype, mask):
-    for heads in (4, 6):
-        q, k, v = inputs(213, 303, heads, 2, *dims, device="cuda", dtype=dtype)
-        check_on_gpu(q, k, v, implementation, **mask)
+    q, k, v = inputs(213, 303, 6, 2, *dims, device="cuda", dtype=dtype)
+    check_on_gpu(q, k, v, implementation, **mask)
 
 
 @pytest.mark.gpu
