@@ -48,7 +48,7 @@ def _decode(shape: str, kind: str, batch: int, group: str) -> Case:
     bound = (1.05 if shape == "Llama-2-7B" else 1.1) if kind == "bf16" else 1.0
     goal = 0.95 if kind == "bf16" else 0.5
     measure = partial(decode, shape, kind, batch)
-    return _case(shape, f"{kind} decode, batch {batch}", measure, bound, goal, 10, group)
+    return _case(shape, f"{kind} decode, batch {batch}", measure, bound, goal, 10 if shape == "Llama-2-7B" else 8, group)
 
 
 def _case(
@@ -65,11 +65,11 @@ def _case(
 
 def decode(shape: str, kind: str, batch: int, context: Context) -> dict[str, Any]:
     """Milliseconds a step, ours beside the peers."""
-    prompt, longest, few, compared = (8, 12, 4, 5) if context.tiny else (PROMPT, ANSWER, 48, 33)
+    prompt, longest, few, compared = (8, 12, 4, 5) if context.tiny else (PROMPT, ANSWER, 24, 33)
     plain, ours = _plain(shape, context), _ours(shape, kind, context)
     captured, note = _captured(plain, _ids(plain, batch, prompt), prompt + longest + 1)
     if note and not context.tiny:
-        few = 16  # the peer's steps then take ten times as long
+        few = 8  # the peer's steps then take ten times as long
     # As many positions as the longest answer will need: the memory and the graph stay the same from here on.
     long_prompt = _ids(plain, batch, prompt + longest - 11)
     first = _wall(partial(_generate, ours, long_prompt, 12), context)
@@ -85,7 +85,7 @@ def decode(shape: str, kind: str, batch: int, context: Context) -> dict[str, Any
     ids = _ids(plain, batch, prompt)
     tokens = longest if context.tiny or longest * step["median"] < 450 * context.seconds else longest // 2
     wall = _span(ours, ids, tokens, context) * 1e3
-    replay = _replay(ours, prompt + tokens // 2, 32, context)
+    replay = _replay(ours, prompt + tokens // 2, 16, context)
     peer = "transformers forward, captured by hand, bf16" if not note else "transformers forward, static cache, bf16"
     peers = {peer: {"ms": spread(taken["peer"]), "ratio": paired_ratio(taken["ours"], taken["peer"])}}
     peers |= _eager_peers(plain, kind, ids, taken["ours"], context)
@@ -177,7 +177,7 @@ def _host_us(model: Any, ids: Any, context: Context) -> float | None:
     Readback.pop = timed  # type: ignore[method-assign]
     try:
         once(3)
-        (short, before), (long, after) = (min(once(count) for _ in range(2)) for count in (5, 37))
+        (short, before), (long, after) = (min(once(count) for _ in range(2)) for count in (5, 29))
     finally:
         Readback.pop = pop  # type: ignore[method-assign]
     return round((long - short) / (after - before) * 1e6, 1) if after > before else None
