@@ -45,10 +45,10 @@ def cases() -> Iterator[Case]:
 
 def _decode(shape: str, kind: str, batch: int, group: str) -> Case:
     # bf16 is held to the floors; a quantised model must at least beat the captured bf16 one.
-    bound = (1.05 if shape == "Llama-2-7B" else 1.1) if kind == "bf16" else 1.0
-    goal = 0.95 if kind == "bf16" else 0.5
+    main = shape == "Llama-2-7B"
+    bound, goal = (1.05 if main else 1.1, 0.95) if kind == "bf16" else (1.0, 0.5)
     measure = partial(decode, shape, kind, batch)
-    return _case(shape, f"{kind} decode, batch {batch}", measure, bound, goal, 10 if shape == "Llama-2-7B" else 8, group)
+    return _case(shape, f"{kind} decode, batch {batch}", measure, bound, goal, 10 if main else 8, group)
 
 
 def _case(
