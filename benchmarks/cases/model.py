@@ -22,7 +22,8 @@ from benchmarks.spread import paired_ratio, spread
 PROMPT, ANSWER, PREFILL = 128, 512, 4096
 _SOURCES = tuple(f"onegpu/{part}" for part in ("engine", "kernels", "nn", "convert"))
 _SOURCES += tuple(f"benchmarks/{name}.py" for name in ("cases/model", "models", "hand_captured", "step_budget"))
-_TESTS = tuple(f"tests/nn/test_linear_{bits}bit.py::test_forward_and_gradient" for bits in (4, 8))
+_TESTS = ("tests/engine/test_decoding_models.py::test_with_attention_of_ours",)
+_QUANTISED = tuple(f"tests/nn/test_linear_{bits}bit.py::test_forward_and_gradient" for bits in (4, 8))
 _ROUNDS = 3
 
 
@@ -60,7 +61,8 @@ def _case(
     seconds: float,
     group: str,
 ) -> Case:
-    return Case("model", f"{shape} {name}", None, measure, _SOURCES, _TESTS, bound, goal, seconds=seconds, group=group)
+    tests = _TESTS if name.startswith("bf16") else _TESTS + _QUANTISED
+    return Case("model", f"{shape} {name}", None, measure, _SOURCES, tests, bound, goal, seconds=seconds, group=group)
 
 
 def decode(shape: str, kind: str, batch: int, context: Context) -> dict[str, Any]:
