@@ -334,6 +334,8 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "model-decode": ("model", model_decode),
     "model-prefill": ("model", model_prefill),
     "model-step": ("model", step),
+    "fused-step": ("fused_step", lambda rows: ops([row for row in rows if "work" not in row])),
+    "fused-budget": ("fused_step", step),
     "attention-models": ("attention_model", attention_models),
     "attention-memory": ("attention_model", attention_memory),
     "two-gpus": ("two_gpus", two_gpus),

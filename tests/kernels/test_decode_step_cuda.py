@@ -21,11 +21,19 @@ SIZES = [896, 2048, 4096, 4864, 8192, 11008, 14336]
 
 @pytest.mark.parametrize("form", gpu._FORMATS)
 @pytest.mark.parametrize("columns", SIZES)
-def test_one_row_leaves_room_for_the_next_kernels_block(form: str, columns: int) -> None:
+def test_one_row_takes_the_layout_of_its_format(form: str, columns: int) -> None:
     found = gpu.shape(form, 1, columns, True)
-    assert found is not None
-    assert found.shared(form, 1, columns, True) <= gpu._HALF
-    assert found.slots >= 3
+    assert found == gpu.LAYOUTS[form]
+    assert found.shared(form, 1, columns, True) <= gpu._WHOLE
+
+
+@pytest.mark.parametrize("form", gpu._FORMATS)
+@pytest.mark.parametrize("rows", range(2, 5))
+def test_more_rows_have_a_layout_too(form: str, rows: int) -> None:
+    for columns in SIZES:
+        found = gpu.shape(form, rows, columns, True)
+        assert found is not None
+        assert found.shared(form, rows, columns, True) <= gpu._WHOLE
 
 
 def test_rows_that_do_not_fit() -> None:
