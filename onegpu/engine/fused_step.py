@@ -9,7 +9,7 @@ once more: the engine compares the first step with an ordinary one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
@@ -45,6 +45,7 @@ class FusedStep:
 
     structure: Structure
     pdl: bool = True
+    _compiled: set[int] = field(default_factory=set, init=False, repr=False)  # for which numbers of rows
 
     def serves(self, rows: int) -> bool:
         """Whether so many sequences fit."""
@@ -80,6 +81,25 @@ class FusedStep:
         Returns:
             float32 ``[B, V]``.
         """
+        rows = len(input_ids)
+        if self.structure.device.type == "cuda" and rows not in self._compiled:
+            from onegpu.kernels import decode_step_cuda as gpu
+            from onegpu.kernels.launch import compile_together
+
+            with gpu.collecting() as kernels:
+                self._launch(input_ids, position, rope_position, caches, first)
+            compile_together(kernels, self.structure.embedding.get_device())
+            self._compiled.add(rows)
+        return self._launch(input_ids, position, rope_position, caches, first)
+
+    def _launch(
+        self,
+        input_ids: torch.Tensor,
+        position: torch.Tensor,
+        rope_position: torch.Tensor,
+        caches: list[Pair],
+        first: torch.Tensor | None,
+    ) -> torch.Tensor:
         found, rows = self.structure, len(input_ids)
         device, dtype = found.device, found.dtype
         heads = found.layers[0].heads

@@ -7,6 +7,9 @@ blocks of a kernel that starts early gather on the SMs that are free first, and 
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -101,6 +104,8 @@ def product(
         SLOTS=found.slots, CB=found.width, PER_SM=found.per_sm, TG=_tiles(rows),
         SOURCE=_SOURCES.index(source), SINK=_SINKS.index(sink), SPLITS=splits, HD=size, ACT=ACTIVATIONS.index(act),
     )  # fmt: skip
+    if _collected(kernel):
+        return
     parts = [*matrix.parts, *[None] * (3 - len(matrix.parts))]
     pointers = [
         None if part is None else getattr(part, name)
@@ -137,6 +142,8 @@ def attend(
         HKV=heads.kv, SPLITS=out.values.shape[2], ROT=rotated, NORMS=int(heads.q_gain is not None), WARPS=warps,
         STAGES=stages,
     )  # fmt: skip
+    if _collected(kernel):
+        return
     shared = (warps * stages + 1) * 64 * size + 16 * size + 4 * warps * size + 4 * max(rotated, 2) + 64 * warps
     shared = max(shared, _ALONE)
     length = keys.shape[2]
@@ -151,6 +158,8 @@ def attend(
 def embed(ids: torch.Tensor, table: torch.Tensor, h: torch.Tensor, pdl: bool = True) -> None:
     """One launch of decode_step_embed.cu."""
     kernel = _kernel("embed").variant(None, **_COMMON, FMT=0, BF16=int(table.dtype == torch.bfloat16))
+    if _collected(kernel):
+        return
     kernel((len(h),), 256, 0, ids, table, h, table.shape[0], table.shape[1], pdl=pdl)
 
 
@@ -163,6 +172,31 @@ def splits(device: int, rows: int, kv_heads: int) -> int:
 def multiprocessors(device: int) -> int:
     """Of a CUDA device."""
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+class _Collecting(threading.local):
+    kernels: list[CudaKernel] | None = None
+
+
+_collecting = _Collecting()
+
+
+@contextlib.contextmanager
+def collecting() -> Iterator[list[CudaKernel]]:
+    """Inside, in this thread, nothing is launched: the list holds what would be."""
+    kernels: list[CudaKernel] = []
+    _collecting.kernels = kernels
+    try:
+        yield kernels
+    finally:
+        _collecting.kernels = None
+
+
+def _collected(kernel: CudaKernel) -> bool:
+    if _collecting.kernels is None:
+        return False
+    _collecting.kernels.append(kernel)
+    return True
 
 
 _KERNELS = {"product": ("product", "PPPPPPPPPPPPPPPPPPPPiiiif"), "attention": ("attend", "PPPPPPPPPPPiiiiifff"),
