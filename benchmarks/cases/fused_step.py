@@ -30,7 +30,7 @@ def cases() -> Iterator[Case]:
     """Formats, most wanted first; a format's cases share its weights."""
     for form in ("nf4", "int8", "16bit"):
         common: dict[str, Any] = {
-            "sources": ("benchmarks/cases/fused_step.py", *_SOURCES), "tests": (f"{_TESTS}[{form}]",), "group": form,
+            "sources": ("benchmarks/cases/fused_step.py", *_SOURCES), "tests": (_TESTS,), "group": form,
             "seconds": 2.0,
         }  # fmt: skip
         for rows, cache in ((1, 512), (1, 4096)) + ((4, 512),) * (form == "nf4"):
