@@ -111,8 +111,17 @@ def draw_decode(points: Points, figure: Any) -> None:
 
 def step_points(results: Path = RESULTS) -> Points:
     """``[device and format, [[work, us], …]]`` of one decoding step, idle time as "nothing runs"."""
+    return _budgets(results, "model")
+
+
+def fused_points(results: Path = RESULTS) -> Points:
+    """As `step_points`, of the fused step."""
+    return _budgets(results, "fused_step")
+
+
+def _budgets(results: Path, benchmark: str) -> Points:
     points: Points = []
-    for file in sorted(results.glob("*/model.jsonl")):
+    for file in sorted(results.glob(f"*/{benchmark}.jsonl")):
         for row in read_rows(file):
             if row["case"].endswith("budget of one step") and row.get("work"):
                 kind = row["case"].removesuffix(" budget of one step")
@@ -206,6 +215,7 @@ PLOTS: dict[str, tuple[Callable[..., Points], Callable[[Points, Any], None]]] = 
     "load": (load_points, draw_load),
     "model_decode": (decode_points, draw_decode),
     "model_step": (step_points, draw_step),
+    "fused_step": (fused_points, draw_step),
     "attention_models": (attention_points, draw_attention),
     "attention_memory": (attention_memory_points, draw_attention_memory),
 }

@@ -23,6 +23,7 @@ from benchmarks.plots import draw_all, stale
 Row = dict[str, Any]
 _MARKED = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- /table -->)", re.DOTALL)
 _NONE = "*No run is stored yet.*\n"
+_FUSED = "\n![µs of one step by kind of kernel](images/fused_step.svg)\n"
 
 
 def markdown(head: list[str], rows: Iterable[list[str]]) -> str:
@@ -343,6 +344,8 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "model-decode": ("model", model_decode),
     "model-prefill": ("model", model_prefill),
     "model-step": ("model", step),
+    "fused-step": ("fused_step", lambda rows: ops([row for row in rows if "work" not in row])),
+    "fused-budget": ("fused_step", lambda rows: (made := step(rows)) + _FUSED * (made != _NONE)),
     "attention-models": ("attention_model", attention_models),
     "attention-memory": ("attention_model", attention_memory),
     "two-gpus": ("two_gpus", two_gpus),

@@ -9,7 +9,7 @@ once more: the engine compares the first step with an ordinary one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,8 +17,10 @@ import torch
 
 from onegpu.engine.fused_structure import Declined, Structure, read
 from onegpu.kernels import decode_step as ops
+from onegpu.kernels.codebooks import dynamic_map
 
-MAX_ROWS = 8
+# What was compared with the definition on a device (docs/fused_step.md); the kernels themselves take more.
+MAX_ROWS, HEAD_SIZES = 4, (64, 128)
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -35,7 +37,7 @@ def plan(model: Any) -> FusedStep | str:
 
 @dataclass
 class FusedStep:
-    """One token for each of up to 8 sequences.
+    """One token for each of up to 4 sequences (on a CPU, any number).
 
     Attributes:
         pdl: whether kernels may start before the one in front has ended; off only to measure what that gives.
@@ -43,6 +45,7 @@ class FusedStep:
 
     structure: Structure
     pdl: bool = True
+    _compiled: set[int] = field(default_factory=set, init=False, repr=False)  # for which numbers of rows
 
     def serves(self, rows: int) -> bool:
         """Whether so many sequences fit."""
@@ -78,6 +81,25 @@ class FusedStep:
         Returns:
             float32 ``[B, V]``.
         """
+        rows = len(input_ids)
+        if self.structure.device.type == "cuda" and rows not in self._compiled:
+            from onegpu.kernels import decode_step_cuda as gpu
+            from onegpu.kernels.launch import compile_together
+
+            with gpu.collecting() as kernels:
+                self._launch(input_ids, position, rope_position, caches, first)
+            compile_together(kernels, self.structure.embedding.get_device())
+            self._compiled.add(rows)
+        return self._launch(input_ids, position, rope_position, caches, first)
+
+    def _launch(
+        self,
+        input_ids: torch.Tensor,
+        position: torch.Tensor,
+        rope_position: torch.Tensor,
+        caches: list[Pair],
+        first: torch.Tensor | None,
+    ) -> torch.Tensor:
         found, rows = self.structure, len(input_ids)
         device, dtype = found.device, found.dtype
         heads = found.layers[0].heads
@@ -159,20 +181,24 @@ def _check_gpu(found: Structure) -> None:
         raise Declined("cuda-core is not installed")
     if found.dtype not in (torch.float16, torch.bfloat16):
         raise Declined(f"activations in {found.dtype}")
-    if torch.cuda.get_device_capability(found.device) < (8, 0):
-        raise Declined("a GPU before Ampere")
+    if torch.cuda.get_device_capability(found.device)[0] != 9:
+        raise Declined("a GPU that is no Hopper")  # the layouts take the shared memory that it has
     for matrix in found.matrices():
         if matrix.columns % 64:
             raise Declined(f"a product over {matrix.columns} columns, no multiple of 64")
         if any(part.weight.data_ptr() % 16 for part in matrix.parts):
             raise Declined("a weight that begins off 16 bytes")
+        if any(part.nested is not None for part in matrix.parts):
+            dynamic_map(found.device)  # now, because it is copied from the host, which the step itself may not do
         if matrix.format in ("nf4", "fp4") and (matrix.blocksize < 64 or matrix.columns % matrix.blocksize):
             raise Declined(f"4-bit blocks of {matrix.blocksize} in rows of {matrix.columns}")
         if gpu.shape(matrix.format, 1, matrix.columns, matrix.parts[0].nested is not None) is None:
             raise Declined(f"a product over {matrix.columns} columns, more than shared memory holds")
     for layer in found.layers:
         heads = layer.heads
-        if heads.size % 32 or heads.size > 128:
+        if heads.size not in HEAD_SIZES:
             raise Declined(f"heads of {heads.size}")
+        if heads.window is not None:
+            raise Declined("a sliding window")
         if heads.query // heads.kv > gpu.MAX_GROUP:
             raise Declined(f"{heads.query // heads.kv} query heads to a key head")

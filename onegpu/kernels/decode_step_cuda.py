@@ -1,11 +1,15 @@
 """Launches decode_step_product.cu, decode_step_attention.cu and decode_step_embed.cu; the ops are in decode_step.py.
 
-A block an SM, in every kernel of the chain, and at most half of an SM's shared memory where that is enough: then each
-SM holds a block of the kernel at work and one of the next, which fetches its first weights meanwhile.
+A block an SM, in every kernel of the chain, and more than half of an SM's shared memory for each: where two blocks fit,
+blocks of a kernel that starts early gather on the SMs that are free first, and the others idle (measured on an H100:
+5.3 instead of 2.1 ms a step with nf4 weights).
 """
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -20,7 +24,7 @@ MAX_ROWS, MAX_GROUP, MAX_SPLITS = 8, 8, 8
 _FORMATS = {"16bit": 0, "int8": 1, "nf4": 2, "fp4": 2}
 _SOURCES, _SINKS = ("norm", "attention", "plain"), ("store", "add", "gated")
 _WHOLE = 232448  # bytes of shared memory that a block may have on Hopper
-_HALF = 115712  # two blocks an SM: half of its 228 KiB, less the 1 KiB that each block costs
+_ALONE = 116736  # of a Hopper SM's 228 KiB, less 1 KiB a block: no second block fits beside one that has this
 _COMMON = {"NESTED": 0, "TABLE_SHIFT": 7, "CL": 1, "CLUSTERED": 0, "FP4": 0}
 
 
@@ -50,16 +54,20 @@ class Shape(NamedTuple):
         return table + rows * pitch + sums + shares + ring
 
 
+# The layout of each format: what measured best for Llama-2-7B's products on an H100 (docs/worklog.md). Fewer slots are
+# taken where the rows of x leave no room.
+LAYOUTS = {"16bit": Shape(16, 128, 4, 7, 1), "int8": Shape(16, 128, 3, 7, 1), "nf4": Shape(16, 128, 2, 8, 1),
+           "fp4": Shape(16, 128, 2, 8, 1)}  # fmt: skip
+
+
 @lru_cache(maxsize=256)
 def shape(form: str, rows: int, columns: int, nested: bool) -> Shape | None:
     """The layout for a product; None if x does not fit into shared memory."""
-    for limit, fewest in ((_HALF, 4), (_HALF, 3), (_WHOLE, 2)):
-        for width in (64,) if _FORMATS[form] == 2 else (128, 64):
-            for slots in range(8, fewest - 1, -1):
-                found = Shape(8, width, slots)
-                if found.shared(form, rows, columns, nested) <= limit:
-                    return found
-    return None
+    best = LAYOUTS[form]
+    tried = [best._replace(slots=slots) for slots in range(best.slots, 1, -1)]
+    for width in (64,) if _FORMATS[form] == 2 else (128, 64):
+        tried += [Shape(8, width, slots) for slots in range(8, 1, -1)]
+    return next((found for found in tried if found.shared(form, rows, columns, nested) <= _WHOLE), None)
 
 
 def _tiles(rows: int) -> int:
@@ -96,6 +104,8 @@ def product(
         SLOTS=found.slots, CB=found.width, PER_SM=found.per_sm, TG=_tiles(rows),
         SOURCE=_SOURCES.index(source), SINK=_SINKS.index(sink), SPLITS=splits, HD=size, ACT=ACTIVATIONS.index(act),
     )  # fmt: skip
+    if _collected(kernel):
+        return
     parts = [*matrix.parts, *[None] * (3 - len(matrix.parts))]
     pointers = [
         None if part is None else getattr(part, name)
@@ -105,8 +115,9 @@ def product(
     table = dynamic_map(out.device) if nested else None
     counts = [0 if part is None else part.rows for part in parts]
     blocks = matrix.blocksize.bit_length() - 7  # log2 of how many 64 columns share a scale
+    shared = max(found.shared(matrix.format, rows, columns, nested), _ALONE)
     kernel(
-        (multiprocessors(out.get_device()),), 32 * found.warps, found.shared(matrix.format, rows, columns, nested),
+        (multiprocessors(out.get_device()),), 32 * found.warps, shared,
         *pointers, table, gain, x, sums, out, *counts, blocks, eps, pdl=pdl,
     )  # fmt: skip
 
@@ -131,7 +142,10 @@ def attend(
         HKV=heads.kv, SPLITS=out.values.shape[2], ROT=rotated, NORMS=int(heads.q_gain is not None), WARPS=warps,
         STAGES=stages,
     )  # fmt: skip
+    if _collected(kernel):
+        return
     shared = (warps * stages + 1) * 64 * size + 16 * size + 4 * warps * size + 4 * max(rotated, 2) + 64 * warps
+    shared = max(shared, _ALONE)
     length = keys.shape[2]
     kernel(
         (multiprocessors(qkv.get_device()),), 32 * warps, shared,
@@ -144,6 +158,8 @@ def attend(
 def embed(ids: torch.Tensor, table: torch.Tensor, h: torch.Tensor, pdl: bool = True) -> None:
     """One launch of decode_step_embed.cu."""
     kernel = _kernel("embed").variant(None, **_COMMON, FMT=0, BF16=int(table.dtype == torch.bfloat16))
+    if _collected(kernel):
+        return
     kernel((len(h),), 256, 0, ids, table, h, table.shape[0], table.shape[1], pdl=pdl)
 
 
@@ -156,6 +172,31 @@ def splits(device: int, rows: int, kv_heads: int) -> int:
 def multiprocessors(device: int) -> int:
     """Of a CUDA device."""
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+class _Collecting(threading.local):
+    kernels: list[CudaKernel] | None = None
+
+
+_collecting = _Collecting()
+
+
+@contextlib.contextmanager
+def collecting() -> Iterator[list[CudaKernel]]:
+    """Inside, in this thread, nothing is launched: the list holds what would be."""
+    kernels: list[CudaKernel] = []
+    _collecting.kernels = kernels
+    try:
+        yield kernels
+    finally:
+        _collecting.kernels = None
+
+
+def _collected(kernel: CudaKernel) -> bool:
+    if _collecting.kernels is None:
+        return False
+    _collecting.kernels.append(kernel)
+    return True
 
 
 _KERNELS = {"product": ("product", "PPPPPPPPPPPPPPPPPPPPiiiif"), "attention": ("attend", "PPPPPPPPPPPiiiiifff"),

@@ -10,8 +10,8 @@
 //
 // A block takes a range of rows of W in tiles of 16 (SINK 2: 8 of gate, 8 of up). The pieces of its tiles (16 rows, CB bytes
 // of each) go round the warps; each warp streams its own through a ring of its own, without a barrier. The rings are filled
-// before the kernel waits for the one in front of it: weights do not change during a step. A block needs less than half
-// of an SM's shared memory, so the next kernel's blocks come in beside it and fill theirs while this one works.
+// before the kernel waits for the one in front of it: weights do not change during a step. A block has an SM for itself;
+// the next kernel's comes as soon as it has left, and fills its rings while other SMs still work.
 // W is the 16-row operand of the mma, x the 8-column one; the contraction runs in the order in which bytes are stored.
 constexpr int THREADS = WARPS * 32;
 constexpr int KB = FMT == 0 ? CB / 2 : FMT == 1 ? CB : 2 * CB;         // columns of a piece

@@ -10,7 +10,9 @@ that a call costs a few microseconds of host time. What they see to, so that no 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
@@ -30,7 +32,7 @@ from onegpu.kernels.guard import (
 from onegpu.kernels.tensor_map import tensor_map
 from onegpu.kernels.triton_kernel import Bound, TritonKernel
 
-__all__ = ["CudaKernel", "aligned", "tensor_map", "triton_bind", "triton_launch"]
+__all__ = ["CudaKernel", "aligned", "compile_together", "tensor_map", "triton_bind", "triton_launch"]
 
 Grid = tuple[int, ...]  # one to three sizes
 
@@ -63,6 +65,7 @@ class CudaKernel:
         self._tensors = [kind == "P" for kind in arguments]
         self._first = arguments.index("P")
         self._loaded: dict[str, driver.LoadedKernel] = {}  # by architecture
+        self._compiled: dict[str, nvrtc.Cubin] = {}  # not loaded yet
         self._ready: dict[int, driver.LoadedKernel] = {}  # by device
         self._packer: driver.Packer | None = None
         self._variants: dict[tuple[Any, ...], CudaKernel] = {}
@@ -138,8 +141,7 @@ class CudaKernel:
             arch = architecture(device)
             kernel = self._loaded.get(arch)
             if kernel is None:
-                text = source_text(self._source)
-                made = nvrtc.cached_cubin(text, self.name, arch, self._constants, self._options, self.op)
+                made = self._compiled.pop(arch, None) or self._cubin(arch)
                 kernel = driver.LoadedKernel(made.code, made.name, self.op)
                 check_parameters(kernel, self.arguments)
                 self._loaded[arch] = kernel
@@ -149,10 +151,28 @@ class CudaKernel:
             self._ready[device] = kernel
             return kernel
 
+    def _cubin(self, arch: str) -> nvrtc.Cubin:
+        text = source_text(self._source)
+        return nvrtc.cached_cubin(text, self.name, arch, self._constants, self._options, self.op)
+
+    def compile_ahead(self, arch: str) -> None:
+        """Have the machine code ready for `load`; unlike that, other kernels may compile at the same time."""
+        if arch not in self._loaded and arch not in self._compiled:
+            self._compiled[arch] = self._cubin(arch)
+
     def compile(self, arch: str) -> nvrtc.Cubin:
         """The machine code for an architecture such as ``"sm_90a"``; needs no GPU and uses no cache."""
         text = source_text(self._source)
         return nvrtc.compile_cubin(text, self.name, arch, self._constants, self._options, self.op)
+
+
+def compile_together(kernels: Iterable[CudaKernel], device: int) -> None:
+    """Compile kernels for a device in threads: NVRTC works outside of Python's lock. Raises the first KernelError."""
+    arch, chosen = architecture(device), list(dict.fromkeys(kernels))
+    nvrtc.compiler_version()  # imports, here and not in the threads
+    with ThreadPoolExecutor(max(1, min(len(chosen), os.cpu_count() or 1))) as pool:
+        for done in [pool.submit(kernel.compile_ahead, arch) for kernel in chosen]:
+            done.result()
 
 
 def triton_launch(kernel: Any, grid: Grid, *args: Any, **constants: Any) -> None:

@@ -163,6 +163,24 @@ def test_tables_and_plots_of_attention_in_models(tmp_path: Path):
     assert len(names) == 2 and plots.draw_all(names, tmp_path, tmp_path) and plots.stale(tmp_path, tmp_path) == []
 
 
+def test_the_fused_steps_rows_make_two_tables_and_a_plot(tmp_path: Path):
+    work = [{"what": "norm, head", "launches": 1, "us": 90.0, "share": 0.9}]
+    fields = {"work": work, "idle_us": 5.0, "launches": 2, "ours": {"us": spread(95.0)}}
+    rows = [
+        speed_row("fused_step", "nf4, batch 1, cache 512", ours={"us": spread(2066.0), "host_us": 900.0},
+                  theirs={"us": spread(3876.0)}),
+        speed_row("fused_step", "nf4 budget of one step", **fields),
+    ]  # fmt: skip
+    store_rows(tmp_path / "nvidia-h100" / "fused_step.jsonl", rows[:1])
+    assert "| nf4, batch 1, cache 512 | 2066.0 | 3876.0 |" in tables.render("fused-step", tmp_path)
+    assert tables.render("fused-budget", tmp_path) == tables._NONE
+    store_rows(tmp_path / "nvidia-h100" / "fused_step.jsonl", rows)
+    assert "budget" not in tables.render("fused-step", tmp_path)
+    assert "| nf4 | norm, head | 1 | 90 | 90% |" in (made := tables.render("fused-budget", tmp_path))
+    assert "images/fused_step.svg" in made
+    assert plots.fused_points(tmp_path) == [["nf4\nA GPU", [["norm, head", 90.0], ["nothing runs", 5.0]]]]
+
+
 def test_without_a_run_there_is_no_claim(tmp_path: Path):
     for name in tables.TABLES:
         assert tables.render(name, tmp_path) == "*No run is stored yet.*\n"

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
 
 from onegpu.engine.fused_step import FusedStep
-from onegpu.errors import ArgumentError
+from onegpu.errors import ArgumentError, KernelError
 from onegpu.kernels import decode_step as ops
 from onegpu.kernels import decode_step_cuda as gpu
+from onegpu.kernels import driver, launch, nvrtc
 from tests.decode_structures import caches, matrix, structure
 from tests.kernels import machine_code
 from tests.kernels.emulated_step import emulate
@@ -21,11 +23,19 @@ SIZES = [896, 2048, 4096, 4864, 8192, 11008, 14336]
 
 @pytest.mark.parametrize("form", gpu._FORMATS)
 @pytest.mark.parametrize("columns", SIZES)
-def test_one_row_leaves_room_for_the_next_kernels_block(form: str, columns: int) -> None:
+def test_one_row_takes_the_layout_of_its_format(form: str, columns: int) -> None:
     found = gpu.shape(form, 1, columns, True)
-    assert found is not None
-    assert found.shared(form, 1, columns, True) <= gpu._HALF
-    assert found.slots >= 3
+    assert found == gpu.LAYOUTS[form]
+    assert found.shared(form, 1, columns, True) <= gpu._WHOLE
+
+
+@pytest.mark.parametrize("form", gpu._FORMATS)
+@pytest.mark.parametrize("rows", range(2, 5))
+def test_more_rows_have_a_layout_too(form: str, rows: int) -> None:
+    for columns in SIZES:
+        found = gpu.shape(form, rows, columns, True)
+        assert found is not None
+        assert found.shared(form, rows, columns, True) <= gpu._WHOLE
 
 
 def test_rows_that_do_not_fit() -> None:
@@ -65,6 +75,26 @@ def test_the_kernels_compile_for_other_gpus(arch: str) -> None:
     common = {**gpu._COMMON, "BF16": 1, "SPLITS": 4, "HD": 128}
     layout = {"M": 1, "K": 4096, "WARPS": 8, "SLOTS": 4, "CB": 64, "TG": 8, "PER_SM": 2}
     assert gpu._kernel("product").variant(None, **common, **layout, FMT=2, SOURCE=0, SINK=2, ACT=0).compile(arch).code
+
+
+@needs_nvrtc
+def test_a_steps_kernels_compile_together(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(ops, "_on_gpu", lambda _: True)
+    monkeypatch.setattr(gpu, "multiprocessors", lambda _: 132)
+    monkeypatch.setattr(nvrtc, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(driver, "driver_version", lambda: 13000)
+    monkeypatch.setattr(launch, "architecture", lambda _: "sm_90a")
+    found, at = structure("int8", layers=3), torch.tensor([3])
+    with gpu.collecting() as kernels:
+        FusedStep(found)(torch.zeros(1, 1, dtype=torch.int64), at, at, caches(found, 1, 64))
+    assert len(kernels) == 3 * 5 + 2
+    assert len(set(kernels)) == 7  # the layers' are the same
+    launch.compile_together(kernels, 0)
+    assert all(kernel._compiled["sm_90a"].code for kernel in kernels)
+    assert len(list(tmp_path.glob("*.cubin"))) == 7
+    wrong = launch.CudaKernel("toy", "no C++", "toy", "P")
+    with pytest.raises(KernelError, match="toy"):
+        launch.compile_together([*kernels, wrong], 0)
 
 
 class Compiled:
