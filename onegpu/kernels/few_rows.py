@@ -122,8 +122,8 @@ class Wide:
                 "HALF_BLOCK": int(half), "WGMMA": int(self.wgmma)}  # fmt: skip
 
 
-# By format. The first Narrow that fits is taken; else, of the Wide ones that fit with the fewest eights, the cheapest. What
-# a sweep on an H100 found fastest (docs/worklog.md); those of price 9 are for GPUs before it.
+# By format. The first Narrow that fits is taken; else, of the Wide ones that fit with the fewest eights, the cheapest.
+# What a sweep on an H100 found fastest (docs/worklog.md); those of price 9 are for GPUs before it.
 _CONFIGURATIONS: dict[str, tuple[Narrow | Wide, ...]] = {
     "16bit": (
         Narrow(1, 16, 3, 128, 12, prefetch=256), Narrow(2, 16, 2, 128, 8), Narrow(4, 16, 2, 128, 4),

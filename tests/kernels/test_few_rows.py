@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -41,8 +43,8 @@ def test_wide_tiles_are_filled() -> None:
 
 
 def test_quantised_scales_take_a_stage_less_where_memory_is_short() -> None:
-    stages = [few_rows.choose("4bit", nested, 32, 12288, 4096, False, 132, H100, 9)[0].stages for nested in (False, True)]
-    assert stages == [3, 2]
+    for nested, stages in ((False, 3), (True, 2)):
+        assert few_rows.choose("4bit", nested, 32, 12288, 4096, False, 132, H100, 9)[0].stages == stages
 
 
 def four_bit(
@@ -181,6 +183,35 @@ def test_int8_on_a_gpu(n_k: tuple[int, int], dtype: torch.dtype) -> None:
         y = linear_int8(x, weight, SCB, bias, exact=False)
         compare(y, x, weight.float() * SCB[:, None] / 127, bias, f"M {m}")
         assert torch.equal(y, linear_int8(x, weight, SCB, bias, exact=False)), "differs from run to run"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fmt", ["4bit", "int8"])
+def test_the_products_of_the_table_on_a_gpu(fmt: str) -> None:
+    """The sizes and rows that benchmarks/cases/few_rows.py stores, which runs this first: so it has to be quick."""
+    for n, k in SIZES[:4]:
+        bias = activations((n,), torch.bfloat16, "cuda", seed=5)
+        for nested in (False, True)[: 1 + (fmt == "4bit")]:
+            if fmt == "int8":
+                codes = torch.randint(-128, 128, (n, k), dtype=torch.int8, device="cuda")
+                SCB = torch.rand(n, device="cuda") + 0.1
+                w, run = (
+                    codes.float() * SCB[:, None] / 127,
+                    functools.partial(linear_int8, weight=codes, SCB=SCB, exact=False),
+                )
+            else:
+                blocks = torch.rand(n * k // 64, device="cuda")
+                packed = Packed4bit(torch.randint(0, 256, (n * k // 2, 1), dtype=torch.uint8, device="cuda"), blocks,
+                                    64, "nf4", (n, k))  # fmt: skip
+                if nested:
+                    packed = packed._replace(
+                        absmax=(blocks * 255).to(torch.uint8), offset=blocks[0].clone(),
+                        nested_absmax=torch.rand(-(-blocks.numel() // 256), device="cuda"),
+                    )  # fmt: skip
+                w, run = packed.dequantize(torch.float32), functools.partial(linear_4bit, packed=packed)
+            for m in (1, 4, 8, 16, 64):
+                x = activations((m, k), torch.bfloat16, "cuda")
+                compare(run(x, bias=bias), x, w, bias, f"{n} x {k}, nested {nested}, M {m}")
 
 
 @pytest.mark.gpu
