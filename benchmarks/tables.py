@@ -215,27 +215,36 @@ def launches(rows: list[Row]) -> str:
 
 def model_decode(rows: list[Row]) -> str:
     """Milliseconds a token of whole models beside the hand-captured peer and `generate()` as it comes."""
+    rows = [row for row in rows if " decode" in row["case"]]
+    if not rows:
+        return _NONE
     lines = []
-    for row in (row for row in rows if " decode" in row["case"]):
-        eager = row["peers"].get("transformers generate, bf16")
-        bnb = next((peer for name, peer in row["peers"].items() if "bitsandbytes" in name), None)
+    for row in rows:
+        ours = row["ours"]
+        found = [[p for name, p in row["peers"].items() if word in name] for word in ("generate, bf16", "bitsandbytes")]
         lines.append(
             [
-                row["case"].replace(" decode", ""),
-                f"{row['ours']['ms']['median']:.2f}",
+                row["case"].replace(" decode", "") + " †" * bool(ours.get("fused")),
+                f"{ours['ms']['median']:.2f}",
                 f"{row['theirs']['ms']['median']:.2f}" + (" *" if row["note"] else ""),
                 _with_ratio(row["ratio"]),
-                f"{eager['ms']['median']:.1f}" if eager else "–",
-                f"{bnb['ms']['median']:.1f}" if bnb else "–",
+                *(f"{peers[0]['ms']['median']:.1f}" if peers else "–" for peers in found),
+                *_given(ours, wall_over_replay="{:.3f}", host_us="{:.0f}", capture_s="{:.2f}"),
                 _share(row),
             ]
         )
-    if not lines:
-        return _NONE
-    head = ["ms a step", "onegpu", "transformers bf16 in a CUDA graph by hand", "ratio"]
-    head += ["`generate()` of transformers bf16", "… + bitsandbytes", "share of the roofline"]
-    star = "\\* its forward cannot be captured. " if any(row.get("note") for row in rows if row["theirs"]) else ""
+    head = ["ms a step", "onegpu", "bf16 forward in a CUDA graph by hand", "ratio", "`generate()` of transformers"]
+    head += ["… + bitsandbytes", "clock / graph", "host, µs", "capture, s", "roofline"]
+    columns = [column for column in zip(head, *lines, strict=True) if set(column[1:]) != {"–"}]
+    head, *lines = (list(line) for line in zip(*columns, strict=True))
+    star = "\\* its forward cannot be captured. " if any(row.get("note") for row in rows) else ""
+    star += "† five kernels a layer. " if any(row["ours"].get("fused") for row in rows) else ""
     return markdown(head, lines) + f"\n{star}{_ceilings(rows)}. {measured_on(rows)}"
+
+
+def _given(ours: Row, **forms: str) -> list[str]:
+    """Fields in their forms; a dash for what the row does not have."""
+    return ["–" if ours.get(name) is None else form.format(ours[name]) for name, form in forms.items()]
 
 
 def model_prefill(rows: list[Row]) -> str:

@@ -31,7 +31,7 @@ def cases() -> Iterator[Case]:
                 "onegpu/kernels/decode_attention_triton.py",
                 "onegpu/kernels/driver.py",
             ),
-            tests=("tests/kernels/test_decode_attention.py::test_on_a_gpu",),
+            tests=("tests/kernels/test_decode_attention.py::test_benchmarked_shapes_on_a_gpu",),
             bound=bound,
             goal=goal,
             seconds=2,

@@ -300,8 +300,8 @@ class Decoding:
         rows = out.tolist()
         if any(rows[2]):
             self.sampler.raise_if_invalid(out)
-        if self.stops.eos_only:
-            return None if 0 in rows[1] else columns
+        if self.stops.brief:
+            return None if 0 in rows[1] and not self.stops.late() else columns
         done, newly = self.stops(out, columns, self.history, tuple(self.scores[: columns - self.request.columns]))
         if done:
             return columns

@@ -22,7 +22,7 @@ from onegpu.kernels.library import define, has_triton
 MAX_QUERIES = 8
 _MAX_SPLITS = 256
 _SPLIT_KEYS = 8192  # a split has at most so many, that a long sequence in a batch of short ones is not one program's
-_FEWEST_KEYS = 128  # and at least so many: less is not worth a part
+FEWEST_KEYS = 128  # and at least so many: less is not worth a part
 
 
 def _decode(
@@ -164,7 +164,7 @@ def splits(programs: int, keys: int, sms: int) -> int:
     """
     one = sms // programs if sms >= programs else 1
     even = one if one * programs >= 0.9 * sms else 2 * sms // programs
-    return max(1, min(max(even, -(-keys // _SPLIT_KEYS)), -(-keys // _FEWEST_KEYS), _MAX_SPLITS))
+    return max(1, min(max(even, -(-keys // _SPLIT_KEYS)), -(-keys // FEWEST_KEYS), _MAX_SPLITS))
 
 
 def cost(b: int, h: int, h_kv: int, t: int, keys: int, d: int, d_v: int, itemsize: int) -> tuple[int, int]:

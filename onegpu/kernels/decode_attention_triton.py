@@ -2,8 +2,8 @@
 
 One program takes one part of the keys of one key head, for up to 128 rows: the T queries of the G heads that share it.
 Parts are equal shares of the keys that the sequence really has, so that every program of a graph captured for the
-longest cache has work at any length. Where the parts of a head are few they are one cluster, whose programs wait for
-each other and add the parts, a row each: a second kernel costs more than that. 16-bit scores are kept in base 2.
+longest cache has work at any length. Where the cache is short the parts of a head are few and one cluster, whose
+programs wait for each other and add the parts: a second kernel costs more than that. 16-bit scores are kept in base 2.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda as tl_cuda
 
-from onegpu.kernels.decode_attention import splits
+from onegpu.kernels.decode_attention import FEWEST_KEYS, splits
 from onegpu.kernels.launch import triton_bind
 from onegpu.kernels.triton_kernel import Bound
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _CLUSTER = 8  # programs; more than 8 are a matter of luck with the layout of the chip
+_CLUSTER_KEYS = 512  # that one of them has at most
+_TILE = 8192  # rows × (D + D_v)
 _MOST_PLANS = 4096
 
 
@@ -70,9 +72,9 @@ def _split_kernel(
     HKV, L, ROW_TILES, SPLITS, window, scale, softcap,
     q_b, q_h, q_t, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_t, o_h,
     T: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BD: tl.constexpr, BDV: tl.constexpr, ALIGN: tl.constexpr, FIRST: tl.constexpr, WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr, SLOPES: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr,
-    UNIT: tl.constexpr, BS: tl.constexpr,
+    BD: tl.constexpr, PIECE: tl.constexpr, BDV: tl.constexpr, ALIGN: tl.constexpr, FIRST: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SLOPES: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr,
+    PRECISION: tl.constexpr, UNIT: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl_cuda.gdc_wait()
@@ -98,16 +100,16 @@ def _split_kernel(
     o_stats = (i_head * SPLITS + i_split) * ROWS + o_m  # [BM]
     p_stats = p_parts + (tl.num_programs(0) // ROW_TILES).to(tl.int64) * ROWS * DV
 
-    o_d, o_dv, o_n = tl.arange(0, BD), tl.arange(0, BDV), tl.arange(0, BN)
+    o_d, o_dv, o_n = tl.arange(0, PIECE), tl.arange(0, BDV), tl.arange(0, BN)
     o_h_m = i_kv * G + o_m % G  # [BM]; query head
     p_row = p_q + i_b * q_b + o_h_m * q_h + (o_m // G).to(tl.int64) * q_t
-    b_q = tl.load(p_row[:, None] + o_d[None, :], mask=m_m[:, None] & (o_d < D)[None, :], other=0.0)  # [BM, BD]
+    b_q = tl.load(p_row[:, None] + o_d[None, :], mask=m_m[:, None] & (o_d < D)[None, :], other=0.0)  # [BM, PIECE]
     if SLOPES:
         b_slope = tl.load(p_slopes + o_h_m, mask=m_m, other=0.0).to(tl.float32) * (_LOG2E / UNIT)  # [BM]
     # Strides come divided by ALIGN: the compiler then knows that rows begin at multiples of it, and loads 16 bytes.
     p_kb = p_k + (i_b * k_b + i_kv * k_h) * ALIGN
     p_vb = p_v + (i_b * v_b + i_kv * v_h) * ALIGN
-    o_k = o_n.to(tl.int64)[None, :] * k_n * ALIGN + o_d[:, None]  # [BD, BN]
+    o_k = o_n.to(tl.int64)[None, :] * k_n * ALIGN + o_d[:, None]  # [PIECE, BN]
     o_v = o_n.to(tl.int64)[:, None] * v_n * ALIGN + o_dv[None, :]  # [BN, BDV]
     b_max = tl.full([BM], float("-inf"), tl.float32)
     b_sum = tl.zeros([BM], tl.float32)
@@ -119,15 +121,21 @@ def _split_kernel(
             m_k = m_k & (o_d < D)[:, None]
         if DV != BDV:
             m_v = m_v & (o_dv < DV)[None, :]
-        b_k = tl.load(p_kb + tl.cast(i_n, tl.int64) * k_n * ALIGN + o_k, mask=m_k, other=0.0)
-        b_s = tl.dot(b_q, b_k, input_precision=PRECISION)  # [BM, BN]
+        p_kn = p_kb + tl.cast(i_n, tl.int64) * k_n * ALIGN + o_k
+        b_k = tl.load(p_kn, mask=m_k, other=0.0)
+        b_s = tl.dot(b_q, b_k, input_precision=PRECISION) * scale  # [BM, BN]
+        # float32 in pieces: sums of D terms one by one lose more than PyTorch's. Scaled before they are added, or the
+        # compiler would make one long sum of them.
+        for i_d in tl.static_range(PIECE, BD, PIECE):
+            m_d = i_d + o_d < D
+            b_qd = tl.load(p_row[:, None] + (i_d + o_d)[None, :], mask=m_m[:, None] & m_d[None, :], other=0.0)
+            b_kd = tl.load(p_kn + i_d, mask=m_n[None, :] & m_d[:, None], other=0.0)
+            b_s += tl.dot(b_qd, b_kd, input_precision=PRECISION) * scale
         if SOFTCAP:
             if PRECISION == "ieee":
-                b_s = softcap * _tanh(b_s * scale / softcap)
+                b_s = softcap * _tanh(b_s)
             else:
-                b_s = softcap * (1.0 - 2.0 / (1.0 + tl.exp2(b_s * (2.0 * _LOG2E * scale / softcap)))) * _LOG2E
-        else:
-            b_s *= scale * (_LOG2E / UNIT)
+                b_s = softcap * (1.0 - 2.0 / (1.0 + tl.exp2(b_s * (2.0 * _LOG2E)))) * _LOG2E
         o_far = i_n + o_n[None, :] - o_at[:, None]  # [BM, BN]; 0 is the query's own key
         if SLOPES:
             b_s += b_slope[:, None] * o_far
@@ -201,17 +209,30 @@ class Config(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def configure(heads: int, rows: int, d: int, d_v: int, keys: int, itemsize: int, sms: int, clusters: bool) -> Config:
-    """The heuristic. ``heads``: batch × key heads; ``rows``: queries × heads of a group; ``keys``: most keys seen."""
+    """The heuristic, from sweeps on an H100 (docs/worklog.md).
+
+    ``heads``: batch × key heads; ``rows``: queries × heads of a group; ``keys``: most keys seen.
+    """
     wide = _padded(d) + _padded(d_v)
     # Three stages of at most 32 KiB are within 99 KiB, and no tile spills registers on any architecture (tested).
     if itemsize == 4:
         bm, bn, warps, stages = 16, max(16, min(32, 8192 // wide)), 8, 2
     else:
-        bm = max(16, min(128 if wide <= 128 else 64 if wide <= 256 else 32, triton.next_power_of_2(rows)))
-        bn = max(16, min(128 if bm == 16 else 64, 16384 // wide))
-        warps, stages = (8, 2) if bm >= 64 or (bm == 32 and wide > 256) else (4, 3)
-    parts = splits(max(1, heads * triton.cdiv(rows, bm)), keys, sms)
-    return Config(bm, bn, warps, stages, parts, clusters and 1 < parts <= _CLUSTER)
+        # More rows by wider heads need eight warps, which loses more than reading keys from the L2 cache once more.
+        bm = min(64, triton.next_power_of_2(rows))
+        bm = max(16, min(bm, triton.next_power_of_2(_TILE // wide + 1) // 2))
+        bn, warps, stages = max(16, min(128 if bm == 16 else 64, 16384 // wide)), 4, 3
+    programs = max(1, heads * triton.cdiv(rows, bm))
+    parts = splits(programs, keys, sms)
+    # Where the cache is short, so that a second kernel costs more than idle SMs, and each program adds one row at most.
+    few = min(_CLUSTER, max(2, sms // 2 // programs), triton.cdiv(keys, FEWEST_KEYS))
+    cluster = clusters and parts > 1 and min(rows, bm) <= few > 1 and keys <= few * _CLUSTER_KEYS
+    return Config(bm, bn, warps, stages, few if cluster else parts, cluster)
+
+
+def piece(padded: int, itemsize: int) -> int:
+    """How much of a head dim is summed at once: all, but in float32, where sums are made term by term."""
+    return padded if itemsize < 4 else max(16, padded // 4)
 
 
 def _padded(d: int) -> int:
@@ -260,17 +281,17 @@ def _plan(
     size = 0 if whole else b * h * t * parts * (d_v + 2)
     scratch = torch.empty(size, dtype=torch.float32, device=q.device)
     out_strides = (out.stride(0), out.stride(2), out.stride(1))
-    pad_dv, block, exact = _padded(d_v), triton.next_power_of_2(parts), q.dtype == torch.float32
+    pad_d, pad_dv, block, exact = _padded(d), _padded(d_v), triton.next_power_of_2(parts), q.dtype == torch.float32
     unit = 1.4426950408889634 if exact else 1.0  # scores in natural units lose nothing before the largest is taken off
     options = {"launch_pdl": True} if hopper else {}
     split = triton_bind(
         _split_kernel, (parts * tiles * b * h_kv,),
         q, k, v, length, first, slopes, out, scratch,
-        h_kv, room, tiles, parts, window, scale, softcap,
+        h_kv, room, tiles, parts, window, scale / softcap if softcap else scale * (1.4426950408889634 / unit), softcap,
         *q.stride()[:3], *(s // align for x in (k, v) for s in x.stride()[:3]), *out_strides,
-        T=t, G=group, D=d, DV=d_v, BM=bm, BN=bn, BD=_padded(d), BDV=pad_dv, ALIGN=align, FIRST=first is not None,
-        WINDOW=window > 0, SOFTCAP=softcap > 0, SLOPES=slopes is not None, WHOLE=whole, PDL=hopper,
-        PRECISION="ieee" if exact else None, UNIT=unit, BS=block if cluster else 0,
+        T=t, G=group, D=d, DV=d_v, BM=bm, BN=bn, BD=pad_d, PIECE=piece(pad_d, q.element_size()), BDV=pad_dv,
+        ALIGN=align, FIRST=first is not None, WINDOW=window > 0, SOFTCAP=softcap > 0, SLOPES=slopes is not None,
+        WHOLE=whole, PDL=hopper, PRECISION="ieee" if exact else None, UNIT=unit, BS=block if cluster else 0,
         cluster=parts if cluster else 1, num_warps=warps, num_stages=stages, **options,
     )  # fmt: skip
     if whole or cluster:

@@ -36,3 +36,14 @@ def test_states_by_node_id(tmp_path: Path) -> None:
     assert gate.run_tests([name("slow")], 3, tmp_path) == {name("slow"): "not run in 3 s"}
     assert gate.run_tests([name("nosuch")], 60, tmp_path) == {name("nosuch"): "not run"}
     assert gate.run_tests([], 60, tmp_path) == {}
+
+
+def test_a_report_of_another_run_is_judged_alike() -> None:
+    results = {"tests/a.py::test_x[1]": "passed", "tests/a.py::test_x[2]": "skipped", "tests/a.py::test_y": "failed"}
+    tests = ["tests/a.py::test_x", "tests/a.py::test_x[2]", "tests/a.py", "tests/b.py::test_z"]
+    assert gate.judge(tests, results) == {
+        "tests/a.py::test_x": "passed",
+        "tests/a.py::test_x[2]": "not run",
+        "tests/a.py": "failed",
+        "tests/b.py::test_z": "not run",
+    }

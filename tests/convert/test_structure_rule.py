@@ -15,7 +15,7 @@ from onegpu.convert.report import Report
 from onegpu.convert.structure_rule import UseKernels
 from onegpu.nn.gated_mlp import GatedMLP
 from onegpu.nn.norm import LayerNorm, RMSNorm
-from tests.bnb_process import logits
+from tests.bnb_process import inputs
 from tests.compare import assert_close
 from tests.tiny import tiny_config, tiny_model
 
@@ -39,6 +39,11 @@ def model_of(kind, device="cpu", dtype=torch.float32):
     })  # fmt: skip
     torch.manual_seed(0)
     return getattr(transformers, f"{kind}ForCausalLM")(config).to(device, dtype).eval()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(**{name: ids.to(model.device) for name, ids in inputs(model).items()}).logits.float()
 
 
 def converted(model):

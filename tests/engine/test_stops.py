@@ -35,6 +35,12 @@ def test_the_host_looks_only_where_it_has_to():
     assert stops(streamer=SimpleNamespace()).looks
     eos = stops(EosTokenCriteria(2))
     assert eos.eos and eos.pads and not stops(MaxLengthCriteria(9)).pads
+    assert eos.brief and not eos.late() and not stops(EosTokenCriteria(2), streamer=SimpleNamespace()).brief
+    for seconds, late in ((1000.0, False), (-1.0, True)):
+        timed = stops(MaxTimeCriteria(seconds), EosTokenCriteria(2))
+        assert timed.brief and timed.late() is late
+        judged = stops(MaxTimeCriteria(seconds), streamer=SimpleNamespace(put=lambda tokens: None))
+        assert judged(out([5, 5], [0, 0]), 5, HISTORY, ())[0] is late
 
 
 def test_rows_that_ended_on_the_device_and_on_the_host_make_the_end():

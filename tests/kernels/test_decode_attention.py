@@ -211,6 +211,26 @@ def test_on_a_gpu(dtype: torch.dtype, t: int, d: int, h: int, h_kv: int) -> None
     assert torch.equal(out, decode_attention(*arguments, **options))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("b", "h", "h_kv", "d", "keys"),
+    [
+        (1, 32, 8, 128, 32768),  # many parts
+        (1, 32, 32, 128, 4096),
+        (16, 32, 8, 128, 4096),  # one part
+        (1, 32, 8, 128, 4096),  # clusters
+        (1, 32, 32, 128, 512),
+        (4, 71, 1, 64, 4096),  # several tiles
+    ],
+)
+def test_benchmarked_shapes_on_a_gpu(b: int, h: int, h_kv: int, d: int, keys: int) -> None:
+    lengths = tuple(keys - 5 * i for i in range(b))
+    arguments, _ = inputs("cuda", torch.bfloat16, h=h, h_kv=h_kv, d=d, room=keys, lengths=lengths)
+    *tensors, length = arguments
+    reference = OP(*(x.double() for x in tensors), length, None, d**-0.5, 0, 0.0, None)
+    assert_close(decode_attention(*arguments), reference, _by_torch(*arguments, torch.zeros_like(length)))
+
+
 def _by_torch(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, length: torch.Tensor, first: torch.Tensor
 ) -> torch.Tensor:

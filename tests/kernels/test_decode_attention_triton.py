@@ -19,10 +19,12 @@ def _compiled_split(architecture: int, dtype: str, d: int, rows: int, whole: boo
     kinds = {**floats, **others, "scale": "fp32", "softcap": "fp32"}
     sizes = dict.fromkeys(("HKV", "L", "ROW_TILES", "SPLITS"), "i32")
     arguments = {name: kinds.get(name, "i32") for name in names} | sizes
+    padded = kernels._padded(d)
     constants = {
-        "T": 1, "G": rows, "D": d, "DV": d, "BM": config.bm, "BN": config.bn, "BD": kernels._padded(d),
-        "BDV": kernels._padded(d), "ALIGN": 8, "FIRST": whole, "WINDOW": whole, "SOFTCAP": whole, "SLOPES": whole,
-        "WHOLE": whole, "PDL": architecture >= 90, "PRECISION": "ieee" if dtype == "fp32" else None,
+        "T": 1, "G": rows, "D": d, "DV": d, "BM": config.bm, "BN": config.bn, "BD": padded, "BDV": padded,
+        "PIECE": kernels.piece(padded, 4 if dtype == "fp32" else 2), "ALIGN": 8, "FIRST": whole, "WINDOW": whole,
+        "SOFTCAP": whole, "SLOPES": whole, "WHOLE": whole, "PDL": architecture >= 90,
+        "PRECISION": "ieee" if dtype == "fp32" else None,
         "UNIT": 1.4426950408889634 if dtype == "fp32" else 1.0,
         "BS": 4 if architecture >= 90 and not whole else 0,
     }  # fmt: skip
@@ -36,20 +38,44 @@ def _compiled_split(architecture: int, dtype: str, d: int, rows: int, whole: boo
 def test_compiles_within_the_limits(architecture: int) -> None:
     from onegpu.kernels import decode_attention_triton as kernels
 
-    # The widest tile of each kind; the two architectures differ in their matrix instructions, the others do not.
-    shapes = [("bf16", 64, 71), ("bf16", 128, 64), ("bf16", 256, 32), ("bf16", 80, 1), ("fp32", 256, 8)]
-    for number, (dtype, d, rows) in enumerate(shapes):
-        kernel = _compiled_split(architecture, dtype, d, rows, whole=number % 2 == 0)
+    # The widest tile of each kind. The two architectures differ in their matrix instructions for 64 rows, and clusters.
+    shapes = [("bf16", 64, 71, True)]
+    shapes += [("bf16", 128, 64, False), ("bf16", 80, 1, True)] if architecture == 90 else [("bf16", 256, 32, False)]
+    shapes += [("fp32", 256, 8, True)] if architecture == 80 else []
+    for dtype, d, rows, whole in shapes:
+        kernel = _compiled_split(architecture, dtype, d, rows, whole)
         what = (dtype, d, rows)
         assert kernel.metadata.shared <= SHARED_MEMORY_LIMIT, what
         assert stack_bytes(kernel) <= 16, what  # ptxas sets 8 bytes aside here and there
         assert "cp.async.cg.shared.global" in kernel.asm["ptx"], what  # 16 bytes at a time, while it computes
-        assert ("barrier.cluster.wait" in kernel.asm["ptx"]) == (architecture == 90 and number % 2 == 1), what
+        assert ("barrier.cluster.wait" in kernel.asm["ptx"]) == (architecture == 90 and not whole), what
     arguments = {"p_parts": "*fp32", "p_out": "*bf16"}
     arguments |= dict.fromkeys(("HKV", "SPLITS", "o_b", "o_t", "o_h"), "i32")
     constants = {"T": 1, "G": 8, "DV": 256, "BS": 256, "BP": 32, "BDV": 256, "PDL": architecture >= 90, "UNIT": 1.0}
     kernel = compiled(kernels._combine_kernel, arguments, constants, architecture)
     assert kernel.metadata.shared <= SHARED_MEMORY_LIMIT and stack_bytes(kernel) == 0
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("heads", "rows", "d", "keys", "config"),
+    [
+        (8, 4, 128, 32768, (16, 64, 4, 3, 16, False)),
+        (32, 1, 128, 4096, (16, 64, 4, 3, 4, False)),
+        (128, 4, 128, 4096, (16, 64, 4, 3, 1, False)),
+        (8, 4, 128, 4096, (16, 64, 4, 3, 8, True)),
+        (32, 1, 128, 512, (16, 64, 4, 3, 2, True)),
+        (8, 16, 128, 4096, (16, 64, 4, 3, 16, False)),
+        (1, 64, 256, 8192, (16, 32, 4, 3, 33, False)),
+        (4, 71, 64, 4096, (64, 64, 4, 3, 16, False)),
+        (1, 1, 128, 100, (16, 64, 4, 3, 1, False)),  # nothing to split
+    ],
+)
+def test_what_was_fastest_is_chosen(heads: int, rows: int, d: int, keys: int, config: tuple[Any, ...]) -> None:
+    from onegpu.kernels import decode_attention_triton as kernels
+
+    assert kernels.configure(heads, rows, d, d, keys, 2, 132, True) == config
+    assert not kernels.configure(heads, rows, d, d, keys, 2, 108, False).cluster
 
 
 @needs_triton
