@@ -25,6 +25,7 @@ BACKWARD = {
     (4, 64, 4096, 64, True): (0.95, 1.1),
     (4, 64, 4096, 64, False): (1.05, 1.1),
 }
+DISPATCHED = [(4, 64, 4096, 64, True), (4, 64, 4096, 64, False), (16, 32, 512, 128, True)]  # what cuDNN may serve
 DIMS = (72, 80, 96, 192, 256)  # floor 1.3 times FlashAttention-2
 LENGTHS = (512, 1024, 2048, 8192, 32768)
 HALF = (*[2048] * 8, *[1024] * 8, *[512] * 16)  # 32 rows of 2048 of which half is padding
@@ -35,12 +36,15 @@ _TESTS = ("tests/kernels/test_attention.py::test_padded_and_packed_are_unpadded_
 
 
 def cases() -> Iterator[Case]:
-    make = partial(Case, "attention", sources=_SOURCES, tests=_TESTS, ceiling="read", seconds=3)
+    make = partial(Case, "attention", sources=_SOURCES, tests=_TESTS, ceiling="read", seconds=2)
     for shape, (floor, goal) in FORWARD.items():
-        yield make(f"forward {_name(*shape)}", prepare=partial(_dense, shape, "cuDNN"), bound=1 / floor, goal=1 / goal)
+        prepare = partial(_dense, shape, "cuDNN", own=True)
+        yield make(f"forward {_name(*shape)}", prepare=prepare, bound=1 / floor, goal=1 / goal)
     for shape, (floor, goal) in BACKWARD.items():
-        prepare = partial(_dense_backward, shape)
+        prepare = partial(_dense_backward, shape, own=True)
         yield make(f"backward {_name(*shape)}", prepare=prepare, bound=1 / floor, goal=1 / goal)
+    for shape in DISPATCHED:
+        yield make(f"dispatch forward {_name(*shape)}", prepare=partial(_dense, shape, "cuDNN"), bound=1.0)
     for d in DIMS:
         for causal in (True, False):
             shape = (4, 4096 // d, 4096, d, causal)
@@ -95,7 +99,15 @@ def _serves(call: Callable[[], Any]) -> bool:
     return True
 
 
-def _dense(shape: tuple[int, int, int, int, bool], first: str, context: Context) -> Sides:
+def _implementation(own: bool, context: Context) -> str | None:
+    """Our own kernels by name on Hopper, where "auto" may call cuDNN."""
+    import torch
+
+    hopper = context.device == "cuda" and torch.cuda.get_device_capability() == (9, 0)
+    return "hopper" if own and hopper else None
+
+
+def _dense(shape: tuple[int, int, int, int, bool], first: str, context: Context, own: bool = False) -> Sides:
     from onegpu.kernels.attention import attention, cost
 
     batch, heads, length, d, causal = _small(context, shape)
@@ -106,12 +118,13 @@ def _dense(shape: tuple[int, int, int, int, bool], first: str, context: Context)
         calls = [partial(_torch, backend, *tensors, causal) for tensors in sets]
         if _serves(calls[0]):
             peers[name] = calls
-    ours = [partial(attention, *tensors, causal=causal) for tensors in sets]
+    how = _implementation(own, context)
+    ours = [partial(attention, *tensors, causal=causal, implementation=how) for tensors in sets]
     sizes = {"batch": batch, "heads": heads, "length": length, "d": d, "causal": causal}
     return Sides(ours, peers, moved, flops, shape=sizes)
 
 
-def _dense_backward(shape: tuple[int, int, int, int, bool], context: Context) -> Sides:
+def _dense_backward(shape: tuple[int, int, int, int, bool], context: Context, own: bool = False) -> Sides:
     import torch
 
     from onegpu.kernels.attention import cost
@@ -119,7 +132,8 @@ def _dense_backward(shape: tuple[int, int, int, int, bool], context: Context) ->
     batch, heads, length, d, causal = _small(context, shape)
     moved, flops = cost(batch, length, length, heads, heads, d, d, 2, causal=causal, backward=True)
     q, k, v, grad = _inputs(context, batch, length, heads, d, count=4)
-    options = (d**-0.5, -1, 0 if causal else -1, None, None, None, None, length, length, "auto")
+    options = (d**-0.5, -1, 0 if causal else -1, None, None, None, None, length, length)
+    options = (*options, _implementation(own, context) or "auto")
     out, lse = torch.ops.onegpu.attention_forward(q, k, v, *options)
     backward = torch.ops.onegpu.attention_backward
     ours = [partial(backward, grad, None, q, k, v, out, lse, False, *options)]

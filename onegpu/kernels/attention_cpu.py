@@ -43,6 +43,8 @@ def masks(q: torch.Tensor, k: torch.Tensor, options: Options) -> dict[str, Any] 
 
 def _turned(x: torch.Tensor, d: int) -> torch.Tensor:
     """``[S, H, D]`` as ``[1, H, S, d]``, filled up with zeros, which add nothing to any product."""
+    if x.stride(-1) != 1:
+        x = x.clone(memory_format=torch.contiguous_format)  # PyTorch's op takes that for granted, and does not check
     if x.shape[-1] < d:
         x = torch.nn.functional.pad(x, (0, d - x.shape[-1]))
     return x.transpose(0, 1)[None]

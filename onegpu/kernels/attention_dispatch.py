@@ -17,17 +17,16 @@ IMPLEMENTATIONS = ("auto", "definition", "portable", "hopper", "cudnn")
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_HEAD_DIM = 256  # of the kernels
 
-# Where cuDNN, through torch's SDPA, was faster than the Hopper kernels on an H100 (torch 2.11, cuDNN 9.15):
-# (backward, head dim, causal): rows from .. to. Only lengths that are multiples of 128, because cuDNN plans anew for
-# every shape.
-CUDNN: dict[tuple[bool, int, bool], tuple[int, int]] = {
-    (False, 64, True): (128, 1 << 20),
-    (False, 64, False): (128, 1 << 20),
-    (False, 128, True): (128, 512),
-    (False, 128, False): (128, 512),
+# Where cuDNN, through torch's SDPA, was measured faster than the Hopper kernels on an H100 (torch 2.11, Triton 3.6;
+# numbers in docs/worklog.md): (backward, head dim, causal): lengths. What was not measured is not here.
+CUDNN: dict[tuple[bool, int, bool], tuple[int, ...]] = {
+    (False, 64, True): (4096,),
+    (False, 64, False): (4096,),
+    (False, 128, True): (512,),
+    (False, 128, False): (512,),
 }
 
-_CUDNN_ELEMENTS = 1 << 23  # of q, from which on its 80 microseconds of host time are hidden
+_CUDNN_ELEMENTS = 1 << 25  # of q, in the smallest of those measurements; its 80 microseconds of host time are hidden
 _ready: dict[tuple[Any, ...], Any] = {}  # by layout, what `attention_hopper` made
 
 
@@ -71,18 +70,15 @@ def _for_cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Optio
 
 
 def _cudnn_is_faster(q: torch.Tensor, options: Options, backward: bool) -> bool:
-    lowest, highest = CUDNN.get((backward, q.shape[-1], options.right == 0), (1, 0))
-    length = q.shape[1]
-    if q.numel() < _CUDNN_ELEMENTS:
-        return False
-    return lowest <= length <= highest and length % 128 == 0 and torch.backends.cuda.cudnn_sdp_enabled()
+    lengths = CUDNN.get((backward, q.shape[-1], options.right == 0), ())
+    return q.shape[1] in lengths and q.numel() >= _CUDNN_ELEMENTS and torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def by_cudnn() -> list[str]:
     """The entries of `CUDNN` in words, for ``onegpu env``."""
     return [
-        f"{'backward' if back else 'forward'} D{d} {'causal' if causal else 'full'}, S {low} to {high}"
-        for (back, d, causal), (low, high) in CUDNN.items()
+        f"{'backward' if back else 'forward'} D{d} {'causal' if causal else 'full'}, S {', '.join(map(str, lengths))}"
+        for (back, d, causal), lengths in CUDNN.items()
     ]
 
 

@@ -277,6 +277,15 @@ _QUERIES = {32: (128, 64, 4, 2), 64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 192:
 _FP32 = {64: (32, 32, 4, 1), 128: (32, 32, 4, 1), 256: (16, 16, 4, 1)}
 
 
+def whole(made: dict[str, int | bool], first: str, second: str) -> dict[str, int | bool]:
+    """For keys_kernel: 96 = 64 + 32 columns as 128.
+
+    Of 64 + 32, what Triton 3.6 made gave wrong dK and dV on an H100 (the interpreter's are right), as it did not of
+    64 + 16 and of 128.
+    """
+    return {first: 128, second: 0} if (made[first], made[second]) == (64, 32) else {}
+
+
 def backward(
     grad: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     out: torch.Tensor, lse: torch.Tensor, gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor], scale: float,
@@ -298,6 +307,7 @@ def backward(
     packed = cu_seqlens_q is not None
     batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.numel() - 1
     rows = torch.empty((2, *lse.shape), dtype=torch.float32, device=q.device)
+    parts = made | whole(made, "D1", "D2") | whole(made, "DV1", "DV2")
     tensors = q_range, k_range, cu_seqlens_q, cu_seqlens_k, *(s for x in (q, k, v, grad) for s in strides(x))
     counts = batch, heads, heads // heads_kv, s_q, s_k
     numbers = lse.numel(), scale, scale * LOG2E.value, left, right
@@ -305,11 +315,13 @@ def backward(
         rows_kernel, (triton.cdiv(s_q, 64) * (lse.numel() // s_q),), out, grad, lse, grad_lse, rows, *strides(grad),
         heads, s_q, lse.numel(), DV=d_v, D1=triton.next_power_of_2(d_v), BM=64, num_warps=4,
     )  # fmt: skip
-    for kernel, outputs, (bm, bn, warps, stages), n_m, n_h in (
-        (keys_kernel, (dk, dv), configs[0], triton.cdiv(max_seqlen_k if packed else s_k, configs[0][1]), heads_kv),
-        (queries_kernel, (dq,), configs[1], triton.cdiv(max_seqlen_q if packed else s_q, configs[1][0]), heads),
+    n_k = triton.cdiv(max_seqlen_k if packed else s_k, configs[0][1])
+    n_q = triton.cdiv(max_seqlen_q if packed else s_q, configs[1][0])
+    for kernel, outputs, (bm, bn, warps, stages), n_m, n_h, fixed in (
+        (keys_kernel, (dk, dv), configs[0], n_k, heads_kv, parts),
+        (queries_kernel, (dq,), configs[1], n_q, heads, made),
     ):
         triton_launch(
-            kernel, (n_m * n_h * batch,), q, k, v, grad, rows, *outputs, *tensors, *counts, n_m, *numbers, **made,
+            kernel, (n_m * n_h * batch,), q, k, v, grad, rows, *outputs, *tensors, *counts, n_m, *numbers, **fixed,
             BM=bm, BN=bn, num_warps=warps, num_stages=stages,
         )  # fmt: skip

@@ -205,76 +205,85 @@ def check_on_gpu(q, k, v, implementation, gradients=True, **mask):
     return out
 
 
-GPU_LENGTHS = [(113, 203), (1, 1), (1023, 1024), (203, 113), (1, 300), (300, 1), (256, 256), (64, 2048)]
+# Each kernel is compiled for a head dim, a dtype, a kind of window and more, which takes seconds: every value of each
+# stands here, and only some of the combinations.
+UNEVEN = [(113, 203), (1, 1), (203, 113), (1, 300), (300, 1)]
+EVEN = [(1023, 1024), (256, 256), (64, 2048)]  # whole blocks of keys
+BAND, SLIDING = {"window": (100, 7)}, {"causal": True, "window": (70, -1)}
+_ALL_LENGTHS = [
+    ("portable", 64, torch.float16, SLIDING, UNEVEN + EVEN),
+    ("portable", 128, torch.bfloat16, {"causal": True}, UNEVEN + EVEN),
+    (None, 64, torch.float16, BAND, UNEVEN),
+    (None, 64, torch.bfloat16, {}, EVEN),
+    (None, 128, torch.bfloat16, {"causal": True}, UNEVEN + EVEN),
+]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("lengths", GPU_LENGTHS)
-@pytest.mark.parametrize("d", [64, 128])
-def test_lengths_on_gpu(d: int, lengths: tuple[int, int], dtype: torch.dtype, implementation: str | None):
-    for heads, heads_kv in ((2, 2), (4, 1), (6, 2)):
-        q, k, v = inputs(*lengths, heads, heads_kv, d, d, device="cuda", dtype=dtype)
-        for mask in ({}, {"causal": True}, {"window": (100, 7)}, {"causal": True, "window": (70, -1)}):
+@pytest.mark.parametrize(("implementation", "d", "dtype", "mask", "all_lengths"), _ALL_LENGTHS)
+def test_lengths_on_gpu(implementation, d, dtype, mask, all_lengths):
+    for lengths in all_lengths:
+        for heads, heads_kv in ((10, 10), (6, 2), (4, 1)) if d == 128 else ((2, 2), (6, 2)):  # 10: more than the blocks
+            q, k, v = inputs(*lengths, heads, heads_kv, d, d, device="cuda", dtype=dtype)
             check_on_gpu(q, k, v, implementation, **mask)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("dims", [(8, 8), (59, 59), (72, 72), (80, 80), (96, 96), (112, 112), (192, 128), (192, 192),
-                                  (256, 256), (64, 128), (128, 64), (40, 200)])  # fmt: skip
-def test_head_dims_on_gpu(dims: tuple[int, int], dtype: torch.dtype, implementation: str | None):
-    q, k, v = inputs(213, 303, 4, 2, *dims, device="cuda", dtype=dtype)
-    for mask in ({}, {"causal": True}, {"causal": True, "window": (70, -1)}):
-        check_on_gpu(q, k, v, implementation, **mask)
+@pytest.mark.parametrize(
+    ("implementation", "dims", "dtype", "mask"),
+    [
+        ("portable", (8, 8), torch.bfloat16, BAND),
+        ("portable", (59, 40), torch.float32, SLIDING),
+        ("portable", (96, 96), torch.bfloat16, {"causal": True}),
+        ("portable", (192, 128), torch.bfloat16, {}),
+        (None, (72, 72), torch.bfloat16, {"causal": True}),
+        (None, (256, 256), torch.float16, {"causal": True}),
+    ],
+)
+def test_head_dims_on_gpu(implementation, dims, dtype, mask):
+    q, k, v = inputs(213, 303, 6, 2, *dims, device="cuda", dtype=dtype)
+    check_on_gpu(q, k, v, implementation, **mask)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("d", [64, 80, 128])
-def test_padded_and_packed_are_unpadded_on_gpu(d: int, implementation: str | None):
+@pytest.mark.parametrize(("implementation", "d", "deterministic"), [("portable", 80, True), (None, 128, False)])
+def test_padded_and_packed_are_unpadded_on_gpu(implementation: str | None, d: int, deterministic: bool):
     """Bit for bit, whatever the padding holds, and the same on every run."""
     ranges = [((100, 200), (50, 250)), ((0, 300), (0, 300)), ((299, 1), (37, 100)), ((7, 150), (8, 150))]
     sides = 0, 1, 1
     q_range, k_range = (int32(*(r[side] for r in ranges), device="cuda") for side in (0, 1))
-    for mask in ({}, {"causal": True}, {"window": (64, 10)}):
-        tensors = inputs(300, 310, 4, 2, d, d, batch=4, device="cuda", dtype=torch.bfloat16)
-        for x, side in zip(tensors, sides, strict=True):
-            for b, r in enumerate(ranges):
-                x[b, : r[side][0]] = x[b, sum(r[side]) :] = math.nan
-        real = [[x[b : b + 1, r[s][0] : sum(r[s])] for x, s in zip(tensors, sides, strict=True)]
-                for b, r in enumerate(ranges)]  # fmt: skip
-        packed = [torch.cat([row[i][0] for row in real]).requires_grad_() for i in range(3)]
-        ends = [int32(0, *torch.tensor([r[s][1] for r in ranges]).cumsum(0), device="cuda") for s in (0, 1)]
-        padded = [x.requires_grad_() for x in tensors]
-        for deterministic in (True, False):
-            options = {"implementation": implementation, "deterministic": deterministic, "return_lse": True, **mask}
-            out, lse = attention(*padded, q_range=q_range, k_range=k_range, **options)
-            out_packed, _ = attention(*packed, cu_seqlens_q=ends[0], cu_seqlens_k=ends[1], **options)
-            assert not out.isnan().any() and not lse.isnan().any()
-            upstream = torch.randn_like(out)
-            upstream_packed = torch.cat([upstream[b, r[0][0] : sum(r[0])] for b, r in enumerate(ranges)])
-            got = torch.autograd.grad(out, padded, upstream)
-            got_packed = torch.autograd.grad(out_packed, packed, upstream_packed)
-            first = 0, 0
-            for b, r in enumerate(ranges):
-                alone = [x.detach().requires_grad_() for x in real[b]]
-                out_alone, _ = attention(*alone, **options)
-                rows = slice(r[0][0], sum(r[0]))
-                stop = first[0] + r[0][1], first[1] + r[1][1]
-                assert torch.equal(out[b, rows], out_alone[0]) and torch.equal(
-                    out_packed[first[0] : stop[0]], out_alone[0]
-                )
-                assert not out[b, : rows.start].any() and not out[b, rows.stop :].any()
-                grads = torch.autograd.grad(out_alone, alone, upstream[b : b + 1, rows])
-                for i, s in enumerate(sides):
-                    at = slice(r[s][0], sum(r[s]))
-                    same = torch.equal if deterministic or i else lambda x, y: torch.allclose(x, y, 2e-2, 2e-2)
-                    assert same(got[i][b, at], grads[i][0]) and same(got_packed[i][first[s] : stop[s]], grads[i][0])
-                    assert not got[i][b, : at.start].any() and not got[i][b, at.stop :].any()
-                first = stop
+    tensors = inputs(300, 310, 4, 2, d, d, batch=4, device="cuda", dtype=torch.bfloat16)
+    for x, side in zip(tensors, sides, strict=True):
+        for b, r in enumerate(ranges):
+            x[b, : r[side][0]] = x[b, sum(r[side]) :] = math.nan
+    real = [[x[b : b + 1, r[s][0] : sum(r[s])] for x, s in zip(tensors, sides, strict=True)]
+            for b, r in enumerate(ranges)]  # fmt: skip
+    packed = [torch.cat([row[i][0] for row in real]).requires_grad_() for i in range(3)]
+    ends = [int32(0, *torch.tensor([r[s][1] for r in ranges]).cumsum(0), device="cuda") for s in (0, 1)]
+    padded = [x.requires_grad_() for x in tensors]
+    options = {"implementation": implementation, "deterministic": deterministic, "return_lse": True, "causal": True}
+    out, lse = attention(*padded, q_range=q_range, k_range=k_range, **options)
+    out_packed, _ = attention(*packed, cu_seqlens_q=ends[0], cu_seqlens_k=ends[1], **options)
+    assert not out.isnan().any() and not lse.isnan().any()
+    upstream = torch.randn_like(out)
+    upstream_packed = torch.cat([upstream[b, r[0][0] : sum(r[0])] for b, r in enumerate(ranges)])
+    got = torch.autograd.grad(out, padded, upstream)
+    got_packed = torch.autograd.grad(out_packed, packed, upstream_packed)
+    first = 0, 0
+    for b, r in enumerate(ranges):
+        alone = [x.detach().requires_grad_() for x in real[b]]
+        out_alone, _ = attention(*alone, **options)
+        rows = slice(r[0][0], sum(r[0]))
+        stop = first[0] + r[0][1], first[1] + r[1][1]
+        assert torch.equal(out[b, rows], out_alone[0]) and torch.equal(out_packed[first[0] : stop[0]], out_alone[0])
+        assert not out[b, : rows.start].any() and not out[b, rows.stop :].any()
+        grads = torch.autograd.grad(out_alone, alone, upstream[b : b + 1, rows])
+        for i, s in enumerate(sides):
+            at = slice(r[s][0], sum(r[s]))
+            same = torch.equal if deterministic or i else lambda x, y: torch.allclose(x, y, 2e-2, 2e-2)
+            assert same(got[i][b, at], grads[i][0]) and same(got_packed[i][first[s] : stop[s]], grads[i][0])
+            assert not got[i][b, : at.start].any() and not got[i][b, at.stop :].any()
+        first = stop
 
 
 @pytest.mark.gpu
@@ -312,14 +321,15 @@ def test_the_same_bits_on_every_run(implementation: str | None):
 @pytest.mark.gpu
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_nothing_is_left_unwritten(implementation: str | None):
-    q, k, v = inputs(100, 90, 2, 1, 80, 80, device="cuda", dtype=torch.float16)
+    d = 80 if implementation else 128  # what other tests compile too
+    q, k, v = inputs(100, 90, 4, 2, d, d, device="cuda", dtype=torch.bfloat16)
     q_range, ends = int32((3, 50), (0, 0), device="cuda"), int32(5, 40, 40, 170, device="cuda")
-    ends_k = int32(0, 20, 60, 180, device="cuda")
-    for shape in ({"q_range": q_range}, {"cu_seqlens_q": ends, "cu_seqlens_k": ends_k}):
+    k_range, ends_k = int32((0, 90), (0, 90), device="cuda"), int32(0, 20, 60, 180, device="cuda")
+    for shape in ({"q_range": q_range, "k_range": k_range}, {"cu_seqlens_q": ends, "cu_seqlens_k": ends_k}):
         case = [x.flatten(0, 1) if "cu_seqlens_q" in shape else x for x in (q, k, v)]
         case = [x.requires_grad_() for x in case]
         torch.empty(1 << 24, device="cuda").fill_(math.nan)  # what the allocator gives next
-        out, lse = attention(*case, return_lse=True, implementation=implementation, **shape)
+        out, lse = attention(*case, return_lse=True, causal=True, implementation=implementation, **shape)
         assert out.isfinite().all() and not lse.isnan().any() and (lse == -math.inf).any()
         for x in torch.autograd.grad(out, case, torch.ones_like(out)):
             assert x.isfinite().all()
@@ -335,8 +345,9 @@ def test_past_two_to_the_31_elements(implementation: str | None):
     ends = int32(0, rows - tail, rows, device="cuda")
     options = {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "window": (3, 0), "implementation": implementation}
     out = attention(q, q, q, **options)
-    alone = attention(q[None, -tail:], q[None, -tail:], q[None, -tail:], window=(3, 0), implementation=implementation)
-    assert torch.equal(out[-tail:], alone[0]) and not out[:-tail].any()
+    short = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), int32(0, 0, tail, device="cuda"))
+    alone = attention(*[q[-tail:]] * 3, **options | short)
+    assert torch.equal(out[-tail:], alone) and not out[:-tail].any()
 
 
 @pytest.mark.gpu

@@ -86,3 +86,11 @@ def test_the_matrix_of_scores_is_not_made() -> None:
         attention(q, k, v, causal=True).sum().backward()
     largest = max(abs(event.cpu_memory_usage) for event in trace.events())
     assert largest < 4096 * 4096  # a quarter of one head's matrix
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_a_head_dim_that_is_not_side_by_side(which: int) -> None:
+    tensors = [torch.randn(1, 9, 2, 8) for _ in range(3)]
+    expected = attention(*tensors, causal=True)
+    tensors[which] = torch.stack((tensors[which], torch.randn(1, 9, 2, 8)), -1)[..., 0]
+    torch.testing.assert_close(attention(*tensors, causal=True), expected)

