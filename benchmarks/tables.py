@@ -341,6 +341,7 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "bnb_suite": ("bnb_suite", bnb_suite),
     "launch": ("launch", launches),
     "linear": ("linear", ops),
+    "few-rows": ("few_rows", ops),
     "model-decode": ("model", model_decode),
     "model-prefill": ("model", model_prefill),
     "model-step": ("model", step),

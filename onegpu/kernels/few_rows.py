@@ -8,7 +8,7 @@ product.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import ClassVar, NamedTuple
@@ -19,7 +19,7 @@ from onegpu.kernels.guard import aligned
 from onegpu.kernels.launch import CudaKernel, source_text
 
 FORMATS = {"16bit": 0, "int8": 1, "4bit": 2}
-MAX_ROWS = {"16bit": 8, "int8": 128, "4bit": 64}  # past that cuBLAS, on dequantised weights, is as fast
+MAX_ROWS = {"16bit": 8, "int8": 128, "4bit": 128}
 PORTABLE_ROWS = 16  # of linear_few_rows_triton.py, which serves what these kernels do not
 _COLUMNS = {"16bit": 8, "int8": 16, "4bit": 64}  # K must be a multiple: 16 bytes of a row, or a block of scales
 
@@ -34,8 +34,7 @@ class Narrow:
 
     rows: of x that fit. width: bytes of a row of W in a piece. slots: of a warp's ring. tiles: of 16 rows between two
     meetings of the warps. cluster: blocks that share the columns. table_shift: 7 makes the look-up table of 4-bit
-    products half as large and its look-ups a little slower. per_sm: blocks a multiprocessor. runs: of pieces go to a
-    warp, not every so many-th piece. prefetch: bytes around a copy that L2 reads along (0 or 256).
+    products half as large and its look-ups a little slower. prefetch: bytes around a copy that L2 reads along (0, 256).
     """
 
     rows: int
@@ -45,8 +44,6 @@ class Narrow:
     tiles: int
     cluster: int = 1
     table_shift: int = 8
-    per_sm: int = 1
-    runs: bool = False
     prefetch: int = 0
 
     source: ClassVar[str] = "few_rows_narrow.cu"
@@ -64,8 +61,8 @@ class Narrow:
         columns, four = self.piece(fmt), fmt == "4bit"
         share = _ceil(_ceil(k, columns), self.cluster)
         pitch = _ceil(share * columns * 2, 128) * 128 + (64 if fmt == "16bit" else 16)
-        sums = (self.tiles + self.warps if self.runs else self.tiles * self.warps) * 16 * self.rows * 4
-        slot = 16 * self.width + (columns if four else 0)
+        sums = self.tiles * self.warps * 16 * self.rows * 4
+        slot = 16 * self.width + (columns * (1 + nested) if four else 0)
         total = (256 << self.table_shift) + 1024 * nested if four else 0
         total += self.rows * pitch + (0 if four and self.table_shift == 8 else sums) + self.warps * self.slots * slot
         if self.cluster > 1:
@@ -74,13 +71,7 @@ class Narrow:
 
     def constants(self, half: bool) -> dict[str, int]:
         names = {"MP": self.rows, "WARPS": self.warps, "SLOTS": self.slots, "CB": self.width, "TG": self.tiles}
-        return {
-            **names,
-            "CL": self.cluster,
-            "TABLE_SHIFT": self.table_shift,
-            "RUNS": int(self.runs),
-            "L2B": self.prefetch,
-        }
+        return {**names, "CL": self.cluster, "TABLE_SHIFT": self.table_shift, "L2B": self.prefetch}
 
 
 @dataclass(frozen=True)
@@ -88,7 +79,7 @@ class Wide:
     """Configuration of few_rows_wide.cu: a tile is 16 * row_tiles * warps_n rows of W, a stage has `columns` of it.
 
     eights: rows of x, in eights. warps_n x warps_k warps share the rows and the columns. stages: of the ring.
-    price: time of a row of a tile (filled or not), over that of the others with as many eights.
+    wgmma: Hopper only. price: time of a row of a tile (filled or not), over that of the others with as many eights.
     """
 
     eights: int
@@ -99,9 +90,7 @@ class Wide:
     stages: int
     cluster: int = 1
     table_shift: int = 8
-    per_sm: int = 1
-    wide_table: bool = False
-    wgmma: bool = False  # Hopper only
+    wgmma: bool = False
     price: float = 1.0
 
     source: ClassVar[str] = "few_rows_wide.cu"
@@ -119,7 +108,7 @@ class Wide:
 
     def shared(self, fmt: str, nested: bool, n: int, k: int, clusters: int, half: bool) -> int:
         tile, four = 16 * self.row_tiles * self.warps_n, fmt == "4bit"
-        scales = tile * self.columns // (32 if half else 64) * 4 if four else 0
+        scales = tile * self.columns // (32 if half else 64) * 4 * (1 + nested) if four else 0
         gap, unit = (0, 1024) if self.wgmma else (16, 16)
         stage = tile * self.columns // (2 if four else 1) + self.rows * (self.columns * 2 + gap) + scales
         total = (256 << self.table_shift) + 1024 * nested if four else 0
@@ -130,10 +119,11 @@ class Wide:
     def constants(self, half: bool) -> dict[str, int]:
         names = {"NT": self.eights, "RT": self.row_tiles, "WN": self.warps_n, "WK": self.warps_k, "KC": self.columns}
         return {**names, "STAGES": self.stages, "CL": self.cluster, "TABLE_SHIFT": self.table_shift,
-                "WIDE_TABLE": int(self.wide_table), "HALF_BLOCK": int(half), "WGMMA": int(self.wgmma)}  # fmt: skip
+                "HALF_BLOCK": int(half), "WGMMA": int(self.wgmma)}  # fmt: skip
 
 
 # By format. The first Narrow that fits is taken; else, of the Wide ones that fit with the fewest eights, the cheapest.
+# What a sweep on an H100 found fastest (docs/worklog.md); those of price 9 are for GPUs before it.
 _CONFIGURATIONS: dict[str, tuple[Narrow | Wide, ...]] = {
     "16bit": (
         Narrow(1, 16, 3, 128, 12, prefetch=256), Narrow(2, 16, 2, 128, 8), Narrow(4, 16, 2, 128, 4),
@@ -144,26 +134,33 @@ _CONFIGURATIONS: dict[str, tuple[Narrow | Wide, ...]] = {
     "int8": (
         Narrow(1, 16, 2, 128, 12), Narrow(2, 16, 2, 128, 8), Narrow(4, 16, 2, 128, 4), Narrow(4, 16, 2, 64, 2),
         Narrow(8, 16, 2, 128, 2), Narrow(8, 16, 3, 128, 2, cluster=2), Narrow(16, 16, 3, 64, 1),
-        Narrow(1, 8, 2, 64, 4), Wide(1, 2, 4, 2, 128, 4, cluster=2), Wide(1, 1, 4, 2, 128, 3, price=1.7),
-        Wide(2, 1, 4, 2, 128, 5, cluster=2, price=1.6), Wide(2, 2, 8, 1, 128, 3, cluster=2),
-        Wide(2, 2, 8, 1, 128, 3, cluster=4), Wide(2, 1, 4, 2, 128, 3, price=1.7),
-        Wide(4, 1, 4, 2, 128, 5, cluster=2, price=1.6), Wide(4, 2, 8, 1, 128, 3, cluster=2),
-        Wide(4, 2, 8, 1, 128, 3, cluster=4), Wide(4, 1, 4, 2, 128, 3, price=1.7),
-        Wide(8, 1, 4, 2, 128, 5, cluster=2, price=1.7), Wide(8, 2, 8, 1, 128, 3, cluster=2),
-        Wide(8, 2, 8, 1, 128, 3, cluster=4), Wide(8, 1, 4, 1, 64, 3, price=1.8),
-        Wide(16, 1, 4, 2, 128, 3, cluster=2), Wide(16, 1, 4, 1, 64, 2, price=1.5),
+        Narrow(1, 8, 2, 64, 4),
+        Wide(1, 1, 12, 1, 128, 6, cluster=2, wgmma=True, price=1.44), Wide(1, 1, 12, 1, 128, 6, wgmma=True, price=1.17),
+        Wide(1, 1, 4, 2, 128, 5, cluster=2, price=2.47), Wide(1, 1, 4, 2, 128, 3, price=9),
+        Wide(2, 1, 16, 1, 128, 5, cluster=2, wgmma=True, price=1.16), Wide(2, 1, 12, 1, 128, 6, wgmma=True, price=1.25),
+        Wide(2, 1, 4, 2, 128, 5, cluster=2, price=2.93), Wide(2, 1, 4, 2, 128, 3, price=9),
+        Wide(4, 1, 12, 1, 128, 6, cluster=2, wgmma=True, price=1.42), Wide(4, 1, 12, 1, 128, 6, wgmma=True, price=1.17),
+        Wide(4, 1, 4, 2, 128, 5, cluster=2, price=2.61), Wide(4, 1, 4, 2, 128, 3, price=9),
+        Wide(8, 1, 12, 1, 128, 4, cluster=2, wgmma=True, price=1.41), Wide(8, 1, 12, 1, 128, 5, wgmma=True, price=1.17),
+        Wide(8, 1, 12, 1, 128, 4, cluster=4, wgmma=True, price=1.77), Wide(8, 1, 4, 1, 64, 3, price=9),
+        Wide(16, 1, 12, 1, 128, 2, cluster=2, wgmma=True, price=1.47),
+        Wide(16, 1, 12, 1, 128, 4, wgmma=True, price=1.25),
+        Wide(16, 1, 12, 1, 128, 2, cluster=4, wgmma=True, price=1.85), Wide(16, 1, 4, 1, 64, 2, price=9),
     ),
     "4bit": (
         Narrow(1, 16, 2, 128, 12), Narrow(2, 16, 2, 128, 8), Narrow(4, 16, 2, 128, 6), Narrow(4, 16, 3, 64, 6),
         Narrow(8, 16, 2, 128, 4), Narrow(8, 16, 3, 64, 4, cluster=2), Narrow(1, 8, 2, 64, 4, table_shift=7),
-        Wide(1, 2, 2, 4, 256, 3, cluster=2, price=1.4), Wide(1, 2, 8, 1, 128, 3, cluster=2),
-        Wide(1, 2, 8, 1, 128, 3, cluster=4), Wide(1, 1, 4, 2, 128, 3, table_shift=7, price=1.7),
-        Wide(2, 2, 2, 4, 256, 3, cluster=2, price=1.4), Wide(2, 2, 8, 1, 128, 3, cluster=2),
-        Wide(2, 2, 8, 1, 128, 3, cluster=4), Wide(2, 1, 4, 2, 128, 3, table_shift=7, price=1.7),
-        Wide(4, 2, 2, 4, 256, 3, cluster=2, price=1.4), Wide(4, 2, 8, 1, 128, 3, cluster=2),
-        Wide(4, 2, 8, 1, 128, 3, cluster=4), Wide(4, 1, 4, 2, 128, 2, table_shift=7, price=1.7),
-        Wide(8, 2, 2, 4, 256, 3, cluster=2, price=1.5), Wide(8, 2, 8, 1, 128, 2, cluster=2),
-        Wide(8, 2, 8, 1, 128, 2, cluster=4), Wide(8, 1, 2, 2, 128, 2, table_shift=7, price=1.9),
+        Wide(1, 1, 12, 1, 256, 4, cluster=2, wgmma=True, price=1.18), Wide(1, 1, 12, 1, 256, 5, wgmma=True),
+        Wide(1, 2, 2, 4, 256, 3, cluster=2, price=2.07), Wide(1, 1, 4, 2, 128, 3, table_shift=7, price=9),
+        Wide(2, 1, 12, 1, 256, 4, cluster=2, wgmma=True, price=1.37), Wide(2, 1, 12, 1, 256, 4, wgmma=True, price=1.14),
+        Wide(2, 1, 4, 4, 256, 6, cluster=2, wgmma=True, price=2.24), Wide(2, 1, 4, 2, 128, 3, table_shift=7, price=9),
+        Wide(4, 1, 12, 1, 256, 3, cluster=2, wgmma=True, price=1.2), Wide(4, 1, 12, 1, 256, 3, wgmma=True),
+        Wide(4, 1, 4, 4, 256, 6, cluster=2, wgmma=True, price=2.41), Wide(4, 1, 4, 2, 128, 2, table_shift=7, price=9),
+        Wide(8, 1, 12, 1, 128, 3, cluster=2, wgmma=True, price=1.45), Wide(8, 1, 12, 1, 256, 2, wgmma=True),
+        Wide(8, 1, 4, 4, 256, 3, cluster=2, wgmma=True, price=2.41), Wide(8, 1, 2, 2, 128, 2, table_shift=7, price=9),
+        Wide(16, 1, 12, 1, 128, 2, cluster=2, table_shift=7, wgmma=True, price=1.47),
+        Wide(16, 1, 12, 1, 256, 2, table_shift=7, wgmma=True),
+        Wide(16, 1, 4, 4, 256, 2, cluster=2, table_shift=7, wgmma=True, price=2.57),
     ),
 }  # fmt: skip
 _STATIC = 1024  # shared memory that the kernels declare themselves, and what the driver keeps, at most
@@ -191,9 +188,9 @@ def fits(
     pieces = _ceil(k, config.piece(fmt))
     if (config.cluster - 1) * _ceil(pieces, config.cluster) >= pieces:
         return None  # a block would have no columns
-    # Clusters of four and more do not fill a GPU: its multiprocessors come in groups of 16 or 18.
-    usable = sms if config.cluster <= 2 else sms - sms // 32
-    clusters = min(usable * config.per_sm // config.cluster, n)
+    # Clusters of four do not fill a GPU, whose multiprocessors come in groups: an H100 held 30 of 33.
+    usable = sms if config.cluster <= 2 else sms - sms // 11
+    clusters = min(usable // config.cluster, n)
     shared = config.shared(fmt, nested, n, k, clusters, half)
     return (clusters, shared) if shared + _STATIC <= limit else None
 
@@ -211,6 +208,9 @@ def choose(
         if (config.cluster > 1 and major < 9) or (isinstance(config, Wide) and config.wgmma and major != 9):
             continue
         found = fits(config, fmt, nested, m, n, k, half, sms, limit)
+        while found is None and isinstance(config, Wide) and config.stages > 2:  # more scales than usual, less memory
+            config = replace(config, stages=config.stages - 1)
+            found = fits(config, fmt, nested, m, n, k, half, sms, limit)
         if found is None:
             continue
         if isinstance(config, Narrow):
@@ -218,7 +218,7 @@ def choose(
         if best is not None and config.eights > eights:
             break
         tile = 16 * config.row_tiles * config.warps_n
-        cost = config.price * _ceil(_ceil(n, found[0]), tile) * tile / (config.cluster * config.per_sm)
+        cost = config.price * _ceil(_ceil(n, found[0]), tile) * tile / config.cluster
         if cost < least:
             best, least, eights = (config, *found), cost, config.eights
     return best

@@ -6,9 +6,6 @@ typedef unsigned int u32; typedef unsigned short u16; typedef unsigned char u8; 
 #ifndef ENTRY
 #define ENTRY
 #endif
-#ifndef RUNS
-#define RUNS 0
-#endif
 #ifndef WGMMA
 #define WGMMA 0
 #endif
@@ -139,6 +136,16 @@ struct Scales {
     i64 i = block >> shift;
     u32 at = (u32)((u64)absmax + i) & 3;
     return fmaf(map_[word >> (8 * at) & 255], nested[i >> nested_shift], *offset);
+  }
+  // The same with the code's own scale copied too, `far` bytes behind: read in the loop, that would be a trip to memory for each
+  // few pieces. What lies outside gives the offset, and meets zeros of x.
+  DEVICE void fetch_both(Shared dst, int far, u32 block, bool inside) const {
+    fetch(dst, block, inside);
+    if (NESTED) copy4(dst + far, nested + (inside ? block >> shift >> nested_shift : 0), inside ? 4 : 0);
+  }
+  DEVICE float decode(u32 word, float scale, float plus, u32 block, const float* map_) const {
+    const u32 at = (u32)(u64)absmax + (block >> shift) & 3;
+    return fmaf(map_[word >> (8 * at) & 255], scale, plus);
   }
 };
 

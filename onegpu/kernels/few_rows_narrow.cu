@@ -11,39 +11,16 @@
 constexpr int NT = MP > 8 ? 2 : 1, THREADS = WARPS * 32;
 constexpr int KB = FMT == 0 ? CB / 2 : FMT == 1 ? CB : 2 * CB;         // columns of a piece
 constexpr int GROUP = FMT == 0 ? 32 : 64, GROUPS = KB / GROUP;         // columns that the four lanes of a row take together
-constexpr int SCALES = FMT == 2 ? GROUPS : 0, PER_ROW = SCALES ? SCALES : 1, PIECE = 16 * CB, SLOT = PIECE + 64 * SCALES;
-constexpr int SUMS = (RUNS ? TG + WARPS : TG * WARPS) * 16 * MP;         // of the warps, in floats
+constexpr int SCALES = FMT == 2 ? GROUPS : 0, PER_ROW = SCALES ? SCALES : 1, PIECE = 16 * CB, SLOT = PIECE + 64 * SCALES * (1 + NESTED);
+constexpr int SUMS = TG * WARPS * 16 * MP;                              // of the warps, in floats
 constexpr int IN_TABLE = FMT == 2 && TABLE_SHIFT == 8;                 // the table leaves 128 of every 256 bytes free: the sums go there
 static_assert(!IN_TABLE || SUMS <= 8192, "the sums have 32 KB in the table");
 constexpr int TO_FP16 = FMT == 2 && BF16, MMA_BF16 = BF16 && FMT != 2;
 
-// Where a warp is. RUNS: it takes one run of each TG tiles' pieces, so that few tiles have sums of several warps; else every
-// WARPS-th piece.
+// Where a warp is: it takes every WARPS-th piece.
 struct Walk {
-  int tile, piece, left, round, tiles, pieces, warp;
-  DEVICE int first(int warp) const { return (min(TG, tiles - round) * pieces * warp) / WARPS; }
-  DEVICE void begin() {
-    const int at = first(warp);
-    left = first(warp + 1) - at; tile = round + at / pieces; piece = at % pieces;
-  }
-  DEVICE void skip_empty() {
-    while (left == 0) {
-      round += TG;
-      if (round >= tiles) { tile = tiles; return; }
-      begin();
-    }
-  }
-  DEVICE void next() {
-    if (!RUNS) { piece += WARPS; while (piece >= pieces) { piece -= pieces; tile++; } return; }
-    if (++piece == pieces) { piece = 0; tile++; }
-    if (--left == 0) skip_empty();
-  }
-  DEVICE void start(int tiles_, int pieces_, int warp_) {
-    tiles = tiles_; pieces = pieces_; warp = warp_; round = 0; left = 0;
-    if (pieces == 0) { tile = tiles; piece = 0; return; }
-    if (RUNS) { begin(); skip_empty(); }
-    else { tile = warp / pieces; piece = warp % pieces; }
-  }
+  int tile, piece, pieces;
+  DEVICE void next() { piece += WARPS; while (piece >= pieces) { piece -= pieces; tile++; } }
 };
 
 ENTRY __global__ void __launch_bounds__(THREADS, 1)
@@ -67,6 +44,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   float* part = (float*)(ring + (WARPS - warp) * SLOTS * SLOT);          // CL > 1: sums of this block, [tiles, 16, MP]
   SHARED_ARRAY(u32, top, 16);                                            // largest |x| of each row, as bits
   const Scales scales = {absmax, nested, map, offset, shift, nested_shift};
+  const float plus = NESTED ? *offset : 0.f;
   const Output out = {y, bias, (const float*)absmax, n};
   const u64 policy = evict_first();
 
@@ -74,9 +52,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   const int f_row = lane / UNITS, f_unit = lane % UNITS, f_place = f_row * CB + swizzled<CB>(f_row, f_unit) * 16;
   const Shared first_slot = shared(ring + f_place);
   Shared f_slot = first_slot;
-  Walk ahead;
-  ahead.start(tiles, pieces, warp);
-  Walk here = ahead;
+  Walk ahead = {pieces ? warp / pieces : tiles, pieces ? warp % pieces : 0, pieces}, here = ahead;
   auto fetch = [&]() {
     if (ahead.tile < tiles) {
       const int tile_row = r0 + ahead.tile * 16, row0 = tile_row + f_row, piece = p0 + ahead.piece, at = piece * CB + f_unit * 16, take = at < row_bytes ? 16 : 0;
@@ -87,7 +63,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
 #pragma unroll
       for (int j = 0; j < SCALES / 2; j++) {
         int e = lane + 32 * j, row = tile_row + e / PER_ROW, b = piece * SCALES + e % PER_ROW;
-        scales.fetch(f_slot + (PIECE + e * 4 - f_place), (i64)row * nb + b, row < r1 && b < nb);
+        scales.fetch_both(f_slot + (PIECE + e * 4 - f_place), 64 * SCALES, row * nb + b, row < r1 && b < nb);
       }
       ahead.next();
     }
@@ -140,10 +116,10 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   for (int i = 0; i < NT; i++) acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = 0.f;
   int slot_no = 0;
   for (int q0 = 0; q0 < tiles; q0 += TG) {
-    const int q1 = min(q0 + TG, tiles); int done = RUNS ? here.tile : q0;
+    const int q1 = min(q0 + TG, tiles); int done = q0;
     auto flush = [&](int upto) {
       for (; done < upto; done++) {
-        const int first = (RUNS ? done - q0 + warp : (done - q0) * WARPS + warp) * 16 * MP;
+        const int first = ((done - q0) * WARPS + warp) * 16 * MP;
 #pragma unroll
         for (int i = 0; i < NT; i++) {
           if (MP == 1) { if (t == 0) { *sum_at(first + g) = acc[i][0]; *sum_at(first + g + 8) = acc[i][2]; } }
@@ -168,7 +144,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
         for (int j = 0; j < SCALES / 2; j++) {
           int e = lane + 32 * j, row = r0 + tile * 16 + e / PER_ROW, b = (p0 + piece) * SCALES + e % PER_ROW;
           float* s = (float*)(slot + PIECE) + e;
-          if (row < r1 && b < nb) *s = scales.decode(__float_as_uint(*s), (i64)row * nb + b, map_);
+          *s = scales.decode(__float_as_uint(*s), s[16 * SCALES], plus, row * nb + b, map_);
         }
         __syncwarp();
       }
@@ -221,23 +197,14 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
       }
       __syncwarp();
       here.next();
-      if (RUNS && here.tile != tile) flush(tile + 1);
     }
-    if (!RUNS) flush(q1);
+    flush(q1);
     __syncthreads();
     for (int i = threadIdx.x; i < (q1 - q0) * 16 * MP; i += THREADS) {
-      const int row = r0 + q0 * 16 + i / MP, r = i % MP, in_q = i / (16 * MP), first = (RUNS ? in_q : in_q * WARPS) * 16 * MP + i % (16 * MP);
+      const int row = r0 + q0 * 16 + i / MP, r = i % MP, first = i / (16 * MP) * WARPS * 16 * MP + i % (16 * MP);
       float sum = 0.f;
-      if (RUNS) {
-        const int all = (q1 - q0) * pieces, begin = in_q * pieces, end = begin + pieces;
-        for (int j = begin * WARPS / max(all, 1), a; j < WARPS && (a = all * j / WARPS) < end; j++) {
-          const int b = all * (j + 1) / WARPS;
-          if (a < b && b > begin) sum += *sum_at(first + j * 16 * MP);
-        }
-      } else {
 #pragma unroll
-        for (int j = 0; j < WARPS; j++) sum += *sum_at(first + j * 16 * MP);
-      }
+      for (int j = 0; j < WARPS; j++) sum += *sum_at(first + j * 16 * MP);
       if (TO_FP16) sum *= __uint_as_float((u32)(127 - min(141 - (int)(top[r] >> 7), 126)) << 23);
       if (CL > 1) part[q0 * 16 * MP + i] = sum;
       else if (r < m && row < r1) out.put(r, row, sum);

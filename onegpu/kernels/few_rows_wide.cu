@@ -6,26 +6,17 @@
 // the 16-row operand; x is read from shared memory in the order in which the stored bytes give the columns.
 // WGMMA (Hopper): four warps in a row of WN multiply together, x read from shared memory once for their 64 rows; columns stay in
 // their order, so a lane picks its byte of every word. The products run while the next weights are expanded.
-// Filled in: NT, RT, WN, WK, KC, STAGES, WGMMA, WIDE_TABLE (table of float32 pairs), HALF_BLOCK (a scale for 32 columns).
+// Filled in: NT, RT, WN, WK, KC, STAGES, WGMMA, HALF_BLOCK (a scale for 32 columns).
 constexpr int THREADS = WN * WK * 32, BN = WN * RT * 16, ROWS = 8 * NT;
 constexpr int CB = FMT == 1 ? KC : KC / 2, GROUPS = KC / 64 / WK;
 constexpr int SPAN = HALF_BLOCK ? 32 : 64, SCALES = FMT == 2 ? KC / SPAN : 0, PER_ROW = SCALES ? SCALES : 1;
 constexpr int X_PITCH = WGMMA ? KC * 2 : KC * 2 + 16, W_BYTES = BN * CB, X_BYTES = ROWS * X_PITCH;
-constexpr int ALIGN = WGMMA ? 1024 : 16, STAGE = (W_BYTES + X_BYTES + BN * SCALES * 4 + ALIGN - 1) / ALIGN * ALIGN;
+constexpr int ALIGN = WGMMA ? 1024 : 16, STAGE = (W_BYTES + X_BYTES + BN * SCALES * 4 * (1 + NESTED) + ALIGN - 1) / ALIGN * ALIGN;
 constexpr int E_PITCH = BN + 4, DIRECT = WGMMA && WK == 1 && CL == 1;      // DIRECT: no sums meet
 constexpr int SUMS = DIRECT ? 0 : (ROWS * E_PITCH * 4 + ALIGN - 1) / ALIGN * ALIGN;
-static_assert(!WGMMA || (RT == 1 && WN % 4 == 0 && !WIDE_TABLE), "a warpgroup multiplies 64 rows");
+static_assert(!WGMMA || (RT == 1 && WN % 4 == 0), "a warpgroup multiplies 64 rows");
 static_assert(GROUPS * WK * 64 == KC && (CB == 64 || CB == 128), "a warp takes whole groups of 64 columns");
 
-DEVICE void build_wide_table(u8* table) {
-  SHARED_ARRAY(float, code, 16);
-  if (threadIdx.x < 16) code[threadIdx.x] = CODE[threadIdx.x];
-  __syncthreads();
-  for (int i = threadIdx.x; i < 4096; i += THREADS) {
-    float a = code[i >> 8], b = code[i >> 4 & 15];
-    *(float4*)(table + i * 16) = make_float4(a, b, a, b);
-  }
-}
 // Without an array of its own in shared memory, so that the ring is aligned as wgmma wants it.
 DEVICE void build_plain_table(u8* table) {
   for (int i = threadIdx.x; i < 2048; i += THREADS) {
@@ -42,10 +33,6 @@ DEVICE u32 own_weights(const u8* table, u32 w, u32 lane4, u32 pick, float scale)
 }
 // The pair of weights in byte B, scaled, in the type of x.
 template <int B> DEVICE u32 weights(const u8* table, u32 w, u32 lane, float scale) {
-  if (WIDE_TABLE) {
-    float2 v = *(const float2*)(table + __byte_perm(w, lane * 8, 0x5504 | B << 4));
-    return pack(v.x * scale, v.y * scale);
-  }
   u32 v = look_up<B>(table, w, lane * 4);
   return pack(h2f(v & 0xffffu) * scale, h2f(v >> 16) * scale);
 }
@@ -66,6 +53,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   float* sums = (float*)(smem + TABLE + (NESTED ? 1024 : 0));            // [ROWS, BN], one tile
   u8* ring = (u8*)sums + SUMS;
   const Scales scales = {absmax, nested, map, offset, shift, nested_shift};
+  const float plus = NESTED ? *offset : 0.f;
   const Output out = {y, bias, (const float*)absmax, n};
   const u64 policy = evict_first();
 
@@ -82,7 +70,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
     }
     for (int e = threadIdx.x; e < BN * SCALES; e += THREADS) {
       int row = at.row0 + e / PER_ROW, b = piece * SCALES + e % PER_ROW;
-      scales.fetch(at.to + W_BYTES + X_BYTES + e * 4, (i64)row * nb + b, row < r1 && b < nb);
+      scales.fetch_both(at.to + W_BYTES + X_BYTES + e * 4, BN * SCALES * 4, row * nb + b, row < r1 && b < nb);
     }
   };
   auto fetch_x = [&](const Cursor& at) {
@@ -102,7 +90,6 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   if (NESTED) for (int i = threadIdx.x; i < 256; i += THREADS) map_[i] = map[i];
   if (FMT == 2) {
     if (WGMMA) build_plain_table(table);
-    else if (WIDE_TABLE) build_wide_table(table);
     else build_table(table, THREADS);
   }
   wait_before_reading_x();
@@ -173,9 +160,10 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
           float s[4];                                                    // rows g, g + 8; halves of the group
 #pragma unroll
           for (int i = 0; i < 4; i++) {
-            const int r = row + 8 * (i & 1), at = HALF_BLOCK ? group * 2 + (i >> 1) : group, block = (p0 + c.piece) * SCALES + at;
-            s[i] = ((const float*)(stage + W_BYTES + X_BYTES))[r * SCALES + at];
-            if (NESTED) s[i] = c.row0 + r < r1 && block < nb ? scales.decode(__float_as_uint(s[i]), (i64)(c.row0 + r) * nb + block, map_) : 0.f;
+            const int r = row + 8 * (i & 1), at = HALF_BLOCK ? group * 2 + (i >> 1) : group;
+            const float* code = (const float*)(stage + W_BYTES + X_BYTES) + r * SCALES + at;
+            s[i] = *code;
+            if (NESTED) s[i] = scales.decode(__float_as_uint(s[i]), code[BN * SCALES], plus, (c.row0 + r) * nb + (p0 + c.piece) * SCALES + at, map_);
             if (!HALF_BLOCK && i == 1) { s[2] = s[0]; s[3] = s[1]; break; }
           }
 #pragma unroll
@@ -211,11 +199,12 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
         if (FMT == 2) {
           const float* s = (const float*)(stage + W_BYTES + X_BYTES);
           const int at = HALF_BLOCK ? group * 2 + (t >> 1) : group;
-          float s0 = s[row * SCALES + at], s1 = s[(row + 8) * SCALES + at];
+          s += row * SCALES + at;
+          float s0 = s[0], s1 = s[8 * SCALES];
           if (NESTED) {
-            const int block = (p0 + c.piece) * SCALES + at;
-            s0 = c.row0 + row < r1 && block < nb ? scales.decode(__float_as_uint(s0), (i64)(c.row0 + row) * nb + block, map_) : 0.f;
-            s1 = c.row0 + row + 8 < r1 && block < nb ? scales.decode(__float_as_uint(s1), (i64)(c.row0 + row + 8) * nb + block, map_) : 0.f;
+            const u32 block = (c.row0 + row) * nb + (p0 + c.piece) * SCALES + at;
+            s0 = scales.decode(__float_as_uint(s0), s[BN * SCALES], plus, block, map_);
+            s1 = scales.decode(__float_as_uint(s1), s[(BN + 8) * SCALES], plus, block + 8 * nb, map_);
           }
           const int unit = swizzled<CB>(g, group * 2 + (t >> 1)) * 16 + (t & 1) * 8;
           const uint2 u = *(const uint2*)(p + unit), v = *(const uint2*)(p + 8 * CB + unit);

@@ -4,7 +4,7 @@ x ``[..., K]``, weight packed ``[(N*K+1)//2, 1]`` with absmax ``[ceil(N*K/blocks
 is bound by the N*K/2 bytes of weights, for many by 2*M*N*K FLOPs. The scales may themselves be quantised (double
 quantisation, QLoRA section 3): ``absmax = map[absmax_8bit] * nested_absmax[block] + offset``.
 
-The definition dequantises and multiplies in the dtype of x with the library's accumulation. On a GPU up to 64 rows
+The definition dequantises and multiplies in the dtype of x with the library's accumulation. On a GPU up to 128 rows
 of 16 bits have kernels that decode as they read (few_rows.py; where those cannot serve, Triton's for up to 16 rows).
 """
 

@@ -1,4 +1,4 @@
-"""`linear_16bit`: torch's product, with gradients where asked for; on a GPU a kernel for up to eight rows."""
+"""`linear_16bit`: torch's product, with gradients where asked for; on a GPU a kernel where it is faster."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from onegpu.kernels.linear_16bit import cost, linear_16bit
+from onegpu.kernels import few_rows
+from onegpu.kernels.linear_16bit import cost, linear_16bit, ours_is_faster
 from tests.compare import assert_close
 from tests.matrices import activations
 
@@ -24,6 +25,23 @@ def test_forward(device: str, n_k: tuple[int, int], dtype: torch.dtype) -> None:
         reference = F.linear(x.float(), w.float(), bias.float())
         assert_close(y, reference, x.flip(-1) @ w.flip(-1).t() + bias, what=f"M {m}")
         assert torch.equal(y, linear_16bit(x, w, bias)), "differs from run to run"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n_k", [(1003, 4160), (515, 11008)])
+def test_the_kernel_where_cublas_is_taken_instead(n_k: tuple[int, int]) -> None:
+    n, k = n_k
+    w, x = activations((n, k), torch.bfloat16, "cuda", seed=4) * 0.05, activations((8, k), torch.bfloat16, "cuda")
+    for m in (1, 3, 8):
+        y = few_rows.launch("16bit", x[:m], w, n, None)
+        assert y is not None
+        assert_close(y, F.linear(x[:m].float(), w.float()), x[:m].flip(-1) @ w.flip(-1).t(), what=f"M {m}")
+
+
+def test_cublas_serves_what_it_is_faster_at() -> None:
+    qkv, o, gate_up, down = (12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008)
+    assert [ours_is_faster(2, *size) for size in (qkv, o, gate_up, down)] == [True] * 4
+    assert [ours_is_faster(8, *size) for size in (qkv, o, gate_up, down)] == [False, False, True, False]
 
 
 def test_leading_dimensions_gradients_and_no_rows(device: str) -> None:
