@@ -137,6 +137,7 @@ class Fused:
     def __init__(self, step: FusedStep, batch: int) -> None:
         self.step: FusedStep | None = step
         self.first = torch.zeros(batch, dtype=torch.int32, device=step.structure.device)
+        self.made = step.structure.made()
 
     @staticmethod
     def make(model: Any, batch: int, mask: torch.Tensor) -> Fused | None:
@@ -156,8 +157,8 @@ class Fused:
         self.first[: len(mask)] = (mask == 0).sum(1, dtype=torch.int32)
 
     def release(self) -> None:
-        """Let go of the weights: a captured graph does not need them here, and they may leave the GPU."""
-        self.step = None
+        """Let go of the model's weights: a captured graph does not need them here, and they may leave the GPU."""
+        self.step = None  # not of self.made: the graph reads it, and its memory would be given to others
 
     def __call__(
         self, ids: torch.Tensor, position: torch.Tensor, rope_position: torch.Tensor | None, memory: list[Pair]

@@ -68,6 +68,10 @@ class Structure:
             yield from (layer.qkv, layer.out, layer.gate_up, layer.down)
         yield self.head
 
+    def made(self) -> list[torch.Tensor]:
+        """What nobody else may hold: read as the kernels take it, from a model that has it in another dtype."""
+        return [layer.heads.inv_freq for layer in self.layers if layer.heads.inv_freq is not None]
+
 
 # Numbers and switches that the modules of such a model may hold; anything else there may change what forward does.
 _KNOWN = frozenset(

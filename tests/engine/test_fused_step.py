@@ -67,7 +67,7 @@ def test_logits_are_the_models(model_type: str) -> None:
     compare(causal_model(model_type))
 
 
-def test_logits_of_4_bit_layers_are_the_models() -> None:
+def in_4_bits() -> Any:
     model = causal_model("llama")
     for layer in model.model.layers:
         for name, linear in [*layer.self_attn.named_children(), *layer.mlp.named_children()]:
@@ -78,6 +78,11 @@ def test_logits_of_4_bit_layers_are_the_models() -> None:
                 )
                 made.weight.data = linear.weight.data
                 setattr(parent, name, made.to("cpu"))
+    return model
+
+
+def test_logits_of_4_bit_layers_are_the_models() -> None:
+    model = in_4_bits()
     assert step_of(model).structure.layers[0].qkv.format == "nf4"
     compare(model)
 
@@ -116,6 +121,29 @@ def test_it_generates_on_a_gpu(quantize: str | None, dtype: torch.dtype) -> None
         want = model(out.sequences).logits[:, 29:-1].float()
     got = torch.stack(out.logits, 1).float()
     assert float((got - want).norm() / want.norm()) < 2e-2
+
+
+def tensors(value: Any) -> list[torch.Tensor]:
+    """Of a structure, or whatever it is made of."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if hasattr(value, "__dataclass_fields__"):
+        value = tuple(vars(value).values())
+    return [t for item in value for t in tensors(item)] if isinstance(value, tuple) else []
+
+
+@pytest.mark.parametrize("make", [*TYPES, in_4_bits])
+def test_what_a_graph_reads_outlives_the_step(make: Any) -> None:
+    """Captured kernels know addresses only; the rotary frequencies of a model cast as a whole are a copy of its own."""
+    model = (causal_model(make) if isinstance(make, str) else make()).to(torch.bfloat16)
+    assert model.model.rotary_emb.inv_freq.dtype == torch.bfloat16
+    fused = Fused.make(model, 1, torch.ones(1, 4))
+    assert fused is not None
+    assert fused.step is not None
+    read = {t.untyped_storage().data_ptr() for t in tensors(fused.step.structure)}
+    fused.release()
+    held = [*model.parameters(), *model.buffers(), *fused.made]
+    assert read <= {t.untyped_storage().data_ptr() for t in held}
 
 
 def test_llama_with_biases_and_scaled_rotary_embedding() -> None:
