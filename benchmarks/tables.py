@@ -342,6 +342,8 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "launch": ("launch", launches),
     "linear": ("linear", ops),
     "few-rows": ("few_rows", ops),
+    "attention": ("attention", ops),
+    "decode-attention": ("decode_attention", ops),
     "model-decode": ("model", model_decode),
     "model-prefill": ("model", model_prefill),
     "model-step": ("model", step),
