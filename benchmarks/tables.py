@@ -230,12 +230,12 @@ def model_decode(rows: list[Row]) -> str:
                 f"{row['theirs']['ms']['median']:.2f}" + (" *" if row["note"] else ""),
                 _with_ratio(row["ratio"]),
                 *(f"{peers[0]['ms']['median']:.1f}" if peers else "–" for peers in found),
-                *_given(ours, wall_over_replay="{:.3f}", host_us="{:.0f}", capture_s="{:.2f}"),
+                *_given(ours, wall_over_replay="{:.3f}", capture_s="{:.2f}"),
                 _share(row),
             ]
         )
     head = ["ms a step", "onegpu", "bf16 forward in a CUDA graph by hand", "ratio", "`generate()` of transformers"]
-    head += ["… + bitsandbytes", "clock / graph", "host, µs", "capture, s", "roofline"]
+    head += ["… + bitsandbytes", "clock / graph", "capture, s", "roofline"]
     columns = [column for column in zip(head, *lines, strict=True) if set(column[1:]) != {"–"}]
     head, *lines = (list(line) for line in zip(*columns, strict=True))
     star = "\\* its forward cannot be captured. " if any(row.get("note") for row in rows) else ""
@@ -342,6 +342,8 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "launch": ("launch", launches),
     "linear": ("linear", ops),
     "few-rows": ("few_rows", ops),
+    "attention": ("attention", ops),
+    "decode-attention": ("decode_attention", ops),
     "model-decode": ("model", model_decode),
     "model-prefill": ("model", model_prefill),
     "model-step": ("model", step),

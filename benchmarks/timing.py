@@ -24,6 +24,8 @@ def capture(run: Callable[[], Any], warm: int = 2) -> Any:
     """
     import torch
 
+    from onegpu.engine.capture import release_generators
+
     gc.collect()  # not during the capture
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
@@ -40,6 +42,7 @@ def capture(run: Callable[[], Any], warm: int = 2) -> Any:
                 graph.capture_end()
             with contextlib.suppress(RuntimeError):
                 torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+            release_generators([torch.cuda.default_generators[torch.cuda.current_device()]])
             torch.cuda.synchronize()
             raise
         graph.capture_end()

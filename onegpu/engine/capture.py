@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -128,13 +128,15 @@ class Graph:
                     run()  # compiles, loads and allocates (cuBLAS its workspace of this stream) what a capture must not
             self.warm_s = time.perf_counter() - began
             with _capturing, torch.cuda.stream(stream), _Numbers():
-                self._record(graph, run, device, pool)
+                self._record(graph, run, device, pool, generators)
         finally:
             current.wait_stream(stream)
         self._graph, self._stream = graph, stream  # the stream's cuBLAS workspace lives as long as the graph
 
     @staticmethod
-    def _record(graph: Any, run: Callable[[], None], device: torch.device, pool: Any) -> None:
+    def _record(
+        graph: Any, run: Callable[[], None], device: torch.device, pool: Any, generators: tuple[Any, ...]
+    ) -> None:
         # Not torch.cuda.graph(): it collects garbage and empties the allocator's cache, which takes longer than all
         # the rest, and forbids CUDA calls of other threads.
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")
@@ -145,12 +147,24 @@ class Graph:
                 # The first fails on a broken capture before it comes to the second's part, which the allocator needs.
                 with contextlib.suppress(RuntimeError):
                     end()
+            release_generators((torch.cuda.default_generators[device.index], *generators))
             raise NotCapturableError(f"CUDA refused: {str(error).splitlines()[0]}") from error
         graph.capture_end()
 
     def __call__(self) -> None:
         """Replay on the current stream."""
         self._graph.replay()
+
+
+def release_generators(generators: Iterable[torch.Generator]) -> None:
+    """Let generators be used again that a capture took part in and did not come to its end.
+
+    Each keeps its seed and its place, in a state object of its own: the old one stays marked as captured.
+    """
+    for generator in generators:
+        fresh = torch.Generator(generator.device)
+        fresh.set_state(generator.get_state())
+        generator.graphsafe_set_state(fresh.graphsafe_get_state())
 
 
 class Plain:

@@ -149,7 +149,7 @@ def forward(
     aligned = right >= 0 and not how_q and not how_k and (s_k - s_q + right) % 64 == 0
     constants = {
         "HEAD": d_v, "BN": bn, "ST": 2, "LEFT": left >= 0, "RIGHT": right >= 0, "ALIGNED": aligned, "RQ": how_q,
-        "RK": how_k, "DRAW": tiles > blocks, "CARRY": 0, "POLY": 0, "ALIAS": boxed(d) == boxed(d_v) == 256,
+        "RK": how_k, "DRAW": tiles > blocks, "CARRY": 0, "ALIAS": boxed(d) == boxed(d_v) == 256,
     } | options  # fmt: skip
     drawn = _counter(q.device) if constants["DRAW"] else lse
     launch = triton_bind(

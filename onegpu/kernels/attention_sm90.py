@@ -28,7 +28,6 @@ from onegpu.kernels.hopper import (
     bar_arrive,
     bar_sync,
     clear_rows,
-    exp2,
     fetch_next,
     publish_next,
     sequence,
@@ -44,7 +43,7 @@ FIELDS = {
     **dict.fromkeys(("q_bufs", "o_bufs", "k_bufs", "v_bufs", "q_full", "q_empty", "k_full", "v_full", "t_buf", "t_full",
                      "t_empty"), gl.shared_memory_descriptor),
     **dict.fromkeys(("B", "H", "G", "SQ", "SK", "NM", "section", "scale_log2", "left", "right"), gl.tensor),
-    **dict.fromkeys(("D", "DV", "HEAD", "BN", "ST", "LEFT", "RIGHT", "ALIGNED", "RQ", "RK", "DRAW", "CARRY", "POLY",
+    **dict.fromkeys(("D", "DV", "HEAD", "BN", "ST", "LEFT", "RIGHT", "ALIGNED", "RQ", "RK", "DRAW", "CARRY",
                      "ALIAS"), gl.constexpr),
 }  # fmt: skip
 
@@ -54,7 +53,7 @@ class _Args:
 
     HEAD: the head dim of v; D and DV: those in shared memory. ALIGNED: the diagonal cuts one block of each consumer's.
     RQ, RK: how rows are told: 0 all, 1 by ranges, 2 packed. DRAW: tiles from a counter. CARRY: P waits in 16 bits.
-    POLY: see `exp2`. ALIAS: O leaves through the buffer of Q.
+    ALIAS: O leaves through the buffer of Q.
     """
 
     __annotations__ = FIELDS
@@ -173,7 +172,7 @@ def _step(a, q, m_i, l_i, o, c, stage, phase, at, n0, n_k, more, MASK: gl.conste
     m_new = gl.maximum(m_i, gl.max(s, 1))
     # The difference before the scaling: fused, the rounding of m * scale does not cancel while m is at its floor.
     alpha = gl.exp2((m_i - m_new) * a.scale_log2)
-    p = exp2(s * a.scale_log2 - (m_new * a.scale_log2)[:, None], a.POLY)
+    p = gl.exp2(s * a.scale_log2 - (m_new * a.scale_log2)[:, None])
     l_i = l_i * alpha + gl.sum(p, 1)
     # The wait for the next K stands here and not at the top: its branch ends a basic block, so that ptxas cannot move
     # the exponentials behind the wait for the product. p and l_i pass through that for the stages before ptxas.
@@ -247,7 +246,7 @@ def _tile(a, m, h, b, stage, phase, q_phase, WG: gl.constexpr):
         bar_arrive(FREE + 2 * stage, 288)
         s = _hide(a, s, at, n0, n_k, s_layout)
         m_i = gl.maximum(gl.max(s, 1), -1.0e30)  # finite where nothing is seen: then P is 0 and not NaN
-        p = exp2(s * a.scale_log2 - (m_i * a.scale_log2)[:, None], a.POLY)
+        p = gl.exp2(s * a.scale_log2 - (m_i * a.scale_log2)[:, None])
         l_i = gl.sum(p, 1)
         c = _carry(p, a, p_layout)
         o = gl.full([64, a.DV], 0.0, gl.float32, o_layout)
@@ -355,7 +354,7 @@ COUNTS = ["B", "H", "G", "SQ", "SK", "NM", "section", "left", "right"]
 def forward_kernel(q_desc, k_desc, v_desc, o_desc, p_o, p_lse, p_q_rows, p_k_rows, p_counter, B, H, G, SQ, SK, NM,
                    section, scale_log2, left, right, HEAD: gl.constexpr, BN: gl.constexpr, ST: gl.constexpr,
                    LEFT: gl.constexpr, RIGHT: gl.constexpr, ALIGNED: gl.constexpr, RQ: gl.constexpr, RK: gl.constexpr,
-                   DRAW: gl.constexpr, CARRY: gl.constexpr, POLY: gl.constexpr, ALIAS: gl.constexpr):  # fmt: skip
+                   DRAW: gl.constexpr, CARRY: gl.constexpr, ALIAS: gl.constexpr):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     D: gl.constexpr = q_desc.block_shape[3]
     DV: gl.constexpr = v_desc.block_shape[3]
@@ -384,5 +383,5 @@ def forward_kernel(q_desc, k_desc, v_desc, o_desc, p_o, p_lse, p_q_rows, p_k_row
     fence_async_shared()
     a = Args(q_desc, k_desc, v_desc, o_desc, p_o, p_lse, p_q_rows, p_k_rows, p_counter, q_bufs, o_bufs, k_bufs, v_bufs,
              q_full, q_empty, k_full, v_full, t_buf, t_full, t_empty, B, H, G, SQ, SK, NM, section, scale_log2, left,
-             right, D, DV, HEAD, BN, ST, LEFT, RIGHT, ALIGNED, RQ, RK, DRAW, CARRY, POLY, ALIAS)  # fmt: skip
+             right, D, DV, HEAD, BN, ST, LEFT, RIGHT, ALIGNED, RQ, RK, DRAW, CARRY, ALIAS)  # fmt: skip
     gl.warp_specialize([(_consumer, (a, 0)), (_consumer, (a, 1)), (_producer, (a,))], [4, 1], [240, 24])

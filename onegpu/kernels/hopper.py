@@ -1,9 +1,8 @@
-"""Pieces of persistent, warp-specialised Hopper kernels in Gluon: barriers, tiles from a counter, exponentials.
+"""Pieces of persistent, warp-specialised Hopper kernels in Gluon: barriers, tiles from a counter.
 
 ``a`` is a kernel's aggregate of arguments; the fields that a function reads stand in its docstring.
 """
 
-import triton.language as tl
 from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -154,39 +153,6 @@ def fetch_next(a, tile, slot, phase):
     else:
         tile += gl.num_programs(0)
     return tile, slot, phase
-
-
-@gluon.jit
-def exp2_fma(x):
-    """2 ** x for x <= 0 by additions and multiplications, to 4e-6; what is below 2 ** -127 gives nearly that."""
-    x = gl.maximum(x, -127.0, propagate_nan=tl.PropagateNan.ALL)
-    rounded = x + 12582912.0  # 1.5 * 2 ** 23: the integer stands in the low bits
-    f = x - (rounded - 12582912.0)  # in [-0.5, 0.5]
-    p = 0.009672 * f + 0.055503
-    p = p * f + 0.240222
-    p = p * f + 0.693147
-    p = p * f + 1.0
-    bits = p.to(gl.int32, bitcast=True) + (rounded.to(gl.int32, bitcast=True) << 23)
-    return bits.to(gl.float32, bitcast=True)
-
-
-@gluon.jit
-def exp2(x, POLY: gl.constexpr):
-    """2 ** x; of POLY elements one by `exp2_fma` (0: none), because the unit for exponentials is the bottleneck."""
-    R: gl.constexpr = x.shape[0]
-    C: gl.constexpr = x.shape[1]
-    if POLY == 2:
-        lo, hi = x.reshape([R, C // 16, 2, 8]).permute([0, 1, 3, 2]).split()  # by columns 8 apart, in one thread
-        y = gl.join(exp2_fma(lo), gl.exp2(hi)).permute([0, 1, 3, 2]).reshape([R, C])
-        return gl.convert_layout(y, x.type.layout, assert_trivial=True)
-    elif POLY == 4:
-        lo, hi = x.reshape([R, C // 32, 2, 2, 8]).permute([0, 1, 4, 2, 3]).split()
-        lo_lo, lo_hi = lo.split()
-        lo = gl.join(exp2_fma(lo_lo), gl.exp2(lo_hi))
-        y = gl.join(lo, gl.exp2(hi)).permute([0, 1, 3, 4, 2]).reshape([R, C])
-        return gl.convert_layout(y, x.type.layout, assert_trivial=True)
-    else:
-        return gl.exp2(x)
 
 
 @gluon.jit

@@ -93,3 +93,9 @@ def test_a_graph_replays_and_a_refused_one_leaves_no_trace():
     torch.cuda.synchronize()
     assert torch.equal(total, before + 32)
     torch.empty(1 << 20, device=device).fill_(1)  # the allocator is in order
+    generator = torch.cuda.default_generators[device.index]
+    with pytest.raises(NotCapturableError):
+        Graph(lambda: total.copy_(torch.rand(4)), device, pool)  # found by CUDA, in the middle of the capture
+    before = generator.get_state()
+    assert torch.rand(4, device=device).std() > 0  # it draws again, from where it was
+    assert not torch.equal(generator.get_state(), before)

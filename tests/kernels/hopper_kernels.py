@@ -3,16 +3,7 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from onegpu.kernels.hopper import clear_rows, exp2
-
-
-@gluon.jit
-def exponentials(p_x, p_y, POLY: gl.constexpr):
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
-    rows = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
-    cols = gl.arange(0, 128, layout=gl.SliceLayout(0, layout))
-    o = rows[:, None] * 128 + cols[None, :]
-    gl.store(p_y + o, exp2(gl.load(p_x + o), POLY))
+from onegpu.kernels.hopper import clear_rows
 
 
 @gluon.jit(do_not_specialize=["n"])

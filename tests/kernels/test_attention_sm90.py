@@ -51,7 +51,7 @@ def test_compiles_within_the_limits(d: int, options: dict[str, Any]) -> None:
     from onegpu.kernels import attention_sm90
 
     constants = {"HEAD": d, "BN": 128, "ST": 2, "LEFT": False, "RIGHT": True, "ALIGNED": True, "RQ": 0, "RK": 0}
-    constants |= {"DRAW": True, "CARRY": 0, "POLY": 0, "ALIAS": False} | options
+    constants |= {"DRAW": True, "CARRY": 0, "ALIAS": False} | options
     bn = constants["BN"]
     descriptors = [meta_descriptor(rows, d) for rows in (64, bn, bn, 64)]
     made = compile_gluon(attention_sm90.forward_kernel, descriptors, **constants)

@@ -21,22 +21,9 @@ def kernels() -> Any:
 
 @needs_triton
 def test_pieces_compile() -> None:
-    x = torch.zeros(64, 128)
-    made, _ = TritonKernel(kernels().exponentials).compile(90, (x, x), {"POLY": 4, "num_warps": 4})
-    assert "ex2.approx" in made.asm["ptx"]
-    x = x.to(torch.float16)
+    x = torch.zeros(64, 128, dtype=torch.float16)
     made, _ = TritonKernel(kernels().cleared).compile(90, (x, x, 37), {"num_warps": 4})
     assert "fence.proxy.async" in made.asm["ptx"]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("poly", [0, 2, 4])
-def test_exponentials(poly: int) -> None:
-    x = -torch.rand(64, 128, device="cuda") * 140
-    x[0, ::7], x[1, ::3] = -math.inf, math.nan
-    y = torch.empty_like(x)
-    triton_launch(kernels().exponentials, (1,), x, y, POLY=poly, num_warps=4)
-    torch.testing.assert_close(y, torch.exp2(x), rtol=1e-5, atol=1e-37, equal_nan=True)
 
 
 @pytest.mark.gpu

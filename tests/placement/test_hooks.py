@@ -204,6 +204,7 @@ def test_split_between_gpu_and_cpu(tmp_path: Path, share: float, arguments: dict
     assert {0, CPU} == set(model.hf_device_map.values())
     for prompt in (PROMPT, PROMPT.cuda()):
         assert torch.equal(greedy(model, prompt), expected)
+    model.generate.engine.slots.drop()  # the cache, which is kept for the next request, comes on top of the weights
     gc.collect()
     assert torch.cuda.memory_allocated() - before <= 1.02 * budget  # no copy of a block is left
 
