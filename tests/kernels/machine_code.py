@@ -46,7 +46,7 @@ def copies_with_a_uniform_base(code: bytes) -> int:
 
 
 def sums_copied_early(code: bytes, registers: int) -> int:
-    """Moves that read one of the `registers` sums of a wgmma before the wait for all of them: they may miss products."""
+    """Moves that read one of the `registers` sums of a wgmma ahead of its wait: they may miss products."""
     found = 0
     for name, data in sections(code):
         sums, running = range(0), False
