@@ -103,6 +103,12 @@ template <int B> DEVICE void wgmma(float (&c)[16][4], u32 a0, u32 a1, u32 a2, u3
 DEVICE void before_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void close_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int N> DEVICE void products_left() { asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(N) : "memory"); }
+// None left, and `c` may be read: what the compiler does not see to change here it copies in front of the wait.
+template <int EIGHTS> DEVICE void sums_ready(float (&c)[EIGHTS][4]) {
+  products_left<0>();
+#pragma unroll
+  for (int i = 0; i < EIGHTS; i++) asm volatile("" : A4(i) :: "memory");
+}
 DEVICE void copies_seen_by_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 DEVICE int of_warp(int v) { return __shfl_sync(~0u, v, 0); }           // the compiler then knows that it is one value
 DEVICE u32 warp_max(u32 v) { return __reduce_max_sync(~0u, v); }

@@ -233,6 +233,6 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
           for (int r = 0; r < RT; r++) mma<BF16>(acc[r][i], a[r][4 * s], a[r][4 * s + 1], a[r][4 * s + 2], a[r][4 * s + 3], xb[2 * s], xb[2 * s + 1]);
       }
     }
-    if (c.piece == pieces - 1) { if (WGMMA) products_left<0>(); finish(c.row0); }
+    if (c.piece == pieces - 1) { if (WGMMA) sums_ready(acc[0]); finish(c.row0); }
   }
 }

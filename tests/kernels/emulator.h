@@ -111,6 +111,7 @@ template <int B, int EIGHTS> void wgmma(float (&c)[EIGHTS][4], uint32_t a0, uint
 inline void before_products() {}
 inline void close_products() {}
 template <int N> void products_left() {}
+template <int EIGHTS> void sums_ready(float (&)[EIGHTS][4]) {}
 inline void copies_seen_by_wgmma() {}
 static void run_grid(int grid, int threads, int cluster, size_t smem_bytes, std::function<void()> f) {
   body = f; gridDim.x = grid;

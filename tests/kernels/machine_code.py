@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 _FRAME_SIZE = 0x11  # EIATTR_FRAME_SIZE of a section .nv.info: a symbol, and its stack in bytes
 _COPY_UNIFORM = 0xDAE  # LDGSTS with a uniform base register
+_WGMMA, _WGMMA_WAIT, _MOVE, _MOVE_BY_IMAD = 0xDF0, 0x9C5, 0x202, 0x224
 
 
 def sections(code: bytes) -> Iterator[tuple[str, bytes]]:
@@ -41,4 +42,21 @@ def copies_with_a_uniform_base(code: bytes) -> int:
             found += sum(
                 struct.unpack_from("<H", data, at)[0] & 0xFFF == _COPY_UNIFORM for at in range(0, len(data), 16)
             )
+    return found
+
+
+def sums_copied_early(code: bytes, registers: int) -> int:
+    """Moves that read one of the `registers` sums of a wgmma ahead of its wait: they may miss products."""
+    found = 0
+    for name, data in sections(code):
+        sums, running = range(0), False
+        for at in range(0, len(data) if name.startswith(".text.") else 0, 16):
+            low, high = struct.unpack_from("<QQ", data, at)
+            operation = low & 0xFFF
+            if operation == _WGMMA:
+                sums, running = range(low >> 16 & 0xFF, (low >> 16 & 0xFF) + registers), True
+            elif operation == _WGMMA_WAIT:
+                running = running and (high >> 8 & 0xFF) != 0  # how many groups may still run
+            elif running and operation in (_MOVE, _MOVE_BY_IMAD):
+                found += (low >> 32 if operation == _MOVE else high) & 0xFF in sums
     return found

@@ -140,7 +140,7 @@ def test_compiles(arch: str) -> None:
 
 @needs_nvrtc
 @pytest.mark.parametrize("fmt", few_rows.FORMATS)
-def test_no_registers_spill_and_no_copy_is_encoded_wrongly(fmt: str) -> None:
+def test_no_registers_spill_no_copy_is_encoded_wrongly_and_no_sum_is_read_early(fmt: str) -> None:
     for config in few_rows._CONFIGURATIONS[fmt]:
         if config.cluster == 1 and isinstance(config, Wide) and not config.wgmma:
             continue  # for GPUs before Hopper
@@ -148,6 +148,8 @@ def test_no_registers_spill_and_no_copy_is_encoded_wrongly(fmt: str) -> None:
         code = few_rows.kernel(config, fmt, True, False, nested, False).compile("sm_90a").code
         assert machine_code.stack_bytes(code) <= 8 * nested, config
         assert machine_code.copies_with_a_uniform_base(code) == 0, config
+        if isinstance(config, Wide):
+            assert machine_code.sums_copied_early(code, config.rows // 2) == 0, config
 
 
 @pytest.mark.gpu
