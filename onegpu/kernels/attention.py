@@ -109,6 +109,8 @@ def attention(
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if q.ndim < 3 or k.ndim < 3:
         _check(q, k, v, q_range, k_range, cu_seqlens_q, cu_seqlens_k, implementation)
+    if window is not None and (not isinstance(window, tuple | list) or len(window) != 2):
+        raise bad_argument("window", window, "is not (left, right)", "Pass two numbers of keys; -1 is no limit")
     left, right = (-1, -1) if window is None else window
     if causal:
         right = 0 if right < 0 else min(right, 0)
