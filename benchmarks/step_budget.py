@@ -9,7 +9,7 @@ from typing import Any
 # What a kernel does, by its name: the first pattern that is found. Bytes are known by what is done, not by kernel.
 _WHAT: tuple[tuple[str, str], ...] = (
     ("attention", r"flash|fmha|attn|attention|attend\b|softmax_warp|splitkv|decode_split|combine"),
-    ("linear", r"\bproduct\b|gemm|gemv|nvjet|cutlass|cublas|splitk|rows?_|_rows?\b|linear|few_rows|xmma|dot_kernel|matmul"),
+    ("linear", r"\bproduct\b|gemm|gemv|nvjet|cutlass|cublas|splitk|rows?_|_rows?\b|linear|xmma|dot_kernel|matmul"),
     ("dequantise", r"dequant"),
     ("copy", r"memcpy|memset|copy|cat_|CatArray|index_copy|scatter"),
     ("choice of token", r"argmax|sampl|topk|sort|multinomial|ArgMax"),

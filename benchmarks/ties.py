@@ -1,4 +1,4 @@
-"""Where two ways to compute one 16-bit model part: whether the tokens between which they parted were as good as equal."""
+"""Where two ways to compute one 16-bit model part: whether the tokens that differ were as good as equal."""
 
 from __future__ import annotations
 
