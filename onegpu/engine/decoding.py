@@ -241,7 +241,6 @@ class Decoding:
             return None
         finally:
             self.run.capture_s += time.perf_counter() - began
-        self.run.compile_s += step.warm_s
         return step, start
 
     def _refuse(self, reason: str) -> None:

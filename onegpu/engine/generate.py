@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from onegpu.engine import prepare
 from onegpu.engine.loop import Engine, Run, UnservedError, decode
 
 logger = logging.getLogger("onegpu")
@@ -147,6 +148,7 @@ def attach(model: Any) -> str | None:
     reason = _never(model)
     if reason is None and not isinstance(model.__dict__.get("generate"), Generate):
         model.__dict__["generate"] = Generate(model)
+        prepare.begin(model)
     return reason
 
 

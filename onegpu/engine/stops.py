@@ -141,7 +141,7 @@ class Stops:
     def remind(self, columns: int, history: torch.Tensor) -> None:
         """Let transformers warn, as it does, once an answer leaves the model's context behind."""
         for limit in self._limits:
-            if columns == limit.max_position_embeddings + 1:
+            if columns - 1 == limit.max_position_embeddings:
                 limit(history[:, :columns], None)
 
     def _ended(

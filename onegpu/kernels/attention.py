@@ -24,6 +24,7 @@ from onegpu.kernels.attention_definition import Options, backward, backward_fake
 from onegpu.kernels.attention_dispatch import IMPLEMENTATIONS, again, backward_cuda, forward_cuda, plain
 from onegpu.kernels.autocast import autocast_dtype
 from onegpu.kernels.library import define
+from onegpu.kernels.warmup import register
 
 _OPTIONS = (
     "float scale, SymInt left, SymInt right, Tensor? q_range, Tensor? k_range, Tensor? cu_seqlens_q, "
@@ -166,6 +167,14 @@ def _check(
             raise bad_argument(name, rows, "is not int32 [B, 2] on the device of q", "Pass (first, length) of each row")
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise bad_argument("implementation", implementation, "is not known", f"Use one of {IMPLEMENTATIONS}")
+
+
+@register("attention")
+def _warm(
+    device: torch.device, dtype: torch.dtype, rows: int, heads: int, kv_heads: int, d: int, window: int | None = None
+) -> None:
+    q, k = (torch.zeros(1, rows, n, d, dtype=dtype, device=device) for n in (heads, kv_heads))
+    attention(q, k, k, causal=True, window=None if window is None else (window - 1, 0))
 
 
 def cost(

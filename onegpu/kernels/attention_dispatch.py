@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from onegpu.errors import bad_argument
+from onegpu.kernels import ahead
 from onegpu.kernels.attention_definition import Gradients, Options, backward, forward, forward_fake
 from onegpu.kernels.library import has_triton
 
@@ -51,6 +52,8 @@ def plain(*tensors: torch.Tensor) -> bool:
 
 
 def _keep(key: tuple[Any, ...], made: Any) -> None:
+    if ahead.active():
+        return
     if len(_ready) >= 1024:  # lengths that change from step to step
         _ready.clear()
     _ready[key] = made

@@ -1,0 +1,80 @@
+"""The kernels of a model's generation, compiled in threads before they are asked for.
+
+A model that gets our ``generate`` begins with what any request will need, the first request of a batch size with the
+rest, beside its prefill. What is guessed wrong here is compiled when it is launched, as anything else is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from functools import partial
+from typing import Any
+
+import torch
+
+from onegpu.engine.fused_step import FusedStep, plan
+from onegpu.kernels import ahead, attention, decode_attention, next_token, warmup  # noqa: F401 (they register)
+from onegpu.kernels.guard import architecture
+
+_PROMPTS = (128, 1024)  # tokens: attention has a kernel for few tiles and one for many
+_IMPLEMENTATION = "onegpu"  # of attention, as transformers knows it
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def begin(model: Any, batch: int = 1, prompt: int | None = None, keys: int | None = None) -> None:
+    """Start compiling, and return at once. Nothing happens for a model that is not on one GPU.
+
+    Args:
+        model: an optimised one.
+        batch: rows of a step, padded. prompt: tokens of a prompt, None for any. keys: positions of the cache. With both
+            known, what depends on them is compiled too, quantised products among it.
+    """
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) != 1 or model.dtype not in _FLOATS or (device := devices.pop()).type != "cuda":
+        return
+    # Where there is no memory to try an op in, the first call compiles what it needs.
+    with contextlib.suppress(torch.cuda.OutOfMemoryError):
+        _begin(model, device, batch, prompt, keys)
+
+
+def _begin(model: Any, device: torch.device, batch: int, prompt: int | None, keys: int | None) -> None:
+    dtype = model.dtype
+    step = plan(model)
+    fused = isinstance(step, FusedStep) and step.serves(batch)
+    shapes = _shapes(model, batch, None if fused else keys)
+    lengths = _PROMPTS if prompt is None else (prompt,)
+    for kind, sizes, rows in shapes:
+        warmup.begin(rows=lengths if rows is None else (rows,), shapes=[(kind, sizes)], device=device, dtype=dtype)
+    if keys is None:  # products are tried on memory of their size: not before the model is used
+        small = {(k, *sorted(s.items())): (k, s) for k, s in _of_modules(model) if k.endswith(("_norm", "_mlp"))}
+        warmup.begin(rows=(1,), shapes=small.values(), device=device, dtype=dtype)
+    else:
+        warmup.begin(model, rows=(batch, batch * lengths[0]), dtype=dtype)
+    if isinstance(step, FusedStep) and fused:
+        heads = step.structure.layers[0].heads
+        cache = torch.empty(batch, heads.kv, 128, heads.size, dtype=dtype, device=device)
+        target = architecture(cache.get_device())
+        ahead.start(partial(kernel.compile_ahead, target) for kernel in step.kernels(batch, (cache, cache)))
+
+
+def _of_modules(model: Any) -> list[warmup.Shape]:
+    return [shape for m in model.modules() if hasattr(m, "warmup_shapes") for shape in m.warmup_shapes()]
+
+
+def _shapes(model: Any, batch: int, keys: int | None) -> list[tuple[str, dict[str, Any], int | None]]:
+    """Ops, their sizes, and their rows (None: of a prompt)."""
+    config = model.config.get_text_config(decoder=True)
+    found: list[tuple[str, dict[str, Any], int | None]] = []
+    heads, width = (getattr(config, name, None) for name in ("num_attention_heads", "hidden_size"))
+    if heads and width and getattr(config, "_attn_implementation", None) == _IMPLEMENTATION:
+        window = getattr(config, "sliding_window", None)
+        sizes = {
+            "heads": heads,
+            "kv_heads": getattr(config, "num_key_value_heads", None) or heads,
+            "d": getattr(config, "head_dim", None) or width // heads,
+        }
+        found.append(("attention", sizes, None))
+        if keys is not None:
+            found.append(("decode_attention", {**sizes, "keys": keys, "window": window or 0}, batch))
+    found += [("next_token", {"vocab": config.vocab_size, "pads": pads}, batch) for pads in (False, True)]
+    return found
