@@ -15,14 +15,14 @@ from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
-from benchmarks import ceilings, host_time, models, step_budget, ties, timing
+from benchmarks import ceilings, first_use, host_time, models, step_budget, ties, timing
 from benchmarks.case import Case, Context
 from benchmarks.spread import paired_ratio, spread
 
 PROMPT, ANSWER, PREFILL = 128, 512, 4096
 _SOURCES = tuple(f"onegpu/{part}" for part in ("engine", "kernels", "nn", "convert"))
 _SOURCES += tuple(f"benchmarks/{name}.py" for name in ("cases/model", "models", "hand_captured", "step_budget"))
-_SOURCES += ("benchmarks/host_time.py", "benchmarks/ties.py")
+_SOURCES += tuple(f"benchmarks/{name}.py" for name in ("host_time", "ties", "first_use"))
 _TESTS = ("tests/engine/test_decoding_models.py::test_with_attention_of_ours",)
 _QUANTISED = tuple(f"tests/nn/test_linear_{bits}bit.py::test_forward_and_gradient" for bits in (4, 8))
 
@@ -40,6 +40,8 @@ def cases() -> Iterator[Case]:
             yield _decode(main, kind, 16, f"{main} more")
     for shape in others:
         yield _decode(shape, "nf4", 1, f"{shape} more")
+    for kind in models.KINDS:
+        yield _case(main, f"{kind} first use", partial(fresh, main, kind), None, None, 40, "fresh process")
     for kind in models.KINDS:
         yield _case(main, f"{kind} prefill 1x{PREFILL}", partial(prefill, main, kind), None, None, 5, f"{main} prefill")
 
@@ -282,6 +284,16 @@ def prefill(shape: str, kind: str, context: Context) -> dict[str, Any]:
         "ratio": theirs["ratio"], "shape": {"batch": 1, "prompt": length}, "bytes": costs["linear"], "flops": flops,
     }  # fmt: skip
     return row | _share(row, context, spread(ms["ours"])["median"] * 1e-3)
+
+
+def fresh(shape: str, kind: str, context: Context) -> dict[str, Any]:
+    """The first `generate()` of a process, without kernels on disk and with them."""
+    found = first_use.measure(shape, kind, context.device, context.tiny)
+    seconds = spread([found["filled"]["first_use_s"]])
+    return {
+        "peer": None, "ours": {"seconds": seconds, **found}, "theirs": None, "peers": {}, "ratio": None,
+        "shape": {"batch": 1, "prompt": first_use.PROMPT, "tokens": first_use.ANSWER},
+    }  # fmt: skip
 
 
 def budget(shape: str, kind: str, context: Context) -> dict[str, Any]:

@@ -66,6 +66,10 @@ class Generate:
         """How the last call went; prints as a sentence."""
         return self.engine.last
 
+    def warmup_shapes(self) -> list[tuple[str, dict[str, Any]]]:
+        """What `onegpu.warmup` runs for it, beside what the model's modules say."""
+        return prepare.ops(self.__self__)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model, generate = self.__self__, self.__func__
         given = self.__signature__.bind(*args, **kwargs).arguments

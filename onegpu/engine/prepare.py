@@ -57,6 +57,11 @@ def _begin(model: Any, device: torch.device, batch: int, prompt: int | None, key
         ahead.start(partial(kernel.compile_ahead, target) for kernel in step.kernels(batch, (cache, cache)))
 
 
+def ops(model: Any) -> list[warmup.Shape]:
+    """The ops of a prefill and of a step that no module of the model tells of, with their sizes."""
+    return [(kind, sizes) for kind, sizes, _ in _shapes(model, 1, None)]
+
+
 def _of_modules(model: Any) -> list[warmup.Shape]:
     return [shape for m in model.modules() if hasattr(m, "warmup_shapes") for shape in m.warmup_shapes()]
 

@@ -142,11 +142,12 @@ def _of_model(
         floats = {t.dtype for t in model.parameters() if t.is_floating_point()}
         dtype = torch.bfloat16 if torch.bfloat16 in floats else torch.float16
     found = []
-    for module in model.modules():
+    for module in (*model.modules(), model.__dict__.get("generate")):
         tell = getattr(module, "warmup_shapes", None)
         if tell is None:
             continue
-        place = next((t.device for t in (*module.parameters(), *module.buffers())), None)
+        holder = module if isinstance(module, torch.nn.Module) else model
+        place = next((t.device for t in (*holder.parameters(), *holder.buffers())), None)
         if place is not None:
             found += [(kind, sizes, place, dtype) for kind, sizes in tell()]
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import host_time, models, step_budget, ties
+from benchmarks import first_use, host_time, models, step_budget, ties
 from benchmarks.case import Context
 from benchmarks.cases import model as model_cases
 from benchmarks.hand_captured import HandCaptured
@@ -73,18 +73,29 @@ def test_host_time_is_the_loop_without_the_model(monkeypatch: pytest.MonkeyPatch
     ours = models.ours(models.plain("Llama-2-7B", "cpu", True), "bf16")
     ids = model_cases._ids(ours, 1, 8)
     ours.generate.engine.capture = "emulate"
-    before = model_cases._generate(ours, ids, 60)
+    before = model_cases._generate(ours, ids, 110)
     step = model_cases._captured_step(ours)
     runs: list[int] = []
     run = step._run
     monkeypatch.setattr(step, "_run", lambda: (runs.append(1), run()))
-    found = host_time.host_us(ours, ids, step, 40, repeats=1)
+    found = host_time.host_us(ours, ids, step, 100, repeats=2)
     assert set(found) == {"greedy", "eos", "eos, max_time", "eos, streamer", "eos, sampled"}
-    assert not runs and all(0 < micro < 20_000 for micro in found.values())
+    assert not runs and all(micro < 20_000 for micro in found.values())
+    assert found["greedy"] > 0
     with torch.no_grad():
         model_cases._rewind(step, 8)
         assert host_time.launch_us(step, lambda: model_cases._rewind(step, 8), 2, 2) > 0 and len(runs) == 4
-    assert torch.equal(model_cases._generate(ours, ids, 60), before)  # all of it is put back
+    assert torch.equal(model_cases._generate(ours, ids, 110), before)  # all of it is put back
+
+
+def test_a_fresh_process_uses_a_model_for_the_first_time() -> None:
+    found = first_use.measure("Llama-2-7B", "bf16", "cpu", True)
+    assert found.keys() == {"empty", "filled"}
+    for one in found.values():
+        assert one["loop"] == "eager" and 0 < one["optimize_s"] < 60 and 0 < one["first_s"] < 60
+        assert one["first_use_s"] < one["first_s"] and one["compile_s"] == one["capture_s"] == 0
+    with pytest.raises(RuntimeError, match="KeyError"):
+        first_use.measure("No-7B", "bf16", "cpu", True)
 
 
 def test_tokens_that_differ_are_weighed_by_the_peers_logits() -> None:

@@ -77,6 +77,15 @@ def test_quantised_layers_tell_their_sizes() -> None:
         module._REGISTRY[kind](torch.device("cpu"), torch.float32, 3, **arguments)  # runs as registered
 
 
+def test_a_models_generate_tells_its_own() -> None:
+    model = torch.nn.Sequential(Layer(4))
+    model.__dict__["generate"] = Layer(8, "attention")
+    assert [(kind, sizes["n"]) for kind, sizes, _, _ in module._of_model(model, None)] == [
+        ("thing", 4),
+        ("attention", 8),
+    ]
+
+
 def test_wrong_arguments_and_a_capture_are_errors(calls: list[tuple[Any, ...]], fake: FakeDriver) -> None:
     for rows in ((0,), (1, "2"), (True,)):
         with pytest.raises(ArgumentError, match=r"rows=.*holds something else than numbers above 0"):
