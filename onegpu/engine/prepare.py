@@ -17,6 +17,8 @@ from onegpu.kernels import ahead, attention, decode_attention, next_token, warmu
 from onegpu.kernels.guard import architecture
 
 _PROMPTS = (128, 1024)  # tokens: attention has a kernel for few tiles and one for many
+_MOST = 4096  # longer prompts run the same kernels
+_MOST_ROWS = 1024  # of products
 _IMPLEMENTATION = "onegpu"  # of attention, as transformers knows it
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -39,17 +41,22 @@ def begin(model: Any, batch: int = 1, prompt: int | None = None, keys: int | Non
 
 def _begin(model: Any, device: torch.device, batch: int, prompt: int | None, keys: int | None) -> None:
     dtype = model.dtype
+    lengths = _PROMPTS if prompt is None else (min(prompt, _MOST),)
+    for kind, sizes, rows in _shapes(model, batch):  # attention takes longest: first
+        warmup.begin(rows=lengths if rows is None else (rows,), shapes=[(kind, sizes)], device=device, dtype=dtype)
     step = plan(model)
     fused = isinstance(step, FusedStep) and step.serves(batch)
-    shapes = _shapes(model, batch, None if fused else keys)
-    lengths = _PROMPTS if prompt is None else (prompt,)
-    for kind, sizes, rows in shapes:
-        warmup.begin(rows=lengths if rows is None else (rows,), shapes=[(kind, sizes)], device=device, dtype=dtype)
     if keys is None:  # products are tried on memory of their size: not before the model is used
         small = {(k, *sorted(s.items())): (k, s) for k, s in _of_modules(model) if k.endswith(("_norm", "_mlp"))}
         warmup.begin(rows=(1,), shapes=small.values(), device=device, dtype=dtype)
     else:
-        warmup.begin(model, rows=(batch, batch * lengths[0]), dtype=dtype)
+        many = min(batch * lengths[0], _MOST_ROWS)
+        warmup.begin(rows=(batch, many), shapes=_of_modules(model), device=device, dtype=dtype)
+        sizes = _attention(model)
+        if sizes and not fused:
+            window = getattr(model.config.get_text_config(decoder=True), "sliding_window", None) or 0
+            sizes |= {"keys": keys, "window": window}
+            warmup.begin(rows=(batch,), shapes=[("decode_attention", sizes)], device=device, dtype=dtype)
     if isinstance(step, FusedStep) and fused:
         heads = step.structure.layers[0].heads
         cache = torch.empty(batch, heads.kv, 128, heads.size, dtype=dtype, device=device)
@@ -59,27 +66,30 @@ def _begin(model: Any, device: torch.device, batch: int, prompt: int | None, key
 
 def ops(model: Any) -> list[warmup.Shape]:
     """The ops of a prefill and of a step that no module of the model tells of, with their sizes."""
-    return [(kind, sizes) for kind, sizes, _ in _shapes(model, 1, None)]
+    return [(kind, sizes) for kind, sizes, _ in _shapes(model, 1)]
 
 
 def _of_modules(model: Any) -> list[warmup.Shape]:
     return [shape for m in model.modules() if hasattr(m, "warmup_shapes") for shape in m.warmup_shapes()]
 
 
-def _shapes(model: Any, batch: int, keys: int | None) -> list[tuple[str, dict[str, Any], int | None]]:
+def _shapes(model: Any, batch: int) -> list[tuple[str, dict[str, Any], int | None]]:
     """Ops, their sizes, and their rows (None: of a prompt)."""
-    config = model.config.get_text_config(decoder=True)
+    vocab = model.config.get_text_config(decoder=True).vocab_size
     found: list[tuple[str, dict[str, Any], int | None]] = []
-    heads, width = (getattr(config, name, None) for name in ("num_attention_heads", "hidden_size"))
-    if heads and width and getattr(config, "_attn_implementation", None) == _IMPLEMENTATION:
-        window = getattr(config, "sliding_window", None)
-        sizes = {
-            "heads": heads,
-            "kv_heads": getattr(config, "num_key_value_heads", None) or heads,
-            "d": getattr(config, "head_dim", None) or width // heads,
-        }
+    if sizes := _attention(model):
         found.append(("attention", sizes, None))
-        if keys is not None:
-            found.append(("decode_attention", {**sizes, "keys": keys, "window": window or 0}, batch))
-    found += [("next_token", {"vocab": config.vocab_size, "pads": pads}, batch) for pads in (False, True)]
-    return found
+    return [*found, *(("next_token", {"vocab": vocab, "pads": pads}, batch) for pads in (False, True))]
+
+
+def _attention(model: Any) -> dict[str, Any]:
+    """Heads and their size, where attention goes through transformers' interface to ours; else nothing."""
+    config = model.config.get_text_config(decoder=True)
+    heads, width = (getattr(config, name, None) for name in ("num_attention_heads", "hidden_size"))
+    if not heads or not width or getattr(config, "_attn_implementation", None) != _IMPLEMENTATION:
+        return {}
+    return {
+        "heads": heads,
+        "kv_heads": getattr(config, "num_key_value_heads", None) or heads,
+        "d": getattr(config, "head_dim", None) or width // heads,
+    }

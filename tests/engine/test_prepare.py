@@ -19,26 +19,21 @@ def _llama(**sizes: int) -> LlamaForCausalLM:
 def test_the_ops_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     model = _llama(num_key_value_heads=1)
     onegpu.optimize(model)
-    shapes = prepare._shapes(model, 4, 256)
     sizes = {"heads": 5, "kv_heads": 1, "d": 64}
-    assert shapes[:2] == [
-        ("attention", sizes, None),
-        ("decode_attention", {**sizes, "keys": 256, "window": 0}, 4),
-    ]
-    assert [(kind, given["pads"], rows) for kind, given, rows in shapes[2:]] == [
-        ("next_token", False, 4),
-        ("next_token", True, 4),
-    ]
-    assert [kind for kind, _, _ in prepare._shapes(model, 1, None)] == ["attention", "next_token", "next_token"]
+    tokens = [("next_token", {"vocab": 512, "pads": pads}) for pads in (False, True)]
+    shapes = [("attention", sizes), *tokens]
+    assert prepare._shapes(model, 4) == [(*shapes[0], None), *((*one, 4) for one in tokens)]
+    assert prepare.ops(model) == model.generate.warmup_shapes() == shapes
     kinds = {kind for kind, _ in prepare._of_modules(model)}
     assert kinds == {"rms_norm", "gated_mlp"}
     # Each runs as registered, on the definitions.
-    for kind, given in [(kind, given) for kind, given, _ in shapes] + prepare._of_modules(model):
+    shapes.append(("decode_attention", {**sizes, "keys": 9, "window": 4}))
+    for kind, given in shapes + prepare._of_modules(model):
         warmup._REGISTRY[kind](torch.device("cpu"), torch.float32, 3, **given)
 
 
 def test_other_attention_is_not_compiled() -> None:
-    assert [kind for kind, _, _ in prepare._shapes(_llama(), 1, 128)] == ["next_token", "next_token"]
+    assert [kind for kind, _, _ in prepare._shapes(_llama(), 1)] == ["next_token", "next_token"]
 
 
 def test_nothing_happens_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
