@@ -16,8 +16,10 @@ from onegpu.engine.fused_step import FusedStep, plan
 from onegpu.kernels import ahead, attention, decode_attention, next_token, warmup  # noqa: F401 (they register)
 from onegpu.kernels.guard import architecture
 
-_PROMPTS = (128, 1024)  # tokens: attention has a kernel for few tiles and one for many
-_MOST = 4096  # longer prompts run the same kernels
+# Queries: attention has a kernel for a single one (in the step that a captured one is compared with), one for few tiles
+# and one for many.
+_QUERIES = (1, 128, 1024)
+_MOST = 4096  # tokens of all prompts; more run the same kernels
 _MOST_ROWS = 1024  # of products
 _IMPLEMENTATION = "onegpu"  # of attention, as transformers knows it
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -41,7 +43,7 @@ def begin(model: Any, batch: int = 1, prompt: int | None = None, keys: int | Non
 
 def _begin(model: Any, device: torch.device, batch: int, prompt: int | None, keys: int | None) -> None:
     dtype = model.dtype
-    lengths = _PROMPTS if prompt is None else (min(prompt, _MOST),)
+    lengths = _QUERIES if prompt is None else (1, max(1, min(prompt, _MOST // batch)))
     for kind, sizes, rows in _shapes(model, batch):  # attention takes longest: first
         warmup.begin(rows=lengths if rows is None else (rows,), shapes=[(kind, sizes)], device=device, dtype=dtype)
     step = plan(model)
@@ -50,7 +52,7 @@ def _begin(model: Any, device: torch.device, batch: int, prompt: int | None, key
         small = {(k, *sorted(s.items())): (k, s) for k, s in _of_modules(model) if k.endswith(("_norm", "_mlp"))}
         warmup.begin(rows=(1,), shapes=small.values(), device=device, dtype=dtype)
     else:
-        many = min(batch * lengths[0], _MOST_ROWS)
+        many = min(batch * lengths[-1], _MOST_ROWS)
         warmup.begin(rows=(batch, many), shapes=_of_modules(model), device=device, dtype=dtype)
         sizes = _attention(model)
         if sizes and not fused:
@@ -78,7 +80,7 @@ def _shapes(model: Any, batch: int) -> list[tuple[str, dict[str, Any], int | Non
     vocab = model.config.get_text_config(decoder=True).vocab_size
     found: list[tuple[str, dict[str, Any], int | None]] = []
     if sizes := _attention(model):
-        found.append(("attention", sizes, None))
+        found.append(("attention", {**sizes, "batch": batch}, None))
     return [*found, *(("next_token", {"vocab": vocab, "pads": pads}, batch) for pads in (False, True))]
 
 

@@ -171,10 +171,10 @@ def _check(
 
 @register("attention")
 def _warm(
-    device: torch.device, dtype: torch.dtype, rows: int, heads: int, kv_heads: int, d: int, window: int | None = None
+    device: torch.device, dtype: torch.dtype, rows: int, heads: int, kv_heads: int, d: int, batch: int = 1
 ) -> None:
-    q, k = (torch.zeros(1, rows, n, d, dtype=dtype, device=device) for n in (heads, kv_heads))
-    attention(q, k, k, causal=True, window=None if window is None else (window - 1, 0))
+    q, k = (torch.zeros(batch, rows, n, d, dtype=dtype, device=device) for n in (heads, kv_heads))
+    attention(q, k, k, causal=rows > 1)  # a single query is the last one, and sees all keys
 
 
 def cost(
