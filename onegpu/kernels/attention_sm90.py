@@ -48,7 +48,7 @@ FIELDS = {
                      "t_empty"), gl.shared_memory_descriptor),
     **dict.fromkeys(("B", "H", "G", "SQ", "SK", "NM", "section", "scale_log2", "left", "right"), gl.tensor),
     **dict.fromkeys(("D", "DV", "HEAD", "BN", "ST", "NC", "QS", "LEFT", "RIGHT", "ALIGNED", "WIDE", "RQ", "RK", "DRAW",
-                     "ROTATE", "CARRY", "ALIAS", "CROSS", "SHARE", "ALL"), gl.constexpr),
+                     "ROTATE", "CARRY", "ALIAS", "CROSS", "ALL"), gl.constexpr),
 }  # fmt: skip
 
 
@@ -57,9 +57,8 @@ class _Args:
 
     HEAD: the head dim of v; D and DV: those in shared memory. NC: consumers; QS: buffers of Q for each. ALIGNED: the
     diagonal cuts one block of each consumer's. WIDE: no block is cut by both sides of the window. RQ, RK: how rows are
-    told: 0 all, 1 by ranges, 2 packed. DRAW: tiles from a counter; SHARE: the producer tells which. CARRY: P waits in
-    16 bits. ALIAS: O leaves through the buffer of Q. CROSS: the next tile's first S runs beside the end of this one.
-    ALL: threads at the named barriers.
+    told: 0 all, 1 by ranges, 2 packed. DRAW: tiles from a counter. CARRY: P waits in 16 bits. ALIAS: O leaves through
+    the buffer of Q. CROSS: the next tile's first S runs beside the end of this one. ALL: threads at named barriers.
     """
 
     __annotations__ = FIELDS
@@ -88,10 +87,10 @@ def _producer(a):
         i_q, n_q = sequence(a.p_q_rows, b, a.SQ, a.RQ)
         i_k, n_k = sequence(a.p_k_rows, b, a.SK, a.RK)
         first, n = key_blocks(a, m, n_q, n_k)
-        if a.RQ == 2:
-            b = b * 0
         if n > 0:
-            slot, slot_phase = publish(a, tile, slot, slot_phase)
+            slot, slot_phase = publish(a, m, h, b, slot, slot_phase)
+            if a.RQ == 2:
+                b = b * 0
             for g in gl.static_range(a.NC):
                 q = q_slot * a.NC + g
                 mbarrier.wait(a.q_empty.index(q), q_phase)
@@ -115,7 +114,7 @@ def _producer(a):
                 stage += 1
                 stage = gl.where(stage == a.ST, 0, stage)
         tile = draw(a, tile)
-    publish(a, tile, slot, slot_phase)
+    publish(a, -1, 0, 0, slot, slot_phase)
 
 
 @gluon.jit
@@ -162,10 +161,10 @@ def _step(a, q, m_i, l_i, o, c, stage, phase, at, n0, n_k, more, MASK: gl.conste
 
 
 @gluon.jit
-def _open(a, tile, total, stage, phase, q_slot, q_phase, WG: gl.constexpr, s_layout: gl.constexpr):
+def _open(a, m, b, stage, phase, q_slot, q_phase, WG: gl.constexpr, s_layout: gl.constexpr):
     """Issue the first S of a tile. Returns it and its buffer. Past the last tile it is a product of what lies there."""
-    live = tile < total
-    _, _, _, _, _, _, _, n, mine = place(a, gl.minimum(tile, total - 1), WG)
+    live = m >= 0
+    _, _, _, _, _, n, mine = place(a, m, b, WG)
     if a.RIGHT:  # blocks that these 64 rows cannot see are passed on
         for _ in range(gl.where(live, n - mine, 0)):
             stage, phase = advance(stage, phase, a.ST)
@@ -231,20 +230,15 @@ def _consumer(a, WG: gl.constexpr):
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     row_layout: gl.constexpr = gl.SliceLayout(1, o_layout)
     dtype: gl.constexpr = a.k_bufs.dtype
-    total = a.NM * a.H * a.B
     stage = a.ST - 1
     phase = 1
     q_slot = 0
     q_phase = 0
-    slot = 0
-    slot_phase = 0
-    tile = gl.program_id(0)
-    if a.SHARE:
-        tile, slot, slot_phase = fetch(a, tile, slot, slot_phase)
-    s_tok, stage, phase = _open(a, tile, total, stage, phase, q_slot, q_phase, WG, s_layout)
+    m, h, b, slot, slot_phase = fetch(a, 0, 0)
+    s_tok, stage, phase = _open(a, m, b, stage, phase, q_slot, q_phase, WG, s_layout)
     s = warpgroup_mma_wait(0, deps=[s_tok])
-    while tile < total:
-        h, b, i_q, n_q, n_k, row0, first, _, n = place(a, tile, WG)
+    while m >= 0:
+        i_q, n_q, n_k, row0, first, _, n = place(a, m, b, WG)
         now = q_slot * a.NC + WG
         q = a.q_bufs.index(now).reshape([64, a.D])
         m_i, l_i, o, c, stage, phase = _blocks(a, s, q, row0 + n_k - n_q, first, n, n_k, stage, phase, WG,
@@ -257,14 +251,16 @@ def _consumer(a, WG: gl.constexpr):
         mbarrier.wait(a.v_full.index(stage), phase)
         o_tok = warpgroup_mma(_operand(c, a, p_layout), a.v_bufs.index(stage).reshape([a.BN, a.DV]), o, is_async=True)
         last = stage
+        head = h
+        row = b * 0 if a.RQ == 2 else b
         rows = row0 + gl.arange(0, 64, layout=gl.SliceLayout(1, s_layout))
         seen = (rows < n_q) & (l_i != 0.0)
         lse = gl.where(seen, m_i * (a.scale_log2 / LOG2E) + gl.log(l_i), -float("inf"))
         inverse = gl.convert_layout(gl.where(seen, 1.0 / l_i, 0.0), row_layout)
         if a.CROSS:
-            tile, slot, slot_phase = fetch(a, tile, slot, slot_phase)
+            m, h, b, slot, slot_phase = fetch(a, slot, slot_phase)
             q_slot, q_phase = next_q(a, q_slot, q_phase)
-            s_tok, stage, phase = _open(a, tile, total, stage, phase, q_slot, q_phase, WG, s_layout)
+            s_tok, stage, phase = _open(a, m, b, stage, phase, q_slot, q_phase, WG, s_layout)
             o = warpgroup_mma_wait(1, deps=[o_tok])
         else:
             o = warpgroup_mma_wait(0, deps=[o_tok])
@@ -272,20 +268,20 @@ def _consumer(a, WG: gl.constexpr):
         # not only * 0: a row that saw nothing may have met 0 * inf
         o = gl.where((inverse != 0.0)[:, None], o * inverse[:, None], 0.0).to(dtype)
         if not a.RQ or row0 + 64 <= n_q:
-            gl.store(a.p_lse + (b.to(gl.int64) * a.H + h) * a.SQ + i_q + rows, lse, mask=rows < n_q)
+            gl.store(a.p_lse + (row.to(gl.int64) * a.H + head) * a.SQ + i_q + rows, lse, mask=rows < n_q)
             o_buf = a.q_bufs.index(now) if a.ALIAS else a.o_bufs.index(WG)
             o_buf.reshape([64, a.DV]).store(o)
             fence_async_shared()
-            tma.async_copy_shared_to_global(a.o_desc, [b, h, i_q + row0, 0], o_buf)
+            tma.async_copy_shared_to_global(a.o_desc, [row, head, i_q + row0, 0], o_buf)
         else:
-            store_rows(a, o, gl.convert_layout(lse, row_layout), row0, i_q, n_q, b, h, o_layout)
+            store_rows(a, o, gl.convert_layout(lse, row_layout), row0, i_q, n_q, row, head, o_layout)
         if a.ALIAS:
             tma.store_wait(0)
             mbarrier.arrive(a.q_empty.index(now), count=1)
         if not a.CROSS:
-            tile, slot, slot_phase = fetch(a, tile, slot, slot_phase)
+            m, h, b, slot, slot_phase = fetch(a, slot, slot_phase)
             q_slot, q_phase = next_q(a, q_slot, q_phase)
-            s_tok, stage, phase = _open(a, tile, total, stage, phase, q_slot, q_phase, WG, s_layout)
+            s_tok, stage, phase = _open(a, m, b, stage, phase, q_slot, q_phase, WG, s_layout)
         s = warpgroup_mma_wait(0, deps=[s_tok])
     tma.store_wait(0)
 
@@ -302,7 +298,6 @@ def forward_kernel(q_desc, k_desc, v_desc, o_desc, p_o, p_lse, p_q_rows, p_k_row
     dtype: gl.constexpr = q_desc.dtype
     D: gl.constexpr = q_desc.block_shape[3]
     DV: gl.constexpr = v_desc.block_shape[3]
-    SHARE: gl.constexpr = DRAW or RQ != 0
     ALL: gl.constexpr = 128 * NC + 32
     bar: gl.constexpr = mbarrier.MBarrierLayout()
     q_bufs = gl.allocate_shared_memory(dtype, [QS * NC, 1, 1, 64, D], q_desc.layout)
@@ -315,7 +310,7 @@ def forward_kernel(q_desc, k_desc, v_desc, o_desc, p_o, p_lse, p_q_rows, p_k_row
     q_empty = gl.allocate_shared_memory(gl.int64, [QS * NC, 1], bar)
     k_full = gl.allocate_shared_memory(gl.int64, [ST, 1], bar)
     v_full = gl.allocate_shared_memory(gl.int64, [ST, 1], bar)
-    t_buf = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    t_buf = gl.allocate_shared_memory(gl.int32, [6, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     t_full = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
     t_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
     for i in gl.static_range(2):
@@ -331,7 +326,7 @@ def forward_kernel(q_desc, k_desc, v_desc, o_desc, p_o, p_lse, p_q_rows, p_k_row
     a = Args(q_desc, k_desc, v_desc, o_desc, p_o, p_lse, p_q_rows, p_k_rows, p_counter, q_bufs, o_bufs, k_bufs, v_bufs,
              q_full, q_empty, k_full, v_full, t_buf, t_full, t_empty, B, H, G, SQ, SK, NM, section, scale_log2, left,
              right, D, DV, HEAD, BN, ST, NC, QS, LEFT, RIGHT, ALIGNED, WIDE, RQ, RK, DRAW, ROTATE, CARRY, ALIAS, CROSS,
-             SHARE, ALL)  # fmt: skip
+             ALL)  # fmt: skip
     if NC == 3:
         if RQ:
             gl.warp_specialize([(_consumer, (a, 0)), (_consumer, (a, 1)), (_consumer, (a, 2)), (_producer, (a,)),

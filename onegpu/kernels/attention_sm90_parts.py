@@ -4,7 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from onegpu.kernels.hopper import sequence, tile_of
+from onegpu.kernels.hopper import sequence
 
 
 @gluon.jit
@@ -26,23 +26,20 @@ def key_blocks(a, m, n_q, n_k):
 
 
 @gluon.jit
-def place(a, tile, WG: gl.constexpr):
-    """Of 64 rows of a tile: head, row of the batch, first row and number of the sequence's queries, number of its keys,
-    first of these rows among the queries, the key block where the tile begins, how many blocks it and these rows walk.
+def place(a, m, b, WG: gl.constexpr):
+    """Of 64 rows of query block m: first row and number of the sequence's queries, number of its keys, first of these
+    rows among the queries, the key block where the tile begins, how many blocks it and these rows walk.
     """
     M: gl.constexpr = 64 * a.NC
-    m, h, b = tile_of(a, tile)
     i_q, n_q = sequence(a.p_q_rows, b, a.SQ, a.RQ)
     _, n_k = sequence(a.p_k_rows, b, a.SK, a.RK)
     first, n = key_blocks(a, m, n_q, n_k)
-    if a.RQ == 2:
-        b = b * 0
     row0 = m * M + WG * 64
     mine = n
     if a.RIGHT:
         mine = gl.cdiv(gl.maximum(row0 + n_k - n_q + 64 + a.right, 0), a.BN) - first
         mine = gl.minimum(n, gl.maximum(mine, 1))
-    return h, b, i_q, n_q, n_k, row0, first, n, mine
+    return i_q, n_q, n_k, row0, first, n, mine
 
 
 @gluon.jit
@@ -68,31 +65,27 @@ def draw(a, tile):
 
 
 @gluon.jit
-def publish(a, tile, slot, phase):
-    """Producer: tell the consumers of a tile. Returns the next slot and phase."""
-    if a.SHARE:
-        mbarrier.wait(a.t_empty.index(slot), phase)
-        layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-        a.t_buf.index(slot).store(gl.full([1], 0, gl.int32, layout) + tile)
-        mbarrier.arrive(a.t_full.index(slot), count=1)
-        phase = phase ^ slot
-        slot = slot ^ 1
-    return slot, phase
+def publish(a, m, h, b, slot, phase):
+    """Producer: tell the consumers of a tile, that they divide nothing; m < 0: no more. Returns next slot, phase."""
+    mbarrier.wait(a.t_empty.index(slot), phase)
+    zero = gl.full([1], 0, gl.int32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    a.t_buf.index(3 * slot).store(zero + m)
+    a.t_buf.index(3 * slot + 1).store(zero + h)
+    a.t_buf.index(3 * slot + 2).store(zero + b)
+    mbarrier.arrive(a.t_full.index(slot), count=1)
+    return slot ^ 1, phase ^ slot
 
 
 @gluon.jit
-def fetch(a, tile, slot, phase):
-    """Consumer: the next tile, as the producer published it, or the one that is due."""
-    if a.SHARE:
-        mbarrier.wait(a.t_full.index(slot), phase)
-        layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-        tile = gl.max(a.t_buf.index(slot).load(layout), 0)
-        mbarrier.arrive(a.t_empty.index(slot), count=1)
-        phase = phase ^ slot
-        slot = slot ^ 1
-    else:
-        tile += gl.num_programs(0)
-    return tile, slot, phase
+def fetch(a, slot, phase):
+    """Consumer: (m, h, b, next slot, phase) as the producer published them."""
+    mbarrier.wait(a.t_full.index(slot), phase)
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    m = gl.max(a.t_buf.index(3 * slot).load(layout), 0)
+    h = gl.max(a.t_buf.index(3 * slot + 1).load(layout), 0)
+    b = gl.max(a.t_buf.index(3 * slot + 2).load(layout), 0)
+    mbarrier.arrive(a.t_empty.index(slot), count=1)
+    return m, h, b, slot ^ 1, phase ^ slot
 
 
 @gluon.jit
