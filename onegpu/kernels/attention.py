@@ -68,7 +68,8 @@ class _Attention(torch.autograd.Function):
             grad = torch.zeros_like(out)
         options = (ranges.pop(0) if x is True else x for x in ctx.options)
         deterministic = ctx.deterministic
-        gradients = torch.ops.onegpu.attention_backward(grad, grad_lse, q, k, v, out, lse, deterministic, *options)
+        made = backward_cuda if plain(grad, q, k, v) else torch.ops.onegpu.attention_backward
+        gradients = made(grad, grad_lse, q, k, v, out, lse, deterministic, *options)
         return *gradients, None, None
 
 

@@ -216,13 +216,15 @@ class TritonKernel:
                 if tensor.get_device() != device:
                     raise other_device(self.op, tensor, device)
                 address: Any = tensor.data_ptr()
-                if maps is not None:
-                    if address not in maps:
-                        if len(maps) >= 256:
-                            maps.clear()
-                        maps[address] = encode(address, *rest)
-                    address = maps[address]
-                filled[place] = address
+                if maps is None:
+                    filled[place] = address
+                    continue
+                found = maps.get(address)
+                if found is None:
+                    if len(maps) >= 256:
+                        maps.clear()
+                    found = maps[address] = encode(address, *rest)
+                filled[place] = found
             filled.pop()
             launch_packed(kernel, sizes, threads, shared, raw_stream(device), attributes, filled, device)
             return None
