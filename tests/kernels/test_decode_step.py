@@ -17,8 +17,8 @@ FORMS = ["16bit", "int8", "nf4", "nested"]
 # form, rows, and columns or the activation
 NORMS = [("16bit", 1, 192), ("16bit", 8, 128), ("int8", 3, 448), ("nf4", 1, 192), ("fp4", 8, 128),
          ("nested", 3, 448), ("16bit", 16, 128), ("nf4", 11, 192), ("int8", 13, 128)]  # fmt: skip
-GATED = [("16bit", 2, "silu"), ("int8", 5, "gelu_tanh"), ("nf4", 1, "gelu"), ("nested", 2, "silu"), ("16bit", 9, "silu"),
-         ("nf4", 16, "silu")]  # fmt: skip
+GATED = [("16bit", 2, "silu"), ("int8", 5, "gelu_tanh"), ("nf4", 1, "gelu"), ("nested", 2, "silu"),
+         ("16bit", 9, "silu"), ("nf4", 16, "silu")]  # fmt: skip
 
 
 def made(form: str, rows: tuple[int, ...], columns: int, dtype: torch.dtype) -> ops.Matrix:
