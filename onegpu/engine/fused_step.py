@@ -18,12 +18,13 @@ import torch
 from onegpu.engine.fused_structure import Declined, Structure, read
 from onegpu.kernels import decode_step as ops
 from onegpu.kernels.codebooks import dynamic_map
+from onegpu.kernels.decode_step import Matrix
 
 if TYPE_CHECKING:
     from onegpu.kernels.launch import CudaKernel
 
 # What was compared with the definition on a device (docs/fused_step.md); the kernels themselves take more.
-MAX_ROWS, HEAD_SIZES = 4, (64, 128)
+MAX_ROWS, HEAD_SIZES = 16, (64, 128)
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -40,7 +41,7 @@ def plan(model: Any) -> FusedStep | str:
 
 @dataclass
 class FusedStep:
-    """One token for each of up to 4 sequences (on a CPU, any number).
+    """One token for each of up to 16 sequences (on a CPU, any number).
 
     Attributes:
         pdl: whether kernels may start before the one in front has ended; off only to measure what that gives.
@@ -55,11 +56,14 @@ class FusedStep:
         found = self.structure
         if found.device.type != "cuda":
             return True
-        from onegpu.kernels.decode_step_cuda import shape
+        from onegpu.kernels import decode_step_cuda as gpu
 
-        return rows <= MAX_ROWS and all(
-            shape(m.format, rows, m.columns, m.parts[0].nested is not None) is not None for m in found.matrices()
-        )
+        def fits(matrix: Matrix, cut: bool = False) -> bool:
+            asked = matrix.format, rows, matrix.columns, matrix.parts[0].nested is not None
+            return bool(gpu.windows(*asked)) if cut else gpu.shape(*asked) is not None
+
+        whole = [found.head, *(m for layer in found.layers for m in (layer.qkv, layer.out, layer.gate_up))]
+        return rows <= MAX_ROWS and all(map(fits, whole)) and all(fits(layer.down, True) for layer in found.layers)
 
     def __call__(
         self,
@@ -125,12 +129,13 @@ class FusedStep:
         attended = ops.Attended(make(heads.query, split, heads.size, kind=dtype), make(heads.query, split, 2))
         logits = make(found.head.rows)
         ops.embed(input_ids.view(-1), found.embedding, h, self.pdl)
-        for layer, (keys, values) in zip(found.layers, caches, strict=True):
+        coming = [*(layer.qkv for layer in found.layers[1:]), found.head]
+        for layer, (keys, values), after in zip(found.layers, caches, coming, strict=True):
             ops.norm_product(h, layer.attention_gain, layer.attention_eps, layer.qkv, qkv, self.pdl)
-            ops.attend(qkv, layer.heads, keys, values, position, rope_position, first, attended, self.pdl)
-            ops.add_attention(attended, layer.out, h, self.pdl)
-            ops.norm_gated(h, layer.mlp_gain, layer.mlp_eps, layer.gate_up, layer.act, act, self.pdl)
-            ops.add_product(act, layer.down, h, self.pdl)
+            ops.attend(qkv, layer.heads, keys, values, position, rope_position, first, attended, self.pdl, layer.out)
+            ops.add_attention(attended, layer.out, h, self.pdl, layer.gate_up)
+            ops.norm_gated(h, layer.mlp_gain, layer.mlp_eps, layer.gate_up, layer.act, act, self.pdl, layer.down)
+            ops.add_product(act, layer.down, h, self.pdl, after)
         ops.norm_product(h, found.gain, found.eps, found.head, logits, self.pdl)
         return logits
 

@@ -11,8 +11,9 @@ For ``rows`` sequences of one new token each, with the residual stream ``h`` flo
     norm_product logits = RMSNorm(h) Whead^T                     float32 [rows, V]
 
 Bound by the bytes of the weights and of the cache, each read once. Outputs are written into tensors that the caller
-passes, so that a whole step allocates a handful of tensors; `h` is changed in place. No op here has a gradient, none is
-registered with torch: a step runs inside a captured CUDA graph (`onegpu.engine.fused_step`).
+passes, so that a whole step allocates a handful of tensors; `h` is changed in place. `following`, everywhere: the
+matrix that the next kernel multiplies with, the first rows of which are sent for meanwhile; only a hint. No op here has
+a gradient, none is registered with torch: a step runs inside a captured CUDA graph (`onegpu.engine.fused_step`).
 
 On a CPU the definitions below run. On a GPU `decode_step_cuda.py` launches the kernels of decode_step_product.cu and
 decode_step_attention.cu, each of which may start before the one in front has ended (programmatic dependent launch).
@@ -121,38 +122,57 @@ def embed(ids: torch.Tensor, table: torch.Tensor, h: torch.Tensor, pdl: bool = T
 
 
 def norm_product(
-    h: torch.Tensor, gain: torch.Tensor, eps: float, matrix: Matrix, out: torch.Tensor, pdl: bool = True
+    h: torch.Tensor,
+    gain: torch.Tensor,
+    eps: float,
+    matrix: Matrix,
+    out: torch.Tensor,
+    pdl: bool = True,
+    following: Matrix | None = None,
 ) -> None:
     """out float32 ``[rows, N]`` = RMSNorm(h) W^T + b."""
     if _on_gpu(h):
-        _cuda().product("norm", "store", h, matrix, out, gain=gain, eps=eps, pdl=pdl)
+        _cuda().product("norm", "store", h, matrix, out, gain=gain, eps=eps, pdl=pdl, following=following)
         return
     out.copy_(matrix.multiply(rms_norm(h, gain, eps)))
 
 
 def norm_gated(
-    h: torch.Tensor, gain: torch.Tensor, eps: float, matrix: Matrix, act: str, out: torch.Tensor, pdl: bool = True
+    h: torch.Tensor,
+    gain: torch.Tensor,
+    eps: float,
+    matrix: Matrix,
+    act: str,
+    out: torch.Tensor,
+    pdl: bool = True,
+    following: Matrix | None = None,
 ) -> None:
     """out ``[rows, F]`` in the model's dtype = act(gate) * up of RMSNorm(h). matrix: both; act: of `ACTIVATIONS`."""
     if _on_gpu(h):
-        _cuda().product("norm", "gated", h, matrix, out, gain=gain, eps=eps, act=act, pdl=pdl)
+        _cuda().product("norm", "gated", h, matrix, out, gain=gain, eps=eps, act=act, pdl=pdl, following=following)
         return
     gate, up = matrix.multiply(rms_norm(h, gain, eps)).chunk(2, dim=-1)
     out.copy_(activation(act, gate) * up)
 
 
-def add_product(x: torch.Tensor, matrix: Matrix, h: torch.Tensor, pdl: bool = True) -> None:
+def add_product(
+    x: torch.Tensor, matrix: Matrix, h: torch.Tensor, pdl: bool = True, following: Matrix | None = None
+) -> None:
     """h float32 ``[rows, N]`` += x W^T + b, of x ``[rows, K]`` in the model's dtype."""
     if _on_gpu(h):
-        _cuda().product("plain", "add", x, matrix, h, pdl=pdl)
+        _cuda().product("plain", "add", x, matrix, h, pdl=pdl, following=following)
         return
     h.add_(matrix.multiply(x.float()))
 
 
-def add_attention(attended: Attended, matrix: Matrix, h: torch.Tensor, pdl: bool = True) -> None:
+def add_attention(
+    attended: Attended, matrix: Matrix, h: torch.Tensor, pdl: bool = True, following: Matrix | None = None
+) -> None:
     """h float32 ``[rows, N]`` += x W^T + b, of the attention's output x, put together from its parts."""
     if _on_gpu(h):
-        _cuda().product("attention", "add", attended.values, matrix, h, sums=attended.sums, pdl=pdl)
+        _cuda().product(
+            "attention", "add", attended.values, matrix, h, sums=attended.sums, pdl=pdl, following=following
+        )
         return
     h.add_(matrix.multiply(combine(attended)))
 
@@ -167,20 +187,21 @@ def attend(
     first: torch.Tensor | None,
     out: Attended,
     pdl: bool = True,
+    following: Matrix | None = None,
 ) -> None:
     """One query a row against the cache and its own key, which is written into the cache.
 
     Args:
         qkv: float32 ``[rows, (HQ + 2 HKV) HD]``.
         keys, values: ``[rows, HKV, L, HD]``, contiguous, in the model's dtype; the token at position p stands in slot
-            p % L.
+            p % L. The kernel in front must not be the one that writes what they hold, or `position` or `first`.
         position: int64 ``[1]`` or ``[rows]``: of the new token in the cache. rope_position: the same for the rotary
             embedding.
         first: int32 ``[rows]``: the first position that a row sees (left padding), or None.
         out: overwritten.
     """
     if _on_gpu(qkv):
-        _cuda().attend(qkv, heads, keys, values, position, rope_position, first, out, pdl)
+        _cuda().attend(qkv, heads, keys, values, position, rope_position, first, out, pdl, following)
         return
     rows, length = qkv.shape[0], keys.shape[2]
     q, k, v = new_heads(qkv, heads, rope_position)

@@ -8,6 +8,7 @@ blocks of a kernel that starts early gather on the SMs that are free first, and 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 from collections.abc import Iterator
 from functools import lru_cache
@@ -20,7 +21,7 @@ from onegpu.kernels.codebooks import dynamic_map
 from onegpu.kernels.decode_step import ACTIVATIONS, Attended, Heads, Matrix
 from onegpu.kernels.launch import CudaKernel, source_text
 
-MAX_ROWS, MAX_GROUP, MAX_SPLITS = 8, 8, 8
+MAX_ROWS, MAX_GROUP, MAX_SPLITS = 16, 8, 8
 _FORMATS = {"16bit": 0, "int8": 1, "nf4": 2, "fp4": 2}
 _SOURCES, _SINKS = ("norm", "attention", "plain"), ("store", "add", "gated")
 _WHOLE = 232448  # bytes of shared memory that a block may have on Hopper
@@ -31,47 +32,60 @@ _COMMON = {"NESTED": 0, "TABLE_SHIFT": 7, "CL": 1, "CLUSTERED": 0, "FP4": 0}
 class Shape(NamedTuple):
     """How a product is laid out on an SM.
 
-    warps: of a block. width: bytes of a row of W in a piece. slots: pieces in a warp's ring. table_shift: 8 makes the
-    look-up table of 4-bit products twice as large and a look-up one instruction shorter. per_sm: blocks that the
-    registers allow on an SM.
+    warps: of a block that multiply; one more fetches. width: bytes of a row of W in a piece. slots: pieces in the ring.
+    table_shift: 8 makes the look-up table of 4-bit products twice as large and a look-up one instruction shorter.
+    tiles: of 16 rows between two sums over the warps, for one row of x.
     """
 
     warps: int
     width: int
     slots: int
     table_shift: int = 7
-    per_sm: int = 2
+    tiles: int = 8
+
+    def group(self, rows: int) -> int:
+        """Tiles between two sums."""
+        return max(1, self.tiles // rows)
 
     def shared(self, form: str, rows: int, columns: int, nested: bool) -> int:
-        """Bytes of shared memory, as the kernel divides it: table, map, x, sums, shares of the norm, rings."""
+        """Bytes of shared memory, as the kernel divides it: table, map, x, sums, shares of the norm, barriers, ring."""
         fmt = _FORMATS[form]
-        piece = (self.width // 2, self.width, 2 * self.width)[fmt]
-        pitch = -(-(-(-columns // piece) * piece * 2) // 128) * 128 + (16 if fmt else 64)
+        pitch = -(-columns * 2 // 128) * 128 + (16 if fmt else 64)
         table = (256 << self.table_shift) + 1024 * nested if fmt == 2 else 0
-        sums = 2 * _tiles(rows) * self.warps * 16 * rows * 4
-        shares = (2 * rows * self.warps + rows + 3) // 4 * 16
-        ring = self.warps * self.slots * (16 * self.width + (piece if fmt == 2 else 0))
-        return table + rows * pitch + sums + shares + ring
+        sums = 2 * self.group(rows) * self.warps * 16 * rows * 4
+        shares = (2 * rows * (self.warps + 1) + rows + 3) // 4 * 16
+        slot = 16 * (self.width + 32) + 64 * (self.width // 32 + 4) if fmt == 2 else 16 * (self.width + 64)
+        return table + rows * pitch + sums + shares + -(-16 * self.slots // 128) * 128 + self.slots * slot
 
 
 # The layout of each format: what measured best for Llama-2-7B's products on an H100 (docs/worklog.md). Fewer slots are
-# taken where the rows of x leave no room.
-LAYOUTS = {"16bit": Shape(16, 128, 4, 7, 1), "int8": Shape(16, 128, 3, 7, 1), "nf4": Shape(16, 128, 2, 8, 1),
-           "fp4": Shape(16, 128, 2, 8, 1)}  # fmt: skip
+# taken where the rows of x leave no room, then smaller pieces.
+LAYOUTS = {"16bit": Shape(16, 2048, 6), "int8": Shape(16, 1024, 11), "nf4": Shape(16, 1024, 7),
+           "fp4": Shape(16, 1024, 7)}  # fmt: skip
+_FEWEST = 3  # slots
 
 
 @lru_cache(maxsize=256)
 def shape(form: str, rows: int, columns: int, nested: bool) -> Shape | None:
     """The layout for a product; None if x does not fit into shared memory."""
     best = LAYOUTS[form]
-    tried = [best._replace(slots=slots) for slots in range(best.slots, 1, -1)]
-    for width in (64,) if _FORMATS[form] == 2 else (128, 64):
-        tried += [Shape(8, width, slots) for slots in range(8, 1, -1)]
+    tried = [best._replace(slots=slots) for slots in range(best.slots, _FEWEST - 1, -1)]
+    for warps, width in ((16, 1024), (16, 512), (8, 512), (8, 256)):
+        if width < best.width:
+            smaller = best._replace(warps=warps, width=width, tiles=1)
+            tried += [smaller._replace(slots=slots) for slots in range(8, _FEWEST - 1, -1)]
     return next((found for found in tried if found.shared(form, rows, columns, nested) <= _WHOLE), None)
 
 
-def _tiles(rows: int) -> int:
-    return max(1, 8 // rows)
+@lru_cache(maxsize=256)
+def windows(form: str, rows: int, columns: int, nested: bool) -> tuple[tuple[int, int], ...]:
+    """Into which columns (first, how many) a product that adds is cut, so that x fits; empty if it cannot be."""
+    for count in range(1, 5):
+        ends = [columns * i // count // 256 * 256 for i in range(count)] + [columns]
+        found = tuple((a, b - a) for a, b in itertools.pairwise(ends))
+        if all(size and shape(form, rows, size, nested) is not None for _, size in found):
+            return found
+    return ()
 
 
 def product(
@@ -86,40 +100,94 @@ def product(
     sums: torch.Tensor | None = None,
     act: str = "silu",
     pdl: bool = True,
+    following: Matrix | None = None,
     fixed: Shape | None = None,
 ) -> None:
-    """One launch of decode_step_product.cu, whose head says what source and sink are."""
+    """One launch of decode_step_product.cu, whose head says what source and sink are, or several where x is too large.
+
+    following: the matrix whose first rows are sent for when all of this one's have been.
+    """
     rows, columns = len(x), matrix.columns
     nested = matrix.parts[0].nested is not None
-    found = fixed or shape(matrix.format, rows, columns, nested)
-    if found is None:
+    cut = (
+        ((0, columns),)
+        if sink != "add" or source != "plain" or fixed
+        else windows(matrix.format, rows, columns, nested)
+    )
+    for first, taken in cut:
+        found = fixed or shape(matrix.format, rows, taken, nested)
+        if found is None:
+            cut = ()
+            break
+        last = first + taken == columns
+        _product(
+            found, (first, taken), source, sink, x, matrix, out, gain, eps, sums, act, pdl, following if last else None
+        )
+    if not cut:
         raise bad_argument(
             "rows", rows, f"is too many: x of {columns} columns does not fit into shared memory", "Use fewer rows"
         )
+
+
+def _product(
+    found: Shape,
+    window: tuple[int, int],
+    source: str,
+    sink: str,
+    x: torch.Tensor,
+    matrix: Matrix,
+    out: torch.Tensor,
+    gain: torch.Tensor | None,
+    eps: float,
+    sums: torch.Tensor | None,
+    act: str,
+    pdl: bool,
+    following: Matrix | None,
+) -> None:
+    rows, columns = len(x), matrix.columns
+    nested = matrix.parts[0].nested is not None
     dtype = gain.dtype if gain is not None else x.dtype
     splits, size = (sums.shape[2], x.shape[3]) if sums is not None else (1, 64)
+    bulk = _FORMATS[matrix.format] == 2 and not nested and matrix.blocksize == 64 and columns % 256 == 0
+    bulk = bulk and not any(part.scales.data_ptr() % 16 for part in matrix.parts if part.scales is not None)
     kernel = _kernel("product").variant(
         None, **_COMMON | {"NESTED": int(nested), "FP4": int(matrix.format == "fp4"), "TABLE_SHIFT": found.table_shift},
-        FMT=_FORMATS[matrix.format], BF16=int(dtype == torch.bfloat16), M=rows, K=columns, WARPS=found.warps,
-        SLOTS=found.slots, CB=found.width, PER_SM=found.per_sm, TG=_tiles(rows),
+        FMT=_FORMATS[matrix.format], BF16=int(dtype == torch.bfloat16), M=rows, K=window[1], KS=columns,
+        WARPS=found.warps + 1, SLOTS=found.slots, CB=found.width, TG=found.group(rows), BULK=int(bulk),
         SOURCE=_SOURCES.index(source), SINK=_SINKS.index(sink), SPLITS=splits, HD=size, ACT=ACTIVATIONS.index(act),
     )  # fmt: skip
     if _collected(kernel):
         return
     parts = [*matrix.parts, *[None] * (3 - len(matrix.parts))]
     pointers = [
-        None if part is None else getattr(part, name)
+        None if part is None or (name == "bias" and window[0]) else getattr(part, name)
         for name in ("weight", "scales", "nested", "offset", "bias")
         for part in parts
     ]
     table = dynamic_map(out.device) if nested else None
     counts = [0 if part is None else part.rows for part in parts]
     blocks = matrix.blocksize.bit_length() - 7  # log2 of how many 64 columns share a scale
-    shared = max(found.shared(matrix.format, rows, columns, nested), _ALONE)
+    shared = max(found.shared(matrix.format, rows, window[1], nested), _ALONE)
+    weights, numbers = _following(following, AHEAD)
     kernel(
-        (multiprocessors(out.get_device()),), 32 * found.warps, shared,
-        *pointers, table, gain, x, sums, out, *counts, blocks, eps, pdl=pdl,
+        (multiprocessors(out.get_device()),), 32 * found.warps + 32, shared,
+        *pointers, table, gain, x, sums, out, *weights, *counts, blocks, window[0], *numbers, eps, pdl=pdl,
     )  # fmt: skip
+
+
+# Bytes that a block sends for, of the matrix that follows: by a product at its end, by the attention, which leaves the
+# memory more time, at its beginning.
+AHEAD, AHEAD_OF_ATTENTION = 65536, 131072
+
+
+def _following(matrix: Matrix | None, ahead: int) -> tuple[list[torch.Tensor | None], list[int]]:
+    """What a kernel is told of the matrix that follows: its parts; their rows, bytes of a row, rows, whether a pair."""
+    if matrix is None:
+        return [None] * 3, [0] * 6
+    line = matrix.columns * (2, 1, 0.5)[_FORMATS[matrix.format]]
+    missing, rows = 3 - len(matrix.parts), [part.rows for part in matrix.parts]
+    numbers = [*rows, *[0] * missing, int(line), int(ahead // line), int(len(rows) == 2)]
+    return [*(part.weight for part in matrix.parts), *[None] * missing], numbers
 
 
 def attend(
@@ -132,10 +200,11 @@ def attend(
     first: torch.Tensor | None,
     out: Attended,
     pdl: bool = True,
+    following: Matrix | None = None,
     warps: int = 4,
     stages: int = 3,
 ) -> None:
-    """One launch of decode_step_attention.cu."""
+    """One launch of decode_step_attention.cu; `following` as of `product`."""
     size, rotated = heads.size, 0 if heads.inv_freq is None else 2 * heads.inv_freq.numel()
     kernel = _kernel("attention").variant(
         None, **_COMMON, FMT=0, BF16=int(keys.dtype == torch.bfloat16), HD=size, GQ=heads.query // heads.kv,
@@ -147,11 +216,12 @@ def attend(
     shared = (warps * stages + 1) * 64 * size + 16 * size + 4 * warps * size + 4 * max(rotated, 2) + 64 * warps
     shared = max(shared, _ALONE)
     length = keys.shape[2]
+    weights, numbers = _following(following, AHEAD_OF_ATTENTION)
     kernel(
         (multiprocessors(qkv.get_device()),), 32 * warps, shared,
         qkv, position, rope_position, first, keys, values, heads.inv_freq, heads.q_gain, heads.k_gain, *out,
-        len(qkv), length, heads.window or length, int(position.numel() > 1), int(rope_position.numel() > 1),
-        heads.scale, heads.rope_scale, heads.eps, pdl=pdl,
+        *weights, *numbers, len(qkv), length, heads.window or length, int(position.numel() > 1),
+        int(rope_position.numel() > 1), heads.scale, heads.rope_scale, heads.eps, pdl=pdl,
     )  # fmt: skip
 
 
@@ -199,7 +269,7 @@ def _collected(kernel: CudaKernel) -> bool:
     return True
 
 
-_KERNELS = {"product": ("product", "PPPPPPPPPPPPPPPPPPPPiiiif"), "attention": ("attend", "PPPPPPPPPPPiiiiifff"),
+_KERNELS = {"product": ("product", "P" * 23 + "i" * 11 + "f"), "attention": ("attend", "P" * 14 + "i" * 11 + "fff"),
             "embed": ("embed", "PPPqi")}  # fmt: skip
 
 
