@@ -35,6 +35,8 @@ class Narrow:
     rows: of x that fit. width: bytes of a row of W in a piece. slots: of a warp's ring. tiles: of 16 rows between two
     meetings of the warps. cluster: blocks that share the columns. table_shift: 7 makes the look-up table of 4-bit
     products half as large and its look-ups a little slower. prefetch: bytes around a copy that L2 reads along (0, 256).
+    early: pieces of each warp that are sent for into L2 before the kernel in front has ended, which is then let go early
+    (0: it starts when that has ended; compute capability 9.0).
     """
 
     rows: int
@@ -45,6 +47,7 @@ class Narrow:
     cluster: int = 1
     table_shift: int = 8
     prefetch: int = 0
+    early: int = 0
 
     source: ClassVar[str] = "few_rows_narrow.cu"
 
@@ -71,7 +74,7 @@ class Narrow:
 
     def constants(self, half: bool) -> dict[str, int]:
         names = {"MP": self.rows, "WARPS": self.warps, "SLOTS": self.slots, "CB": self.width, "TG": self.tiles}
-        return {**names, "CL": self.cluster, "TABLE_SHIFT": self.table_shift, "L2B": self.prefetch}
+        return {**names, "CL": self.cluster, "TABLE_SHIFT": self.table_shift, "L2B": self.prefetch, "EARLY": self.early}
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ class Wide:
         return self.columns
 
     def shared(self, fmt: str, nested: bool, n: int, k: int, clusters: int, half: bool) -> int:
-        tile, four = 16 * self.row_tiles * self.warps_n, fmt == "4bit"
+        tile, four = self.tile, fmt == "4bit"
         scales = tile * self.columns // (32 if half else 64) * 4 * (1 + nested) if four else 0
         gap, unit = (0, 1024) if self.wgmma else (16, 16)
         stage = tile * self.columns // (2 if four else 1) + self.rows * (self.columns * 2 + gap) + scales
@@ -116,15 +119,73 @@ class Wide:
             total += _ceil(self.rows * (tile + 4) * 4, unit) * unit
         return total + self.stages * _ceil(stage, unit) * unit
 
+    @property
+    def tile(self) -> int:
+        """Rows of W that are multiplied at once."""
+        return 16 * self.row_tiles * self.warps_n
+
     def constants(self, half: bool) -> dict[str, int]:
         names = {"NT": self.eights, "RT": self.row_tiles, "WN": self.warps_n, "WK": self.warps_k, "KC": self.columns}
         return {**names, "STAGES": self.stages, "CL": self.cluster, "TABLE_SHIFT": self.table_shift,
                 "HALF_BLOCK": int(half), "WGMMA": int(self.wgmma)}  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Resident:
+    """Configuration of few_rows_resident.cu (Hopper): as Wide with wgmma, but x stays in shared memory.
+
+    eights: rows of x, in eights (1, 2, 4, 8). warps_n x warps_k groups of four warps share the rows and the columns.
+    width, slots, early: as Narrow's. price: as Wide's.
+    """
+
+    eights: int
+    warps_n: int
+    warps_k: int
+    width: int
+    slots: int
+    cluster: int = 1
+    table_shift: int = 8
+    early: int = 0
+    price: float = 1.0
+
+    source: ClassVar[str] = "few_rows_resident.cu"
+    wgmma: ClassVar[bool] = True
+
+    @property
+    def rows(self) -> int:
+        return 8 * self.eights
+
+    @property
+    def tile(self) -> int:
+        """Rows of W between two meetings of the blocks of a cluster."""
+        return 64 * self.warps_n
+
+    @property
+    def threads(self) -> int:
+        return 128 * self.warps_n * self.warps_k
+
+    def piece(self, fmt: str) -> int:
+        return self.width if fmt == "int8" else 2 * self.width
+
+    def shared(self, fmt: str, nested: bool, n: int, k: int, clusters: int, half: bool) -> int:
+        columns, four, warps = self.piece(fmt), fmt == "4bit", self.threads // 32
+        total = (256 << self.table_shift if four else 0) + 256 + 1024 * nested
+        total += _ceil(_ceil(k, columns), self.cluster) * columns * 2 * self.rows
+        sums, meets = self.rows * (self.tile + 4), self.warps_k * self.cluster > 1
+        if meets and not (four and self.table_shift == 8 and sums <= 8192):
+            total += _ceil(sums, 32) * 128
+        return total + warps * self.slots * (16 * self.width + (columns * (1 + nested) if four else 0))
+
+    def constants(self, half: bool) -> dict[str, int]:
+        names = {"NT": self.eights, "WN": self.warps_n, "WK": self.warps_k, "CB": self.width, "SLOTS": self.slots}
+        return {**names, "CL": self.cluster, "TABLE_SHIFT": self.table_shift, "WGMMA": 1, "EARLY": self.early}
+
+
+Config = Narrow | Wide | Resident
+
 # By format. The first Narrow that fits is taken; else, of the Wide ones that fit with the fewest eights, the cheapest.
 # What a sweep on an H100 found fastest (docs/worklog.md); those of price 9 are for GPUs before it.
-_CONFIGURATIONS: dict[str, tuple[Narrow | Wide, ...]] = {
+_CONFIGURATIONS: dict[str, tuple[Config, ...]] = {
     "16bit": (
         Narrow(1, 16, 3, 128, 12, prefetch=256), Narrow(2, 16, 2, 128, 8), Narrow(4, 16, 2, 128, 4),
         Narrow(4, 16, 2, 64, 2), Narrow(8, 16, 3, 128, 2), Narrow(8, 16, 3, 128, 2, cluster=2),
@@ -174,16 +235,17 @@ class Plan(NamedTuple):
     threads: int
     shared: int
     cluster: tuple[int, int, int]
+    early: bool
 
 
 def fits(
-    config: Narrow | Wide, fmt: str, nested: bool, m: int, n: int, k: int, half: bool, sms: int, limit: int
+    config: Config, fmt: str, nested: bool, m: int, n: int, k: int, half: bool, sms: int, limit: int
 ) -> tuple[int, int] | None:
     """(clusters, bytes of shared memory) of a launch with this configuration, or None where it cannot serve.
 
     half: scales for 32 columns. sms, limit: multiprocessors, and bytes of shared memory that a block may have.
     """
-    if m > config.rows or (half and isinstance(config, Narrow)):
+    if m > config.rows or (half and not isinstance(config, Wide)):
         return None
     pieces = _ceil(k, config.piece(fmt))
     if (config.cluster - 1) * _ceil(pieces, config.cluster) >= pieces:
@@ -197,15 +259,15 @@ def fits(
 
 def choose(
     fmt: str, nested: bool, m: int, n: int, k: int, half: bool, sms: int, limit: int, major: int
-) -> tuple[Narrow | Wide, int, int] | None:
+) -> tuple[Config, int, int] | None:
     """The configuration for a product, with its clusters and its bytes of shared memory; arguments as those of `fits`.
 
     major: compute capability. None where no configuration serves it.
     """
-    best: tuple[Narrow | Wide, int, int] | None = None
+    best: tuple[Config, int, int] | None = None
     least, eights = float("inf"), 0
     for config in _CONFIGURATIONS[fmt]:
-        if (config.cluster > 1 and major < 9) or (isinstance(config, Wide) and config.wgmma and major != 9):
+        if (config.cluster > 1 and major < 9) or (getattr(config, "wgmma", False) and major != 9):
             continue
         found = fits(config, fmt, nested, m, n, k, half, sms, limit)
         while found is None and isinstance(config, Wide) and config.stages > 2:  # more scales than usual, less memory
@@ -217,8 +279,7 @@ def choose(
             return (config, *found)
         if best is not None and config.eights > eights:
             break
-        tile = 16 * config.row_tiles * config.warps_n
-        cost = config.price * _ceil(_ceil(n, found[0]), tile) * tile / config.cluster
+        cost = config.price * _ceil(_ceil(n, found[0]), config.tile) * config.tile / config.cluster
         if cost < least:
             best, least, eights = (config, *found), cost, config.eights
     return best
@@ -236,7 +297,8 @@ def plan(fmt: str, m: int, n: int, k: int, bf16: bool, fp4: bool, nested: bool, 
         return None
     config, clusters, shared = found
     made = kernel(config, fmt, bf16, fp4, nested, half)
-    return Plan(made, (clusters * config.cluster,), config.threads, shared, (config.cluster, 1, 1))
+    early = getattr(config, "early", 0) > 0
+    return Plan(made, (clusters * config.cluster,), config.threads, shared, (config.cluster, 1, 1), early)
 
 
 @lru_cache(maxsize=2)
@@ -245,7 +307,7 @@ def _kernel(source: str) -> CudaKernel:
     return CudaKernel("few_rows", text, "few_rows", "PPPPPPPPiiiii")
 
 
-def kernel(config: Narrow | Wide, fmt: str, bf16: bool, fp4: bool, nested: bool, half: bool) -> CudaKernel:
+def kernel(config: Config, fmt: str, bf16: bool, fp4: bool, nested: bool, half: bool) -> CudaKernel:
     """The kernel of a configuration, not yet compiled."""
     constants = {"FMT": FORMATS[fmt], "BF16": int(bf16), "FP4": int(fp4), "NESTED": int(nested)}
     return _kernel(config.source).variant(None, **constants, **config.constants(half))
@@ -276,7 +338,6 @@ def launch(
     quant_type: str = "nf4",
     nested: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     nested_blocksize: int = 256,
-    pdl: bool = False,
 ) -> torch.Tensor | None:
     """One product, or None where no configuration serves it. The caller has asked `supports`.
 
@@ -288,8 +349,6 @@ def launch(
         bias: ``[N]`` in the dtype of x, contiguous, or None.
         scales: 4-bit: float32 absmax of each block, or its uint8 codes where `nested` is given; int8: float32 SCB.
         nested: float32 absmax of the codes, their 256 values, and the offset.
-        pdl: launched so that it may start, and read weights, before the kernel in front of it has ended: only where
-            nothing in front writes weight or scales.
     """
     m, k = x.shape
     half, device = blocksize == 32, x.get_device()
@@ -301,6 +360,6 @@ def launch(
     shift = 0 if fmt != "4bit" else (blocksize // (32 if half else 64)).bit_length() - 1
     found.kernel(
         found.grid, found.threads, found.shared, weight, x, y, bias, scales, absmax, table, offset, m, n, k, shift,
-        nested_blocksize.bit_length() - 1, pdl=pdl, cluster=found.cluster,
+        nested_blocksize.bit_length() - 1, pdl=found.early, cluster=found.cluster,
     )  # fmt: skip
     return y

@@ -17,13 +17,6 @@ constexpr int SUMS = DIRECT ? 0 : (ROWS * E_PITCH * 4 + ALIGN - 1) / ALIGN * ALI
 static_assert(!WGMMA || (RT == 1 && WN % 4 == 0), "a warpgroup multiplies 64 rows");
 static_assert(GROUPS * WK * 64 == KC && (CB == 64 || CB == 128), "a warp takes whole groups of 64 columns");
 
-// Without an array of its own in shared memory, so that the ring is aligned as wgmma wants it.
-DEVICE void build_plain_table(u8* table) {
-  for (int i = threadIdx.x; i < 2048; i += THREADS) {
-    u32 p = pack_h(CODE[i >> 7], CODE[i >> 3 & 15]);
-    *(uint4*)(table + (i >> 3 << TABLE_SHIFT) + (i & 7) * 16) = make_uint4(p, p, p, p);
-  }
-}
 // wgmma: units of 16 bytes of W change places so that eight rows, the same unit of each, spread over the banks.
 DEVICE int spread(int row, int unit) { return unit ^ (CB == 128 ? row & 7 : row >> 1 & 3); }
 // The pair of weights in the lane's byte of w (`pick` chooses it and the lane's column of the table), scaled, in the type of x.
@@ -89,7 +82,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   for (int i = 0; i < STAGES - 1; i++) { if (i < items) fetch_w(f); f.next(pieces); }
   if (NESTED) for (int i = threadIdx.x; i < 256; i += THREADS) map_[i] = map[i];
   if (FMT == 2) {
-    if (WGMMA) build_plain_table(table);
+    if (WGMMA) build_plain_table(table, THREADS);
     else build_table(table, THREADS);
   }
   wait_before_reading_x();
@@ -233,6 +226,6 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
           for (int r = 0; r < RT; r++) mma<BF16>(acc[r][i], a[r][4 * s], a[r][4 * s + 1], a[r][4 * s + 2], a[r][4 * s + 3], xb[2 * s], xb[2 * s + 1]);
       }
     }
-    if (c.piece == pieces - 1) { if (WGMMA) sums_ready(acc[0]); finish(c.row0); }
+    if (c.piece == pieces - 1) { if (WGMMA) sums_ready<0>(acc[0]); finish(c.row0); }
   }
 }

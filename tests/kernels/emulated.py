@@ -40,7 +40,7 @@ def _library(source: str, constants: tuple[tuple[str, int], ...]) -> ctypes.CDLL
 
 
 def product(
-    config: few_rows.Narrow | few_rows.Wide,
+    config: few_rows.Config,
     fmt: str,
     x: torch.Tensor,
     weight: torch.Tensor,

@@ -75,6 +75,7 @@ template <int N> void copies_left() {
     now->groups.erase(now->groups.begin());
   }
 }
+inline void send_for(const void*) {}
 inline void wait_before_reading_x() {}
 inline void let_next_kernel_start() {}
 inline int cluster_rank() { return now->block; }
@@ -84,6 +85,12 @@ inline int of_warp(int v) { return v; }
 inline uint32_t warp_max(uint32_t v) {
   Warp& w = warp_(); w.v[now->thread % 32] = v; __syncwarp();
   for (uint32_t o : w.v) v = max(v, o);
+  __syncwarp();
+  return v;
+}
+inline uint32_t max_of_8(uint32_t v) {
+  Warp& w = warp_(); int lane = now->thread % 32; w.v[lane] = v; __syncwarp();
+  for (int i = 0; i < 8; i++) v = max(v, w.v[lane / 8 * 8 + i]);
   __syncwarp();
   return v;
 }
@@ -99,10 +106,11 @@ template <int B> void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, 
   __syncwarp();
 }
 // A warp's part of wgmma: x as the hardware finds it, in tiles of 128 bytes a row with swizzled units.
-template <int B, int EIGHTS> void wgmma(float (&c)[EIGHTS][4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, const uint8_t* x, int step) {
+template <int B, int ADD = 1, int EIGHTS> void wgmma(float (&c)[EIGHTS][4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, const uint8_t* x, int step) {
   if ((uint64_t)x % 1024) abort();
   int lane = now->thread % 32, g = lane / 4, t = lane % 4;
   for (int i = 0; i < EIGHTS; i++) {
+    if (!ADD) c[i][0] = c[i][1] = c[i][2] = c[i][3] = 0.f;
     uint32_t b[2];
     for (int h = 0; h < 2; h++) memcpy(&b[h], x + (8 * i + g) * 128 + ((2 * step + h) ^ g) * 16 + 4 * t, 4);
     mma<B>(c[i], a0, a1, a2, a3, b[0], b[1]);
@@ -111,7 +119,7 @@ template <int B, int EIGHTS> void wgmma(float (&c)[EIGHTS][4], uint32_t a0, uint
 inline void before_products() {}
 inline void close_products() {}
 template <int N> void products_left() {}
-template <int EIGHTS> void sums_ready(float (&)[EIGHTS][4]) {}
+template <int N, int EIGHTS> void sums_ready(float (&)[EIGHTS][4]) {}
 inline void copies_seen_by_wgmma() {}
 static void run_grid(int grid, int threads, int cluster, size_t smem_bytes, std::function<void()> f) {
   body = f; gridDim.x = grid;
