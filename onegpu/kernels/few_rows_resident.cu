@@ -129,7 +129,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
 #pragma unroll
   for (int i = 0; i < NT; i++)
 #pragma unroll
-    for (int j = 0; j < 4; j++) acc[i][j] = c[0][i][j] = c[1][i][j] = 0.f;
+    for (int j = 0; j < 4; j++) acc[i][j] = 0.f;
   auto add = [&](float (&sum)[NT][4]) {
 #pragma unroll
     for (int i = 0; i < NT; i++) {
@@ -177,8 +177,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
 #pragma unroll
             for (int s = 1; s < 4; s++) wgmma<MMA_BF16>(sum, a[4 * s], a[4 * s + 1], a[4 * s + 2], a[4 * s + 3], x_group, s);
             close_products();
-            sums_ready<1>(c[b & 1 ^ 1]);
-            add(c[b & 1 ^ 1]);
+            if (b) { sums_ready<1>(c[b & 1 ^ 1]); add(c[b & 1 ^ 1]); }
             const float* s = (const float*)(slot + PIECE) + g * SCALES + b;
             before0 = s[0]; before1 = s[8 * SCALES];
           } else {
@@ -194,17 +193,12 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
             products_left<1>();
           }
         }
+        if (FMT == 2) { sums_ready<0>(c[1]); add(c[1]); }
       }
       __syncwarp();
       here.next();
     }
-    if (FMT == 2) {
-      sums_ready<0>(c[1]);
-      add(c[1]);
-      before0 = before1 = 0.f;                                           // the next tile begins with nothing under way
-#pragma unroll
-      for (int i = 0; i < NT; i++) c[1][i][0] = c[1][i][1] = c[1][i][2] = c[1][i][3] = 0.f;
-    } else sums_ready<0>(acc);
+    if (FMT == 1) sums_ready<0>(acc);
     if (TO_FP16) {
 #pragma unroll
       for (int i = 0; i < NT; i++) {
