@@ -16,7 +16,7 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from onegpu.kernels.guard import aligned
-from onegpu.kernels.launch import CudaKernel, source_text
+from onegpu.kernels.launch import CudaKernel, source_text, tensor_map
 
 FORMATS = {"16bit": 0, "int8": 1, "4bit": 2}
 MAX_ROWS = {"16bit": 8, "int8": 128, "4bit": 128}
@@ -82,7 +82,7 @@ class Wide:
     """Configuration of few_rows_wide.cu: a tile is 16 * row_tiles * warps_n rows of W, a stage has `columns` of it.
 
     eights: rows of x, in eights. warps_n x warps_k warps share the rows and the columns. stages: of the ring.
-    wgmma: Hopper only. price: time of a row of a tile (filled or not), over that of the others with as many eights.
+    wgmma: Hopper only. bulk: its engine for bulk copies brings x. early: as Narrow's, in stages. price: time of a row of a tile (filled or not), over that of the others with as many eights.
     """
 
     eights: int
@@ -95,6 +95,8 @@ class Wide:
     table_shift: int = 8
     wgmma: bool = False
     price: float = 1.0
+    bulk: bool = False
+    early: int = 0
 
     source: ClassVar[str] = "few_rows_wide.cu"
 
@@ -117,7 +119,7 @@ class Wide:
         total = (256 << self.table_shift) + 1024 * nested if four else 0
         if not (self.wgmma and self.warps_k == self.cluster == 1):
             total += _ceil(self.rows * (tile + 4) * 4, unit) * unit
-        return total + self.stages * _ceil(stage, unit) * unit
+        return total + self.stages * _ceil(stage, unit) * unit + 8 * self.stages * self.bulk
 
     @property
     def tile(self) -> int:
@@ -127,7 +129,7 @@ class Wide:
     def constants(self, half: bool) -> dict[str, int]:
         names = {"NT": self.eights, "RT": self.row_tiles, "WN": self.warps_n, "WK": self.warps_k, "KC": self.columns}
         return {**names, "STAGES": self.stages, "CL": self.cluster, "TABLE_SHIFT": self.table_shift,
-                "HALF_BLOCK": int(half), "WGMMA": int(self.wgmma)}  # fmt: skip
+                "HALF_BLOCK": int(half), "WGMMA": int(self.wgmma), "XT": int(self.bulk), "EARLY": self.early}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -236,6 +238,7 @@ class Plan(NamedTuple):
     shared: int
     cluster: tuple[int, int, int]
     early: bool
+    box: int  # rows of x in a bulk copy, or 0
 
 
 def fits(
@@ -298,19 +301,20 @@ def plan(fmt: str, m: int, n: int, k: int, bf16: bool, fp4: bool, nested: bool, 
     config, clusters, shared = found
     made = kernel(config, fmt, bf16, fp4, nested, half)
     early = getattr(config, "early", 0) > 0
-    return Plan(made, (clusters * config.cluster,), config.threads, shared, (config.cluster, 1, 1), early)
+    return Plan(made, (clusters * config.cluster,), config.threads, shared, (config.cluster, 1, 1), early,
+                config.rows * getattr(config, "bulk", False))  # fmt: skip
 
 
-@lru_cache(maxsize=2)
-def _kernel(source: str) -> CudaKernel:
+@lru_cache(maxsize=4)
+def _kernel(source: str, bulk: bool) -> CudaKernel:
     text = source_text("few_rows_common.cu") + source_text(source)
-    return CudaKernel("few_rows", text, "few_rows", "PPPPPPPPiiiii")
+    return CudaKernel("few_rows", text, "few_rows", "PPPPPPPPiiiii" + "T" * bulk)
 
 
 def kernel(config: Config, fmt: str, bf16: bool, fp4: bool, nested: bool, half: bool) -> CudaKernel:
     """The kernel of a configuration, not yet compiled."""
     constants = {"FMT": FORMATS[fmt], "BF16": int(bf16), "FP4": int(fp4), "NESTED": int(nested)}
-    return _kernel(config.source).variant(None, **constants, **config.constants(half))
+    return _kernel(config.source, getattr(config, "bulk", False)).variant(None, **constants, **config.constants(half))
 
 
 def supports(fmt: str, x: torch.Tensor, weight: torch.Tensor, k: int, blocksize: int = 64) -> bool:
@@ -360,6 +364,7 @@ def launch(
     shift = 0 if fmt != "4bit" else (blocksize // (32 if half else 64)).bit_length() - 1
     found.kernel(
         found.grid, found.threads, found.shared, weight, x, y, bias, scales, absmax, table, offset, m, n, k, shift,
-        nested_blocksize.bit_length() - 1, pdl=found.early, cluster=found.cluster,
+        nested_blocksize.bit_length() - 1, *([tensor_map(x, (found.box, 64), 128)] if found.box else ()),
+        pdl=found.early, cluster=found.cluster,
     )  # fmt: skip
     return y

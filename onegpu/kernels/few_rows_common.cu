@@ -110,6 +110,19 @@ template <int N, int EIGHTS> DEVICE void sums_ready(float (&c)[EIGHTS][4]) {
 #pragma unroll
   for (int i = 0; i < EIGHTS; i++) asm volatile("" : A4(i) :: "memory");
 }
+// Barriers in shared memory, which count what arrives: threads, and bytes of copies by the bulk engine.
+DEVICE void barrier_init(void* b, int arrivals) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(saddr(b)), "r"(arrivals) : "memory"); }
+DEVICE void barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }   // bulk copies see them
+DEVICE void arrive(void* b) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(saddr(b)) : "memory"); }
+DEVICE void arrive_and_expect(void* b, int bytes) { asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(saddr(b)), "r"(bytes) : "memory"); }
+DEVICE void wait_for(void* b, int parity) {
+  asm volatile("{ .reg .pred p;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@!p bra again;\n}" :: "r"(saddr(b)), "r"(parity) : "memory");
+}
+// The box of ROWS rows and 64 columns of x from column `col` on, placed as x_tile reads it; zeros outside of x.
+struct alignas(64) XMap { u8 bytes[128]; };
+DEVICE void copy_x(void* to, const XMap* map, int col, void* b) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" :: "r"(saddr(to)), "l"(map), "r"(saddr(b)), "r"(col), "r"(0) : "memory");
+}
 DEVICE void copies_seen_by_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 DEVICE int of_warp(int v) { return __shfl_sync(~0u, v, 0); }           // the compiler then knows that it is one value
 DEVICE u32 warp_max(u32 v) { return __reduce_max_sync(~0u, v); }
