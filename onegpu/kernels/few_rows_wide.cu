@@ -20,10 +20,10 @@ constexpr int ALIGN = WGMMA ? 1024 : 16, STAGE = (W_BYTES + X_BYTES + BN * SCALE
 constexpr int E_PITCH = BN + 4, DIRECT = WGMMA && WK == 1 && CL == 1;      // DIRECT: no sums meet
 constexpr int SUMS = DIRECT ? 0 : (ROWS * E_PITCH * 4 + ALIGN - 1) / ALIGN * ALIGN;
 static_assert(!WGMMA || (RT == 1 && WN % 4 == 0), "a warpgroup multiplies 64 rows");
-static_assert(GROUPS * WK * 64 == KC && (CB == 64 || CB == 128), "a warp takes whole groups of 64 columns");
+static_assert(GROUPS * WK * 64 == KC && (CB == 64 || CB == 128 || (WGMMA && CB == 256)), "a warp takes whole groups of 64 columns");
 
 // wgmma: units of 16 bytes of W change places so that eight rows, the same unit of each, spread over the banks.
-DEVICE int spread(int row, int unit) { return unit ^ (CB == 128 ? row & 7 : row >> 1 & 3); }
+DEVICE int spread(int row, int unit) { return unit ^ (CB >= 128 ? row & 7 : row >> 1 & 3); }
 // The pair of weights in the lane's byte of w (`pick` chooses it and the lane's column of the table), scaled, in the type of x.
 DEVICE u32 own_weights(const u8* table, u32 w, u32 lane4, u32 pick, float scale) {
   u32 at = TABLE_SHIFT == 8 ? __byte_perm(w, lane4, pick) : __byte_perm(w, lane4 * 2, pick) >> 1, v = *(const u32*)(table + at);

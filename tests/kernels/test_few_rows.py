@@ -114,7 +114,7 @@ def test_4_bit_kernels_on_the_cpu(case: tuple) -> None:
         Narrow(16, 4, 2, 128, 1, cluster=2),
         Wide(2, 1, 2, 1, 64, 3),
         Wide(2, 1, 4, 1, 128, 2, cluster=2, wgmma=True),
-        Wide(1, 1, 4, 1, 128, 3, wgmma=True, bulk=True),
+        Wide(1, 1, 4, 2, 256, 2, wgmma=True, bulk=True),
         Resident(2, 1, 2, 128, 2, cluster=2),
     ],
 )
