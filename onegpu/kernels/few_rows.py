@@ -36,7 +36,8 @@ class Narrow:
     meetings of the warps. cluster: blocks that share the columns. table_shift: 7 makes the look-up table of 4-bit
     products half as large and its look-ups a little slower. prefetch: bytes around a copy that L2 reads along (0, 256).
     early: pieces of each warp that are sent for into L2 before the kernel in front has ended, which is then let go early
-    (0: it starts when that has ended; compute capability 9.0).
+    (0: it starts when that has ended; compute capability 9.0). price: time of a row of a tile (filled or not), over that
+    of the others with as many rows.
     """
 
     rows: int
@@ -48,12 +49,18 @@ class Narrow:
     table_shift: int = 8
     prefetch: int = 0
     early: int = 0
+    price: float = 1.0
 
     source: ClassVar[str] = "few_rows_narrow.cu"
+    tile: ClassVar[int] = 16
+    depth: ClassVar[int] = 0
 
     @property
     def threads(self) -> int:
         return 32 * self.warps
+
+    def shorter(self) -> Narrow:
+        raise AssertionError("a ring of this depth is not shortened")
 
     def piece(self, fmt: str) -> int:
         """Columns of a piece, the unit that the blocks of a cluster share out."""
@@ -82,7 +89,7 @@ class Wide:
     """Configuration of few_rows_wide.cu: a tile is 16 * row_tiles * warps_n rows of W, a stage has `columns` of it.
 
     eights: rows of x, in eights. warps_n x warps_k warps share the rows and the columns. stages: of the ring.
-    wgmma: Hopper only. bulk: its engine for bulk copies brings x. early: as Narrow's, in stages. price: time of a row of a tile (filled or not), over that of the others with as many eights.
+    wgmma: Hopper only. bulk: its engine for bulk copies brings x. early: as Narrow's, in stages. price: as Narrow's.
     """
 
     eights: int
@@ -107,6 +114,15 @@ class Wide:
     @property
     def threads(self) -> int:
         return 32 * self.warps_n * self.warps_k
+
+    @property
+    def depth(self) -> int:
+        """Of the ring."""
+        return self.stages
+
+    def shorter(self) -> Wide:
+        """With a ring shorter by one."""
+        return replace(self, stages=self.stages - 1)
 
     def piece(self, fmt: str) -> int:
         return self.columns
@@ -137,7 +153,7 @@ class Resident:
     """Configuration of few_rows_resident.cu (Hopper): as Wide with wgmma, but x stays in shared memory.
 
     eights: rows of x, in eights (1, 2, 4, 8). warps_n x warps_k groups of four warps share the rows and the columns.
-    width, slots, early: as Narrow's. price: as Wide's.
+    width, slots, early, price: as Narrow's.
     """
 
     eights: int
@@ -166,6 +182,15 @@ class Resident:
     def threads(self) -> int:
         return 128 * self.warps_n * self.warps_k
 
+    @property
+    def depth(self) -> int:
+        """Of the ring."""
+        return self.slots
+
+    def shorter(self) -> Resident:
+        """With a ring shorter by one."""
+        return replace(self, slots=self.slots - 1)
+
     def piece(self, fmt: str) -> int:
         return self.width if fmt == "int8" else 2 * self.width
 
@@ -185,18 +210,18 @@ class Resident:
 
 Config = Narrow | Wide | Resident
 
-# By format. The first Narrow that fits is taken; else, of the Wide ones that fit with the fewest eights, the cheapest.
+# By format. Of those that fit and have the fewest rows the cheapest is taken, by its price for each row of W, padding too.
 # What a sweep on an H100 found fastest (docs/worklog.md); those of price 9 are for GPUs before it.
 _CONFIGURATIONS: dict[str, tuple[Config, ...]] = {
     "16bit": (
         Narrow(1, 16, 3, 128, 12, prefetch=256), Narrow(2, 16, 2, 128, 8), Narrow(4, 16, 2, 128, 4),
-        Narrow(4, 16, 2, 64, 2), Narrow(8, 16, 3, 128, 2), Narrow(8, 16, 3, 128, 2, cluster=2),
-        Narrow(8, 16, 2, 64, 1, cluster=4),
+        Narrow(4, 16, 2, 64, 2), Narrow(8, 16, 3, 128, 2), Narrow(8, 16, 3, 128, 2, cluster=2, price=1.2),
+        Narrow(8, 16, 2, 64, 1, cluster=4, price=1.2),
         Narrow(1, 8, 2, 64, 4), Narrow(2, 8, 2, 64, 2), Narrow(4, 8, 2, 64, 1), Narrow(8, 8, 2, 64, 1),
     ),
     "int8": (
         Narrow(1, 16, 2, 128, 12), Narrow(2, 16, 2, 128, 8), Narrow(4, 16, 2, 128, 4), Narrow(4, 16, 2, 64, 2),
-        Narrow(8, 16, 2, 128, 2), Narrow(8, 16, 3, 128, 2, cluster=2), Narrow(16, 16, 3, 64, 1),
+        Narrow(8, 16, 2, 128, 2), Narrow(8, 16, 3, 128, 2, cluster=2, price=1.2), Narrow(16, 16, 3, 64, 1),
         Narrow(1, 8, 2, 64, 4),
         Wide(1, 1, 12, 1, 128, 6, cluster=2, wgmma=True, price=1.44), Wide(1, 1, 12, 1, 128, 6, wgmma=True, price=1.17),
         Wide(1, 1, 4, 2, 128, 5, cluster=2, price=2.47), Wide(1, 1, 4, 2, 128, 3, price=9),
@@ -212,7 +237,7 @@ _CONFIGURATIONS: dict[str, tuple[Config, ...]] = {
     ),
     "4bit": (
         Narrow(1, 16, 2, 128, 12), Narrow(2, 16, 2, 128, 8), Narrow(4, 16, 2, 128, 6), Narrow(4, 16, 3, 64, 6),
-        Narrow(8, 16, 2, 128, 4), Narrow(8, 16, 3, 64, 4, cluster=2), Narrow(1, 8, 2, 64, 4, table_shift=7),
+        Narrow(8, 16, 2, 128, 4), Narrow(8, 16, 3, 64, 4, cluster=2, price=1.2), Narrow(1, 8, 2, 64, 4, table_shift=7),
         Wide(1, 1, 12, 1, 256, 4, cluster=2, wgmma=True, price=1.18), Wide(1, 1, 12, 1, 256, 5, wgmma=True),
         Wide(1, 2, 2, 4, 256, 3, cluster=2, price=2.07), Wide(1, 1, 4, 2, 128, 3, table_shift=7, price=9),
         Wide(2, 1, 12, 1, 256, 4, cluster=2, wgmma=True, price=1.37), Wide(2, 1, 12, 1, 256, 4, wgmma=True, price=1.14),
@@ -268,23 +293,19 @@ def choose(
     major: compute capability. None where no configuration serves it.
     """
     best: tuple[Config, int, int] | None = None
-    least, eights = float("inf"), 0
+    least = (MAX_ROWS[fmt] + 1, 0.0)
     for config in _CONFIGURATIONS[fmt]:
         if (config.cluster > 1 and major < 9) or (getattr(config, "wgmma", False) and major != 9):
             continue
         found = fits(config, fmt, nested, m, n, k, half, sms, limit)
-        while found is None and isinstance(config, Wide) and config.stages > 2:  # more scales than usual, less memory
-            config = replace(config, stages=config.stages - 1)
+        while found is None and config.depth > 2:  # more scales than usual, less memory
+            config = config.shorter()
             found = fits(config, fmt, nested, m, n, k, half, sms, limit)
         if found is None:
             continue
-        if isinstance(config, Narrow):
-            return (config, *found)
-        if best is not None and config.eights > eights:
-            break
         cost = config.price * _ceil(_ceil(n, found[0]), config.tile) * config.tile / config.cluster
-        if cost < least:
-            best, least, eights = (config, *found), cost, config.eights
+        if (config.rows, cost) < least:
+            best, least = (config, *found), (config.rows, cost)
     return best
 
 
