@@ -35,9 +35,9 @@ class Narrow:
     rows: of x that fit. width: bytes of a row of W in a piece. slots: of a warp's ring. tiles: of 16 rows between two
     meetings of the warps. cluster: blocks that share the columns. table_shift: 7 makes the look-up table of 4-bit
     products half as large and its look-ups a little slower. prefetch: bytes around a copy that L2 reads along (0, 256).
-    early: pieces of each warp that are sent for into L2 before the kernel in front has ended, which is then let go early
-    (0: it starts when that has ended; compute capability 9.0). price: time of a row of a tile (filled or not), over that
-    of the others with as many rows.
+    early: pieces of each warp that are sent for into L2 before the kernel in front has ended (0: this one
+    starts when that has ended; compute capability 9.0). price: time of a row of a tile (filled or not), over that of the
+    others with as many rows.
     """
 
     rows: int
@@ -145,7 +145,8 @@ class Wide:
     def constants(self, half: bool) -> dict[str, int]:
         names = {"NT": self.eights, "RT": self.row_tiles, "WN": self.warps_n, "WK": self.warps_k, "KC": self.columns}
         return {**names, "STAGES": self.stages, "CL": self.cluster, "TABLE_SHIFT": self.table_shift,
-                "HALF_BLOCK": int(half), "WGMMA": int(self.wgmma), "XT": int(self.bulk), "EARLY": self.early}  # fmt: skip
+                "HALF_BLOCK": int(half), "WGMMA": int(self.wgmma), "XT": int(self.bulk),
+                "EARLY": self.early}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ class Resident:
 
 Config = Narrow | Wide | Resident
 
-# By format. Of those that fit and have the fewest rows the cheapest is taken, by its price for each row of W, padding too.
+# By format. Of those that fit and have the fewest rows the cheapest is taken, by price times rows of W with padding.
 # What a sweep on an H100 found fastest (docs/worklog.md); those of price 9 are for GPUs before it.
 _CONFIGURATIONS: dict[str, tuple[Config, ...]] = {
     "16bit": (

@@ -77,7 +77,7 @@ FOUR_BIT = [
     (Wide(1, 1, 2, 2, 128, 3, cluster=2, table_shift=7), "fp4", True, 32, 5, 70, 704, torch.float16),
     (Wide(2, 1, 4, 1, 128, 3, wgmma=True), "nf4", True, 64, 13, 150, 704, torch.bfloat16),
     (Wide(1, 1, 4, 2, 128, 3, cluster=2, wgmma=True), "fp4", True, 32, 5, 70, 704, torch.float16),
-    (Wide(2, 1, 4, 2, 128, 3, cluster=2, wgmma=True, bulk=True, early=2), "nf4", True, 64, 13, 150, 704, torch.bfloat16),
+    (Wide(2, 1, 4, 2, 128, 3, cluster=2, wgmma=True, bulk=True, early=2), "nf4", True, 64, 13, 75, 704, torch.float16),
     (Narrow(16, 4, 3, 64, 1, cluster=2, early=2), "nf4", True, 64, 11, 70, 704, torch.bfloat16),
     (Resident(2, 1, 2, 128, 3, early=2), "nf4", False, 64, 13, 150, 704, torch.bfloat16),
     (Resident(4, 1, 1, 64, 2, cluster=2, table_shift=7), "fp4", True, 128, 29, 70, 704, torch.float16),
