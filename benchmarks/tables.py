@@ -18,12 +18,20 @@ from typing import Any
 
 from benchmarks.environment import RESULTS, ROOT, read_rows
 from benchmarks.perplexity import FORMATS
-from benchmarks.plots import draw_all, stale
+from benchmarks.plots import PLOTS, draw_all, stale
 
 Row = dict[str, Any]
 _MARKED = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- /table -->)", re.DOTALL)
 _NONE = "*No run is stored yet.*\n"
-_FUSED = "\n![µs of one step by kind of kernel](images/fused_step.svg)\n"
+# Table -> the plot below it, and what it shows.
+_PICTURES = {
+    "fused-budget": ("fused_step", "µs of one step by kind of kernel"),
+    "few-rows": ("few_rows", "Times as fast as cuBLAS over the rows of x"),
+    "attention": ("attention_sweep", "TFLOP/s over the length, forward and backward"),
+    "attention-models": ("attention_models", "Positions a millisecond over the batch and over the padding"),
+    "attention-memory": ("attention_memory", "Memory over the length"),
+    "model-step": ("model_step", "µs of one step by kind of kernel"),
+}
 
 
 def markdown(head: list[str], rows: Iterable[list[str]]) -> str:
@@ -396,7 +404,7 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "model-prefill": ("model", model_prefill),
     "model-step": ("model", step),
     "fused-step": ("fused_step", lambda rows: ops([row for row in rows if "work" not in row])),
-    "fused-budget": ("fused_step", lambda rows: (made := step(rows)) + _FUSED * (made != _NONE)),
+    "fused-budget": ("fused_step", step),
     "attention-models": ("attention_model", attention_models),
     "attention-memory": ("attention_model", attention_memory),
     "two-gpus": ("two_gpus", two_gpus),
@@ -404,7 +412,7 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
 
 
 def render(name: str, results: Path = RESULTS) -> str:
-    """The table, once for each device that has rows for it, the CPU last.
+    """The table, once for each device that has rows for it, the CPU last; then its plot, if there is one.
 
     Raises:
         ValueError: there is no table of that name.
@@ -414,7 +422,9 @@ def render(name: str, results: Path = RESULTS) -> str:
     benchmark, make = TABLES[name]
     files = sorted(results.glob(f"*/{benchmark}.jsonl"), key=lambda file: (file.parent.name == "cpu", file))
     made = [make(rows) for file in files if (rows := read_rows(file))]
-    return "\n".join(table for table in made if table != _NONE) or _NONE
+    table = "\n".join(table for table in made if table != _NONE) or _NONE
+    picture, shows = _PICTURES.get(name, ("", ""))
+    return table + (f"\n![{shows}](images/{picture}.svg)\n" if picture and PLOTS[picture][0](results) else "")
 
 
 def fill(text: str, results: Path = RESULTS) -> str:
