@@ -96,7 +96,7 @@ def implementation(
     if kernels and name in ("auto", "hopper"):
         from onegpu.kernels import attention_hopper
 
-        hopper = attention_hopper.serves(q, k, v, backward=backward) and not deterministic
+        hopper = attention_hopper.serves(q, k, v, backward=backward)
     if kernels and name in ("auto", "cudnn"):
         cudnn = _for_cudnn(q, k, v, options) and not deterministic
     if name == "auto":
@@ -104,7 +104,7 @@ def implementation(
             return "cudnn"
         return "hopper" if hopper else "portable"
     if backward and not {"hopper": hopper, "cudnn": cudnn}.get(name, kernels):
-        return "portable"  # head dims past 128, and where the same bits on every run are asked for
+        return "portable"  # head dims past 128, and cuDNN where the same bits on every run are asked for
     if not {"hopper": hopper, "cudnn": cudnn}.get(name, kernels):
         fix = "Leave it out. Kernels take 16-bit (portable also float32) inputs, head dims to 256 and a positive scale"
         raise bad_argument("implementation", name, "cannot serve these inputs", fix)
@@ -226,7 +226,7 @@ def _settle_backward(
         from onegpu.kernels import attention_hopper
 
         grad = attention_hopper.for_tma(grad)
-        ready = attention_hopper.backward(grad, contiguous, q, k, v, out, lse, gradients, *rest[:-1])
+        ready = attention_hopper.backward(grad, contiguous, q, k, v, out, lse, gradients, *rest[:-1], deterministic)
         ready(grad, contiguous, q, k, v, out, lse, gradients, *_rows(rest))
         if contiguous is grad_lse and all(x is y for x, y in zip(given, (grad, q, k, v), strict=True)):
             _keep(key, ready)

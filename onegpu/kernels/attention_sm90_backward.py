@@ -7,7 +7,9 @@ them. Two consumers of four warps hold 64 keys each, one producer warp issues TM
 to shared memory too, and the consumers make a 64 x 64 tile each of ``dQ = dS K`` over all 128 keys: halves of D for
 D = 128 (M = 64), halves of the queries for D = 64 (M = 128).
 
-dQ is added up in float32 in memory, so its last bits differ from run to run; dK and dV are the same on every run.
+dQ is added up in float32 in memory, so its last bits differ from run to run, unless ORDER has the tiles of a query block
+take turns, the last keys first: under a causal mask every tile then begins at the block where its turn comes at once.
+dK and dV are the same on every run.
 Without TMA_DQ the sum keeps the order of the fragments: a 64 x 64 tile is 8 groups of 128 threads of 4 values, so that
 a vector reduction of a warp covers 512 bytes in a row.
 
@@ -35,16 +37,21 @@ from onegpu.kernels.hopper import (
     fetch_next,
     first_block,
     key_tile_of,
+    pass_turn,
     publish_next,
     query_blocks,
     sequence,
     tma_add,
+    turn_of,
+    wait_turn,
     whole_blocks,
 )
 
 # Named hardware barriers; the compiler takes the lowest.
 FREE = gl.constexpr(5)  # + stage: a buffer of Q and dO is free again
 READY = gl.constexpr(8)  # + 2 * consumer + parity: a consumer's dS is in shared memory
+ADDED = gl.constexpr(12)  # + consumer: what it added to dQ is in memory
+NOBODY = gl.constexpr(1)  # behind p_counter: the tile counter, what nobody waits for, each 64 x 64 tile of dQ's turns
 
 FIELDS = {
     **dict.fromkeys(("q_desc", "k_desc", "v_desc", "do_desc", "dk_desc", "dv_desc", "rows_desc", "sum_desc"),
@@ -55,7 +62,7 @@ FIELDS = {
     **dict.fromkeys(("B", "H", "HK", "SQ", "SK", "NB", "NN", "section", "scale", "scale_log2", "left", "right"),
                     gl.tensor),
     **dict.fromkeys(("M", "D", "HEAD", "HEAD_V", "ST", "LEFT", "RIGHT", "EVEN", "RQ", "RK", "DRAW", "LOADERS",
-                     "SPLIT", "TMA_DQ"), gl.constexpr),
+                     "SPLIT", "TMA_DQ", "ORDER"), gl.constexpr),
 }  # fmt: skip
 
 
@@ -64,8 +71,8 @@ class _Args:
 
     NB: blocks of M queries that a head has in the scratch memory. NN: tiles of a head. HEAD and HEAD_V: the real head
     dims, D the one in shared memory. EVEN: every tile has 128 keys. RQ, RK: how rows are told: 0 all, 1 by ranges, 2
-    packed. DRAW: tiles from a counter. LOADERS: threads of the producer. SPLIT: query blocks with a mask have a loop of
-    their own. TMA_DQ: dQ is added by TMA, row by row.
+    packed. DRAW: tiles from a counter, 2 the first too. LOADERS: threads of the producer. SPLIT: query blocks with a mask have a loop of
+    their own. TMA_DQ: dQ is added by TMA, row by row. ORDER: in the same order on every run.
     """
 
     __annotations__ = FIELDS
@@ -80,19 +87,25 @@ Args = aggregate(_Args)
 
 
 @gluon.jit
-def _add_dq(a, dq, block, WG: gl.constexpr):
-    """Add this consumer's 64 x 64 tile of dQ to the sum."""
+def _add_dq(a, dq, block, turn, last, WG: gl.constexpr):
+    """Add this consumer's 64 x 64 tile of dQ to the sum. Returns whose turn is then to be passed on."""
     if a.TMA_DQ:
         tma.store_wait(0)  # what went out before has left the buffer
+        if a.ORDER:
+            pass_turn(a.p_counter + last, ADDED + WG)
+            last = NOBODY + 1 + block * 2 + WG
         buf = a.out_bufs._reinterpret(gl.float32, [2, 64, 64], a.sum_desc.layout).index(WG)
         buf.store(dq)
         fence_async_shared()
+        if a.ORDER:
+            wait_turn(a.p_counter + last, turn)
         if a.D == 128:
             tma_add(a.sum_desc, [block * 64, WG * 64], buf)
         else:
             tma_add(a.sum_desc, [block * 128 + WG * 64, 0], buf)
     else:
         add_fragments(a.p_sum + (block * 2 + WG).to(gl.int64) * 4096, dq)
+    return last
 
 
 @gluon.jit
@@ -105,6 +118,8 @@ def _producer(a):
     slot = 0
     slot_phase = 1
     tile = gl.program_id(0)
+    if a.DRAW == 2:
+        tile, slot, slot_phase = publish_next(a, tile, slot, slot_phase)
     while tile < a.NN * a.HK * a.B:
         n, hk, b = key_tile_of(a, tile)
         i_q, n_q = sequence(a.p_q_rows, b, a.SQ, a.RQ)
@@ -182,11 +197,11 @@ def _issue_dq(a, buf, WG: gl.constexpr):
 
 
 @gluon.jit
-def _step(a, dk, dv, stage, phase, buf, kv_phase, is_first, row0, block, m, n_q, n_k, MASK: gl.constexpr,
+def _step(a, dk, dv, last, stage, phase, buf, kv_phase, is_first, row0, block, m, n_q, n_k, MASK: gl.constexpr,
           WG: gl.constexpr):  # fmt: skip
     """Query block m: dk and dv [64, D] get their share, dQ goes to memory.
 
-    is_first: V may still be on its way. MASK: 0 no block needs one, 1 this one does, 2 it is to be seen.
+    last: of `_add_dq`. is_first: V may still be on its way. MASK: 0 no block needs one, 1 this one does, 2 it is to be seen.
     """
     M: gl.constexpr = a.M
     D: gl.constexpr = a.D
@@ -239,8 +254,9 @@ def _step(a, dk, dv, stage, phase, buf, kv_phase, is_first, row0, block, m, n_q,
     dq_tok = _issue_dq(a, buf, WG)
     dk, dv, dq = warpgroup_mma_wait(0, deps=[dk_tok, dv_tok, dq_tok])
     bar_arrive(FREE + stage, 256 + a.LOADERS)
-    _add_dq(a, dq, block + m, WG)
-    return dk, dv
+    turn = turn_of(a, m, row0, n_q, n_k) if a.ORDER else m
+    last = _add_dq(a, dq, block + m, turn, last, WG)
+    return dk, dv, last
 
 
 @gluon.jit
@@ -280,6 +296,8 @@ def _consumer(a, WG: gl.constexpr):
     slot = 0
     slot_phase = 0
     tile = gl.program_id(0)
+    if a.DRAW == 2:
+        tile, slot, slot_phase = fetch_next(a, tile, slot, slot_phase)
     while tile < a.NN * a.HK * a.B:
         n, hk, b = key_tile_of(a, tile)
         i_q, n_q = sequence(a.p_q_rows, b, a.SQ, a.RQ)
@@ -290,6 +308,7 @@ def _consumer(a, WG: gl.constexpr):
         dk = gl.full([64, D], 0.0, gl.float32, kv_layout)
         dv = gl.full([64, D], 0.0, gl.float32, kv_layout)
         steps = (stop - first) * group
+        last = n * 0 + NOBODY
         mbarrier.wait(a.k_full.index(0), kv_phase, pred=steps > 0)
         if a.RK and steps > 0 and row0 + 64 > n_k:
             clear_rows(a.k_bufs.index(WG).reshape([64, D]), n_k - row0)
@@ -305,8 +324,8 @@ def _consumer(a, WG: gl.constexpr):
                     hi = whole if part == 0 else end if part == 1 else stop
                     if part == 1 or a.LEFT or not a.EVEN or (a.RIGHT and part == 0):
                         for m in range(lo, hi):
-                            dk, dv = _step(a, dk, dv, stage, phase, buf, kv_phase, False, row0, block, m, n_q, n_k,
-                                           1 - part % 2, WG)  # fmt: skip
+                            dk, dv, last = _step(a, dk, dv, last, stage, phase, buf, kv_phase, False, row0, block, m,
+                                                 n_q, n_k, 1 - part % 2, WG)  # fmt: skip
                             stage, phase = advance(stage, phase, a.ST)
                             buf ^= 1
         else:
@@ -315,12 +334,15 @@ def _consumer(a, WG: gl.constexpr):
             m = first
             for t in range(steps):
                 block = first_block(a, b, h, i_q)
-                dk, dv = _step(a, dk, dv, stage, phase, buf, kv_phase, t == 0, row0, block, m, n_q, n_k, MASK, WG)
+                dk, dv, last = _step(a, dk, dv, last, stage, phase, buf, kv_phase, t == 0, row0, block, m, n_q, n_k,
+                                     MASK, WG)  # fmt: skip
                 stage, phase = advance(stage, phase, a.ST)
                 buf ^= 1
                 m += 1
                 h = gl.where(m == stop, h + 1, h)
                 m = gl.where(m == stop, first, m)
+        if a.ORDER:
+            pass_turn(a.p_counter + last, ADDED + WG)
         if steps > 0:
             mbarrier.arrive(a.kv_empty.index(0), count=1)
         kv_phase = gl.where(steps > 0, kv_phase ^ 1, kv_phase)
@@ -340,7 +362,8 @@ def backward_kernel(q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, rows_desc
                     p_q_rows, p_k_rows, p_counter, B, H, HK, SQ, SK, NB, NN, section, scale, scale_log2, left, right,
                     HEAD: gl.constexpr, HEAD_V: gl.constexpr, ST: gl.constexpr, LEFT: gl.constexpr,
                     RIGHT: gl.constexpr, EVEN: gl.constexpr, RQ: gl.constexpr, RK: gl.constexpr, DRAW: gl.constexpr,
-                    SWAP: gl.constexpr, SPLIT: gl.constexpr, TMA_DQ: gl.constexpr):  # fmt: skip
+                    SWAP: gl.constexpr, SPLIT: gl.constexpr, TMA_DQ: gl.constexpr,
+                    ORDER: gl.constexpr):  # fmt: skip
     """SWAP: the four warps of the default partition load; the consumers spill less then, and three warps idle."""
     dtype: gl.constexpr = q_desc.dtype
     M: gl.constexpr = q_desc.block_shape[2]
@@ -376,7 +399,7 @@ def backward_kernel(q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, rows_desc
              p_k_rows, p_counter, q_bufs, do_bufs, row_bufs, k_bufs, v_bufs, ds_bufs, out_bufs, q_full, do_full, k_full,
              v_full, kv_empty, t_buf, t_full, t_empty, B, H, HK, SQ, SK, NB, NN, section, scale, scale_log2, left,
              right, M, D, HEAD, HEAD_V, ST, LEFT, RIGHT, EVEN, RQ, RK, DRAW, 128 if SWAP else 32, SPLIT,
-             TMA_DQ)  # fmt: skip
+             TMA_DQ, ORDER)  # fmt: skip
     if SWAP:
         gl.warp_specialize([(_producer, (a,)), (_consumer, (a, 0)), (_consumer, (a, 1))], [4, 4], [240, 240])
     else:

@@ -70,13 +70,16 @@ def tile_of(a, tile):
 
 @gluon.jit
 def key_tile_of(a, tile):
-    """(tile of 128 keys, key head, batch) in the backward, in sections of heads as in `tile_of`."""
+    """(tile of 128 keys, key head, batch) in the backward, in sections of heads as in `tile_of`; ORDER: keys backwards."""
     per_section = a.section * a.NN
     first = tile // per_section * a.section
     width = gl.minimum(a.section, a.B * a.HK - first)
     rest = tile % per_section
     bh = first + rest % width
-    return rest // width, bh % a.HK, bh // a.HK
+    n = rest // width
+    if a.ORDER:
+        n = a.NN - 1 - n
+    return n, bh % a.HK, bh // a.HK
 
 
 @gluon.jit
@@ -122,13 +125,59 @@ def first_block(a, b, h, i_q):
 
 
 @gluon.jit
+def turn_of(a, m, row0, n_q, n_k):
+    """How many tiles of keys are added to query block m before the one with the key row0: those behind it."""
+    last = (n_k - 1) >> 7
+    if a.RIGHT:
+        last = gl.minimum(last, (m * a.M + a.M - 1 + n_k - n_q + a.right) >> 7)
+    return last - (row0 >> 7)
+
+
+@gluon.jit
+def wait_turn(p, turn):
+    """Until ``turn`` others have passed it on at p; what they added by TMA comes before what this thread adds."""
+    gl.inline_asm_elementwise(
+        """{
+        .reg .b32 seen;
+        .reg .pred mine;
+        again:
+        ld.acquire.gpu.global.b32 seen, [$1];
+        setp.eq.s32 mine, seen, $2;
+        @!mine bra again;
+        fence.proxy.async.global;
+        mov.u32 $0, 0;
+        }""", "=r,l,r", [p.to(gl.int64), gl.to_tensor(turn)], dtype=gl.int32, is_pure=False, pack=1)  # fmt: skip
+
+
+@gluon.jit
+def pass_turn(p, bar):
+    """When all that a consumer has added by TMA is in memory. bar: a named barrier of its 128 threads."""
+    gl.inline_asm_elementwise(
+        """{
+        .reg .b32 thread;
+        .reg .pred first;
+        cp.async.bulk.wait_group 0;
+        bar.sync $2, 128;
+        mov.u32 thread, %tid.x;
+        and.b32 thread, thread, 127;
+        setp.eq.u32 first, thread, 0;
+        fence.proxy.async.global;
+        @first red.release.gpu.global.add.s32 [$1], 1;
+        mov.u32 $0, 0;
+        }""", "=r,l,r", [p.to(gl.int64), gl.to_tensor(bar)], dtype=gl.int32, is_pure=False, pack=1)  # fmt: skip
+
+
+@gluon.jit
 def publish_next(a, tile, slot, phase):
     """Producer: draw a tile and tell the consumers. Returns tile, slot, phase.
 
-    Reads DRAW, p_counter, t_buf, t_full and t_empty, as `fetch_next` does.
+    Reads DRAW, p_counter, t_buf, t_full and t_empty, as `fetch_next` does. DRAW 2: the first tiles are drawn too, so that
+    whoever waits for an earlier tile waits for a block that runs, whatever else the GPU does.
     """
     if a.DRAW:
-        tile = gl.atomic_add(a.p_counter, 1) + gl.num_programs(0)
+        tile = gl.atomic_add(a.p_counter, 1)
+        if a.DRAW == 1:
+            tile += gl.num_programs(0)
         mbarrier.wait(a.t_empty.index(slot), phase)
         layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
         a.t_buf.index(slot).store(gl.full([1], 0, gl.int32, layout) + tile)

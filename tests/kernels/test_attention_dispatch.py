@@ -64,7 +64,9 @@ def test_what_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     assert serves(1, 64, 2, 16) == serves(1, 64, 2, 64, dtype=torch.float32) == "portable"
     assert serves(1, 64, 2, 264) == "definition"
     assert serves(*big, name="hopper") == "hopper" and serves(*big, name="portable") == "portable"
-    assert serves(1, 64, 2, 192, backward=True) == serves(*big, backward=True, deterministic=True) == "portable"
+    assert serves(1, 64, 2, 192, backward=True) == "portable" and serves(*big, backward=True) == "hopper"
+    assert serves(*big, backward=True, deterministic=True) == "hopper"
+    assert serves(*big, name="cudnn", backward=True, deterministic=True) == "portable"
     assert serves(*big, name="cudnn", left=100, backward=True) == "portable"
     monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: False)
     assert serves(*big) == "hopper"
