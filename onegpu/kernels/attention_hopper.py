@@ -195,8 +195,8 @@ def backward(
 ) -> Backward:  # fmt: skip
     """As the op, for what `serves`; out and the gradients (dq, dk, dv) contiguous, grad as `for_tma` makes it.
 
-    Of packed ones, rows of no sequence are not written. deterministic: dQ the same on every run, too. options: constants of the main kernel.
-    Does not run it: returns what does.
+    Of packed ones, rows of no sequence are not written. deterministic: dQ too is the same on every run. options:
+    constants of the main kernel. Does not run it: returns what does.
     """
     (s_q, heads, d), (s_k, heads_kv, d_v) = q.shape[-3:], v.shape[-3:]
     dq, dk, dv = gradients

@@ -7,9 +7,9 @@ them. Two consumers of four warps hold 64 keys each, one producer warp issues TM
 to shared memory too, and the consumers make a 64 x 64 tile each of ``dQ = dS K`` over all 128 keys: halves of D for
 D = 128 (M = 64), halves of the queries for D = 64 (M = 128).
 
-dQ is added up in float32 in memory, so its last bits differ from run to run, unless ORDER has the tiles of a query block
-take turns, the last keys first: under a causal mask every tile then begins at the block where its turn comes at once.
-dK and dV are the same on every run.
+dQ is added up in float32 in memory, so its last bits differ from run to run, unless ORDER has the tiles take turns at
+each query block, the last keys first: under a causal mask every tile then begins where its turn has come. dK and dV are
+the same on every run.
 Without TMA_DQ the sum keeps the order of the fragments: a 64 x 64 tile is 8 groups of 128 threads of 4 values, so that
 a vector reduction of a warp covers 512 bytes in a row.
 
@@ -71,8 +71,8 @@ class _Args:
 
     NB: blocks of M queries that a head has in the scratch memory. NN: tiles of a head. HEAD and HEAD_V: the real head
     dims, D the one in shared memory. EVEN: every tile has 128 keys. RQ, RK: how rows are told: 0 all, 1 by ranges, 2
-    packed. DRAW: tiles from a counter, 2 the first too. LOADERS: threads of the producer. SPLIT: query blocks with a mask have a loop of
-    their own. TMA_DQ: dQ is added by TMA, row by row. ORDER: in the same order on every run.
+    packed. DRAW: tiles from a counter, 2 the first too. LOADERS: threads of the producer. SPLIT: query blocks with a
+    mask have a loop of their own. TMA_DQ: dQ is added by TMA, row by row. ORDER: in the same order on every run.
     """
 
     __annotations__ = FIELDS
@@ -88,12 +88,9 @@ Args = aggregate(_Args)
 
 @gluon.jit
 def _add_dq(a, dq, block, turn, last, WG: gl.constexpr):
-    """Add this consumer's 64 x 64 tile of dQ to the sum. Returns whose turn is then to be passed on."""
+    """Add this consumer's 64 x 64 tile of dQ to the sum. last: where the turn is counted."""
     if a.TMA_DQ:
         tma.store_wait(0)  # what went out before has left the buffer
-        if a.ORDER:
-            pass_turn(a.p_counter + last, ADDED + WG)
-            last = NOBODY + 1 + block * 2 + WG
         buf = a.out_bufs._reinterpret(gl.float32, [2, 64, 64], a.sum_desc.layout).index(WG)
         buf.store(dq)
         fence_async_shared()
@@ -105,7 +102,6 @@ def _add_dq(a, dq, block, turn, last, WG: gl.constexpr):
             tma_add(a.sum_desc, [block * 128 + WG * 64, 0], buf)
     else:
         add_fragments(a.p_sum + (block * 2 + WG).to(gl.int64) * 4096, dq)
-    return last
 
 
 @gluon.jit
@@ -201,7 +197,8 @@ def _step(a, dk, dv, last, stage, phase, buf, kv_phase, is_first, row0, block, m
           WG: gl.constexpr):  # fmt: skip
     """Query block m: dk and dv [64, D] get their share, dQ goes to memory.
 
-    last: of `_add_dq`. is_first: V may still be on its way. MASK: 0 no block needs one, 1 this one does, 2 it is to be seen.
+    last: where the turn of the step before is counted. is_first: V may still be on its way. MASK: 0 no block needs
+    one, 1 this one does, 2 it is to be seen.
     """
     M: gl.constexpr = a.M
     D: gl.constexpr = a.D
@@ -250,12 +247,17 @@ def _step(a, dk, dv, last, stage, phase, buf, kv_phase, is_first, row0, block, m
     fence_async_shared()
     bar_arrive(READY + 2 * WG + buf, 256)
     dk_tok = warpgroup_mma(gl.convert_layout(ds, p_layout), q, dk, is_async=True)
+    if a.ORDER:
+        pass_turn(a.p_counter, last, row0, ADDED + WG)  # of the step before, which has had time to arrive
     bar_sync(READY + 2 * (1 - WG) + buf, 256)
     dq_tok = _issue_dq(a, buf, WG)
     dk, dv, dq = warpgroup_mma_wait(0, deps=[dk_tok, dv_tok, dq_tok])
     bar_arrive(FREE + stage, 256 + a.LOADERS)
-    turn = turn_of(a, m, row0, n_q, n_k) if a.ORDER else m
-    last = _add_dq(a, dq, block + m, turn, last, WG)
+    turn = m
+    if a.ORDER:
+        turn = turn_of(a, m, row0, n_q, n_k)
+        last = NOBODY + 1 + (block + m) * 2 + WG
+    _add_dq(a, dq, block + m, turn, last, WG)
     return dk, dv, last
 
 
@@ -342,7 +344,7 @@ def _consumer(a, WG: gl.constexpr):
                 h = gl.where(m == stop, h + 1, h)
                 m = gl.where(m == stop, first, m)
         if a.ORDER:
-            pass_turn(a.p_counter + last, ADDED + WG)
+            pass_turn(a.p_counter, last, row0, ADDED + WG)
         if steps > 0:
             mbarrier.arrive(a.kv_empty.index(0), count=1)
         kv_phase = gl.where(steps > 0, kv_phase ^ 1, kv_phase)

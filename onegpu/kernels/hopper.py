@@ -70,7 +70,7 @@ def tile_of(a, tile):
 
 @gluon.jit
 def key_tile_of(a, tile):
-    """(tile of 128 keys, key head, batch) in the backward, in sections of heads as in `tile_of`; ORDER: keys backwards."""
+    """(tile of 128 keys, key head, batch) in the backward, in sections as in `tile_of`; ORDER: the last keys first."""
     per_section = a.section * a.NN
     first = tile // per_section * a.section
     width = gl.minimum(a.section, a.B * a.HK - first)
@@ -126,16 +126,17 @@ def first_block(a, b, h, i_q):
 
 @gluon.jit
 def turn_of(a, m, row0, n_q, n_k):
-    """How many tiles of keys are added to query block m before the one with the key row0: those behind it."""
+    """What `pass_turn` has left at query block m when it is the turn of key row0's tile; 0 for the first."""
     last = (n_k - 1) >> 7
     if a.RIGHT:
         last = gl.minimum(last, (m * a.M + a.M - 1 + n_k - n_q + a.right) >> 7)
-    return last - (row0 >> 7)
+    tile = row0 >> 7
+    return gl.where(tile == last, 0, tile + 2)
 
 
 @gluon.jit
 def wait_turn(p, turn):
-    """Until ``turn`` others have passed it on at p; what they added by TMA comes before what this thread adds."""
+    """Until ``turn`` stands at p; what was added by TMA before that comes before what this thread adds."""
     gl.inline_asm_elementwise(
         """{
         .reg .b32 seen;
@@ -150,29 +151,30 @@ def wait_turn(p, turn):
 
 
 @gluon.jit
-def pass_turn(p, bar):
-    """When all that a consumer has added by TMA is in memory. bar: a named barrier of its 128 threads."""
+def pass_turn(p, at, row0, bar):
+    """Write key row0's tile + 1 to p[at], when all that this consumer has added by TMA is in memory.
+
+    bar: a named barrier of its 128 threads. One of them writes there and the others to p[1], which nobody reads.
+    """
+    thread = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    there = (p + gl.where(thread == 0, at, 1)).to(gl.int64)
     gl.inline_asm_elementwise(
         """{
-        .reg .b32 thread;
-        .reg .pred first;
         cp.async.bulk.wait_group 0;
         bar.sync $2, 128;
-        mov.u32 thread, %tid.x;
-        and.b32 thread, thread, 127;
-        setp.eq.u32 first, thread, 0;
         fence.proxy.async.global;
-        @first red.release.gpu.global.add.s32 [$1], 1;
+        st.release.gpu.global.b32 [$1], $3;
         mov.u32 $0, 0;
-        }""", "=r,l,r", [p.to(gl.int64), gl.to_tensor(bar)], dtype=gl.int32, is_pure=False, pack=1)  # fmt: skip
+        }""", "=r,l,r,r", [there, gl.to_tensor(bar), gl.to_tensor((row0 >> 7) + 1)], dtype=gl.int32, is_pure=False,
+        pack=1)  # fmt: skip
 
 
 @gluon.jit
 def publish_next(a, tile, slot, phase):
     """Producer: draw a tile and tell the consumers. Returns tile, slot, phase.
 
-    Reads DRAW, p_counter, t_buf, t_full and t_empty, as `fetch_next` does. DRAW 2: the first tiles are drawn too, so that
-    whoever waits for an earlier tile waits for a block that runs, whatever else the GPU does.
+    Reads DRAW, p_counter, t_buf, t_full and t_empty, as `fetch_next` does. DRAW 2: the first tiles are drawn too, so
+    that whoever waits for an earlier tile waits for a block that runs, whatever else the GPU does.
     """
     if a.DRAW:
         tile = gl.atomic_add(a.p_counter, 1)
