@@ -68,6 +68,10 @@ def test_what_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     assert serves(*big, backward=True, deterministic=True) == "hopper"
     assert serves(*big, name="cudnn", backward=True, deterministic=True) == "portable"
     assert serves(*big, name="cudnn", left=100, backward=True) == "portable"
+    wide = 4, 4096, 16, 256
+    assert serves(*wide, backward=True) == "portable" and serves(*wide, backward=True, name="cudnn") == "cudnn"
+    monkeypatch.setitem(dispatch.CUDNN, (True, 256, True), (4096,))
+    assert serves(*wide, backward=True) == "cudnn" and serves(*wide, backward=True, left=9) == "portable"
     monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: False)
     assert serves(*big) == "hopper"
     with pytest.raises(ArgumentError, match="implementation"):
