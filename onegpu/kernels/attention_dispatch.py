@@ -226,7 +226,8 @@ def _settle_backward(
         from onegpu.kernels import attention_hopper
 
         grad = attention_hopper.for_tma(grad)
-        ready = attention_hopper.backward(grad, contiguous, q, k, v, out, lse, gradients, *rest[:-1], deterministic)
+        given_rest = (out, lse, gradients, *rest[:-1])
+        ready = attention_hopper.backward(grad, contiguous, q, k, v, *given_rest, deterministic=deterministic)
         ready(grad, contiguous, q, k, v, out, lse, gradients, *_rows(rest))
         if contiguous is grad_lse and all(x is y for x, y in zip(given, (grad, q, k, v), strict=True)):
             _keep(key, ready)

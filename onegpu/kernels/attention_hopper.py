@@ -191,7 +191,7 @@ def backward(
     out: torch.Tensor, lse: torch.Tensor, gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor], scale: float,
     left: int, right: int, q_range: torch.Tensor | None, k_range: torch.Tensor | None,
     cu_seqlens_q: torch.Tensor | None, cu_seqlens_k: torch.Tensor | None, max_seqlen_q: int, max_seqlen_k: int,
-    deterministic: bool = False, **options: Any,
+    *, deterministic: bool = False, **options: Any,
 ) -> Backward:  # fmt: skip
     """As the op, for what `serves`; out and the gradients (dq, dk, dv) contiguous, grad as `for_tma` makes it.
 
