@@ -51,6 +51,8 @@ def stack_bytes(kernel: Any) -> int:
         text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
     (stack, local) = re.findall(r" STACK:(\d+) .* LOCAL:(\d+)", text.stdout)[0]
     return int(stack) + int(local)
+
+
 _PTX_BYTES = {"u64": 8, "b64": 8, "s64": 8, "f64": 8, "u32": 4, "b32": 4, "s32": 4, "f32": 4, "u16": 2, "b16": 2}
 
 
