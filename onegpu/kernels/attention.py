@@ -24,6 +24,7 @@ from onegpu.kernels.attention_definition import Options, backward, backward_fake
 from onegpu.kernels.attention_dispatch import IMPLEMENTATIONS, again, backward_cuda, forward_cuda, plain
 from onegpu.kernels.autocast import autocast_dtype
 from onegpu.kernels.library import define
+from onegpu.kernels.warmup import register
 
 _OPTIONS = (
     "float scale, SymInt left, SymInt right, Tensor? q_range, Tensor? k_range, Tensor? cu_seqlens_q, "
@@ -166,6 +167,23 @@ def _check(
             raise bad_argument(name, rows, "is not int32 [B, 2] on the device of q", "Pass (first, length) of each row")
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise bad_argument("implementation", implementation, "is not known", f"Use one of {IMPLEMENTATIONS}")
+
+
+@register("attention")
+def _warm(
+    device: torch.device, dtype: torch.dtype, rows: int, heads: int, heads_kv: int, d: int, d_v: int,
+    causal: bool = True, window: int | None = None, scale: float | None = None, backward: bool = False,
+) -> None:  # fmt: skip
+    """One sequence of so many rows, alone and in a padded batch; window: keys that a query sees, its own too."""
+    shapes = (1, rows, heads, d), (1, rows, heads_kv, d), (1, rows, heads_kv, d_v)
+    q, k, v = (torch.zeros(shape, dtype=dtype, device=device, requires_grad=backward) for shape in shapes)
+    real = torch.tensor([[0, rows]], dtype=torch.int32, device=device)
+    options: dict[str, Any] = {"causal": causal, "scale": scale, "window": None if window is None else (window - 1, -1)}
+    with torch.set_grad_enabled(backward):
+        for ranges in (None, real):
+            out = attention(q, k, v, q_range=ranges, k_range=ranges, **options)
+            if backward:
+                torch.autograd.grad(out, (q, k, v), torch.zeros_like(out))  # type: ignore[arg-type]
 
 
 def cost(
