@@ -182,7 +182,7 @@ class Backward(NamedTuple):
         given = (out, grad, lse) if grad_lse is None else (out, grad, lse, grad_lse)
         self.before(*given, rows, total, q_rows)
         drawn = _counter(q.device, self.counters) if self.counters else lse
-        self.main(q, k, v, grad, dk, dv, rows, total, total, dk, dv, q_rows, k_rows, drawn)
+        self.main(q, k, v, grad, dk, dv, rows, total, dk, dv, q_rows, k_rows, drawn)
         self.after(total, dq, q_rows)
 
 
@@ -227,19 +227,19 @@ def backward(
         "HEAD": d, "HEAD_V": d_v, "ST": 2, "LEFT": left >= 0, "RIGHT": right >= 0,
         "EVEN": not how_k and s_k % 128 == 0, "RQ": how_q, "RK": how_k,
         "DRAW": 2 if deterministic else int(tiles > started), "SWAP": wide == 64 or diagonal, "SPLIT": diagonal,
-        "TMA_DQ": True, "ORDER": deterministic,
+        "ORDER": deterministic,
     } | options  # fmt: skip
     counters = 2 + 2 * blocks if constants["ORDER"] else int(constants["DRAW"])
     drawn = _counter(q.device, counters) if counters else lse
     main = triton_bind(
         attention_sm90_backward.backward_kernel, (started,), descriptor(q, m), descriptor(k, 64), descriptor(v, 64),
-        descriptor(grad, m), descriptor(dk, 64), descriptor(dv, 64), *scratch(rows, total), total, dk, dv, q_rows,
+        descriptor(grad, m), descriptor(dk, 64), descriptor(dv, 64), *scratch(rows, total), dk, dv, q_rows,
         k_rows, drawn, batch, heads, heads_kv, s_q, s_k, n_b, n_n, section, scale, scale * LOG2E.value, left, right,
         **constants, num_warps=4,
     )  # fmt: skip
     tiles_q = triton.cdiv(max_seqlen_q if packed else s_q, 64) * (wide // 64)
     after = triton_bind(
         attention_sm90_rows.after_kernel, (tiles_q * heads * batch,), total, dq, q_rows, heads, s_q, n_b, tiles_q,
-        scale, HEAD=d, **sizes, FRAGMENTS=not constants["TMA_DQ"], num_warps=4,
+        scale, HEAD=d, **sizes, num_warps=4,
     )  # fmt: skip
     return Backward(before, main, after, counters, (blocks * m, wide), (blocks, 2 * m))

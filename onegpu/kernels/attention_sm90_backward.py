@@ -10,9 +10,6 @@ D = 128 (M = 64), halves of the queries for D = 64 (M = 128).
 dQ is added up in float32 in memory, so its last bits differ from run to run, unless ORDER has the tiles take turns at
 each query block, the last keys first: under a causal mask every tile then begins where its turn has come. dK and dV are
 the same on every run.
-Without TMA_DQ the sum keeps the order of the fragments: a 64 x 64 tile is 8 groups of 128 threads of 4 values, so that
-a vector reduction of a warp covers 512 bytes in a row.
-
 Rows of Q and dO behind the last query, and of K and V behind the last key, are overwritten with zeros in shared memory.
 """
 
@@ -29,7 +26,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.core import _aggregate as aggregate
 
 from onegpu.kernels.hopper import (
-    add_fragments,
     advance,
     bar_arrive,
     bar_sync,
@@ -56,13 +52,13 @@ NOBODY = gl.constexpr(1)  # behind p_counter: the tile counter, what nobody wait
 FIELDS = {
     **dict.fromkeys(("q_desc", "k_desc", "v_desc", "do_desc", "dk_desc", "dv_desc", "rows_desc", "sum_desc"),
                     tma.tensor_descriptor),
-    **dict.fromkeys(("p_sum", "p_dk", "p_dv", "p_q_rows", "p_k_rows", "p_counter"), gl.tensor),
+    **dict.fromkeys(("p_dk", "p_dv", "p_q_rows", "p_k_rows", "p_counter"), gl.tensor),
     **dict.fromkeys(("q_bufs", "do_bufs", "row_bufs", "k_bufs", "v_bufs", "ds_bufs", "out_bufs", "q_full", "do_full",
                      "k_full", "v_full", "kv_empty", "t_buf", "t_full", "t_empty"), gl.shared_memory_descriptor),
     **dict.fromkeys(("B", "H", "HK", "SQ", "SK", "NB", "NN", "section", "scale", "scale_log2", "left", "right"),
                     gl.tensor),
     **dict.fromkeys(("M", "D", "HEAD", "HEAD_V", "ST", "LEFT", "RIGHT", "EVEN", "RQ", "RK", "DRAW", "LOADERS",
-                     "SPLIT", "TMA_DQ", "ORDER"), gl.constexpr),
+                     "SPLIT", "ORDER"), gl.constexpr),
 }  # fmt: skip
 
 
@@ -72,7 +68,7 @@ class _Args:
     NB: blocks of M queries that a head has in the scratch memory. NN: tiles of a head. HEAD and HEAD_V: the real head
     dims, D the one in shared memory. EVEN: every tile has 128 keys. RQ, RK: how rows are told: 0 all, 1 by ranges, 2
     packed. DRAW: tiles from a counter, 2 the first too. LOADERS: threads of the producer. SPLIT: query blocks with a
-    mask have a loop of their own. TMA_DQ: dQ is added by TMA, row by row. ORDER: in the same order on every run.
+    mask have a loop of their own. ORDER: dQ is added in the same order on every run.
     """
 
     __annotations__ = FIELDS
@@ -89,19 +85,16 @@ Args = aggregate(_Args)
 @gluon.jit
 def _add_dq(a, dq, block, turn, last, WG: gl.constexpr):
     """Add this consumer's 64 x 64 tile of dQ to the sum. last: where the turn is counted."""
-    if a.TMA_DQ:
-        tma.store_wait(0)  # what went out before has left the buffer
-        buf = a.out_bufs._reinterpret(gl.float32, [2, 64, 64], a.sum_desc.layout).index(WG)
-        buf.store(dq)
-        fence_async_shared()
-        if a.ORDER:
-            wait_turn(a.p_counter + last, turn)
-        if a.D == 128:
-            tma_add(a.sum_desc, [block * 64, WG * 64], buf)
-        else:
-            tma_add(a.sum_desc, [block * 128 + WG * 64, 0], buf)
+    tma.store_wait(0)  # what went out before has left the buffer
+    buf = a.out_bufs._reinterpret(gl.float32, [2, 64, 64], a.sum_desc.layout).index(WG)
+    buf.store(dq)
+    fence_async_shared()
+    if a.ORDER:
+        wait_turn(a.p_counter + last, turn)
+    if a.D == 128:
+        tma_add(a.sum_desc, [block * 64, WG * 64], buf)
     else:
-        add_fragments(a.p_sum + (block * 2 + WG).to(gl.int64) * 4096, dq)
+        tma_add(a.sum_desc, [block * 128 + WG * 64, 0], buf)
 
 
 @gluon.jit
@@ -266,8 +259,7 @@ def _store(a, desc, p, x, b, hk, row0, i_k, n_k, HEAD: gl.constexpr, WG: gl.cons
     """Write a [64, D] tile of dK or dV; a padded row is a ring, whose padding comes after its last real row."""
     if not a.RK or row0 + 64 <= n_k:
         tma.store_wait(0)  # the store before has read the buffer
-        PART: gl.constexpr = WG * (128 // a.D) if a.TMA_DQ else WG
-        buf = a.out_bufs.index(PART)
+        buf = a.out_bufs.index(WG * (128 // a.D))
         buf.reshape([64, a.D]).store(x)
         fence_async_shared()
         tma.async_copy_shared_to_global(desc, [b, hk, i_k + row0, 0], buf)
@@ -360,12 +352,11 @@ COUNTS = ["B", "H", "HK", "SQ", "SK", "NB", "NN", "section", "left", "right"]
 
 
 @gluon.jit(do_not_specialize=COUNTS)
-def backward_kernel(q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, rows_desc, sum_desc, p_sum, p_dk, p_dv,
+def backward_kernel(q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, rows_desc, sum_desc, p_dk, p_dv,
                     p_q_rows, p_k_rows, p_counter, B, H, HK, SQ, SK, NB, NN, section, scale, scale_log2, left, right,
                     HEAD: gl.constexpr, HEAD_V: gl.constexpr, ST: gl.constexpr, LEFT: gl.constexpr,
                     RIGHT: gl.constexpr, EVEN: gl.constexpr, RQ: gl.constexpr, RK: gl.constexpr, DRAW: gl.constexpr,
-                    SWAP: gl.constexpr, SPLIT: gl.constexpr, TMA_DQ: gl.constexpr,
-                    ORDER: gl.constexpr):  # fmt: skip
+                    SWAP: gl.constexpr, SPLIT: gl.constexpr, ORDER: gl.constexpr):  # fmt: skip
     """SWAP: the four warps of the default partition load; the consumers spill less then, and three warps idle."""
     dtype: gl.constexpr = q_desc.dtype
     M: gl.constexpr = q_desc.block_shape[2]
@@ -377,8 +368,7 @@ def backward_kernel(q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, rows_desc
     k_bufs = gl.allocate_shared_memory(dtype, [2, 1, 1, 64, D], k_desc.layout)
     v_bufs = gl.allocate_shared_memory(dtype, [2, 1, 1, 64, D], v_desc.layout)
     ds_bufs = gl.allocate_shared_memory(dtype, [4, 64, M], gl.NVMMASharedLayout(128, 16, rank=2))
-    OUT: gl.constexpr = 256 // D if TMA_DQ else 2
-    out_bufs = gl.allocate_shared_memory(dtype, [OUT, 1, 1, 64, D], dk_desc.layout)
+    out_bufs = gl.allocate_shared_memory(dtype, [256 // D, 1, 1, 64, D], dk_desc.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [ST, 1], bar)
     do_full = gl.allocate_shared_memory(gl.int64, [ST, 1], bar)
     k_full = gl.allocate_shared_memory(gl.int64, [1, 1], bar)
@@ -397,11 +387,11 @@ def backward_kernel(q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, rows_desc
     mbarrier.init(v_full.index(0), count=1)
     mbarrier.init(kv_empty.index(0), count=2)
     fence_async_shared()
-    a = Args(q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, rows_desc, sum_desc, p_sum, p_dk, p_dv, p_q_rows,
+    a = Args(q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, rows_desc, sum_desc, p_dk, p_dv, p_q_rows,
              p_k_rows, p_counter, q_bufs, do_bufs, row_bufs, k_bufs, v_bufs, ds_bufs, out_bufs, q_full, do_full, k_full,
              v_full, kv_empty, t_buf, t_full, t_empty, B, H, HK, SQ, SK, NB, NN, section, scale, scale_log2, left,
              right, M, D, HEAD, HEAD_V, ST, LEFT, RIGHT, EVEN, RQ, RK, DRAW, 128 if SWAP else 32, SPLIT,
-             TMA_DQ, ORDER)  # fmt: skip
+             ORDER)  # fmt: skip
     if SWAP:
         gl.warp_specialize([(_producer, (a,)), (_consumer, (a, 0)), (_consumer, (a, 1))], [4, 4], [240, 240])
     else:

@@ -221,29 +221,6 @@ def clear_rows(buf, n):
     fence_async_shared()
 
 
-@gluon.jit
-def add_fragments(p, x):
-    """Add a 64 x 64 accumulator to float32 memory in the order of the fragments, by vector reductions."""
-    # Four registers in a row hold columns 8 g + 2 q, + 1 of the rows r and r + 8; they are float4 128 g + thread.
-    layout: gl.constexpr = x.type.layout
-    rows = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
-    cols = gl.arange(0, 64, layout=gl.SliceLayout(0, layout))
-    thread = ((rows & 7) * 4 + (rows >> 4) * 32)[:, None] + ((cols & 7) >> 1)[None, :]
-    address = p.to(gl.int64) + thread.to(gl.int64) * 16
-    # one byte an element, so that the group reaches the assembly as one packed constant
-    group = (gl.full([64, 64], 0, gl.int32, layout) + (cols >> 3)[None, :]).to(gl.int8)
-    gl.inline_asm_elementwise(
-        """{
-        .reg .b32 g;
-        .reg .b64 p;
-        and.b32 g, $9, 255;
-        mul.wide.u32 p, g, 2048;
-        add.s64 p, p, $5;
-        red.relaxed.gpu.global.add.v4.f32 [p], {$1, $2, $3, $4};
-        mov.u32 $0, 0;
-        }""", "=r,f,f,f,f,l,l,l,l,r", [x, address, group], dtype=gl.int8, is_pure=False, pack=4)  # fmt: skip
-
-
 @builtin
 def tma_add(desc, coord, src, _semantic=None):
     """Add a tile of shared memory to the tensor, asynchronously; Gluon has only loads and stores."""
