@@ -213,10 +213,6 @@ def backward(
     total, rows = lse.new_empty(blocks * m, wide), lse.new_empty(blocks, 2 * m)
     strides = (0, *grad.stride()[:2]) if packed else grad.stride()[:3]
     sizes = {"D": wide, "M": m, "RQ": how_q}
-    before = triton_bind(
-        attention_sm90_rows.before_kernel, (n_m * heads * batch,), out, grad, lse, grad_lse, rows, total, q_rows,
-        *strides, heads, s_q, n_b, n_m, HEAD=d_v, **sizes, num_warps=4,
-    )  # fmt: skip
     tiles = n_n * heads_kv * batch
     started = min(tiles, processors(q.get_device()))
     section = max(1, min(batch * heads_kv, _L2_BYTES // (heads // heads_kv * s_q * wide * 8)))
@@ -227,8 +223,14 @@ def backward(
         "HEAD": d, "HEAD_V": d_v, "ST": 2, "LEFT": left >= 0, "RIGHT": right >= 0,
         "EVEN": not how_k and s_k % 128 == 0, "RQ": how_q, "RK": how_k,
         "DRAW": 2 if deterministic else int(tiles > started), "SWAP": wide == 64 or diagonal, "SPLIT": diagonal,
-        "ORDER": deterministic,
+        "ORDER": deterministic, "FIRST": False,
     } | options  # fmt: skip
+    # With ranges or windows, blocks of queries may see nothing, and nobody would write their sum.
+    constants["FIRST"] &= not how_q and not how_k and left < 0 and (right < 0 or s_k - s_q + right >= 0)
+    before = triton_bind(
+        attention_sm90_rows.before_kernel, (n_m * heads * batch,), out, grad, lse, grad_lse, rows, total, q_rows,
+        *strides, heads, s_q, n_b, n_m, HEAD=d_v, **sizes, CLEAR=not constants["FIRST"], num_warps=4,
+    )  # fmt: skip
     counters = 2 + 2 * blocks if constants["ORDER"] else int(constants["DRAW"])
     drawn = _counter(q.device, counters) if counters else lse
     main = triton_bind(
