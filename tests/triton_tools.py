@@ -74,7 +74,8 @@ def spills(made: Any) -> int:
 
     target = re.search(r"\.target (sm_\w+)", made.asm["ptx"])
     assert target is not None
-    program = Path(triton.backends.nvidia.__file__).parent / "bin" / "ptxas"
+    name = "ptxas-blackwell" if target[1].startswith("sm_10") else "ptxas"
+    program = Path(triton.backends.nvidia.__file__).parent / "bin" / name
     command = [program, "-v", f"--gpu-name={target[1]}", "-", "-o", os.devnull]
     run = subprocess.run(command, input=made.asm["ptx"], capture_output=True, text=True, timeout=240)
     found = re.findall(r"(\d+) bytes spill (?:stores|loads)", run.stderr)
