@@ -27,6 +27,8 @@ BACKWARD = {
 }
 DISPATCHED = [(4, 64, 4096, 64, True), (4, 64, 4096, 64, False), (16, 32, 512, 128, True)]  # what cuDNN may serve
 DIMS = (72, 80, 96, 192, 256)  # floor 1.3 times FlashAttention-2
+BACKWARD_DIMS = (72, 96, 192, 256)  # 72 and 96 in boxes of 128 columns, 192 and 256 by the portable kernels
+IN_TURNS = [(4, 32, 4096, 128, True), (4, 32, 4096, 128, False), (4, 64, 4096, 64, True), (4, 64, 4096, 64, False)]
 LENGTHS = (512, 1024, 2048, 8192, 32768)
 HALF = (*[2048] * 8, *[1024] * 8, *[512] * 16)  # 32 rows of 2048 of which half is padding
 _FILES = ("attention", "attention_definition", "attention_dispatch", "attention_triton", "attention_triton_backward",
@@ -44,6 +46,12 @@ def cases() -> Iterator[Case]:
     for shape, (floor, goal) in BACKWARD.items():
         prepare = partial(_dense_backward, shape, own=True)
         yield make(f"backward {_name(*shape)}", prepare=prepare, bound=1 / floor, goal=1 / goal)
+    for shape in IN_TURNS:
+        yield make(f"deterministic backward {_name(*shape)}", prepare=partial(_in_turns, shape))
+    for d in BACKWARD_DIMS:
+        for causal in (True, False):
+            shape = (4, 4096 // d, 4096, d, causal)
+            yield make(f"backward {_name(*shape)}", prepare=partial(_dense_backward, shape))
     for shape in DISPATCHED:
         yield make(f"dispatch forward {_name(*shape)}", prepare=partial(_dense, shape, "cuDNN"), bound=1.0)
     for d in DIMS:
@@ -132,19 +140,18 @@ def _dense_backward(shape: tuple[int, int, int, int, bool], context: Context, ow
 
     batch, heads, length, d, causal = _small(context, shape)
     moved, flops = cost(batch, length, length, heads, heads, d, d, 2, causal=causal, backward=True)
-    q, k, v, grad = _inputs(context, batch, length, heads, d, count=4)
-    options = (d**-0.5, -1, 0 if causal else -1, None, None, None, None, length, length)
-    options = (*options, _implementation(own, context) or "auto")
-    out, lse = torch.ops.onegpu.attention_forward(q, k, v, *options)
-    backward = torch.ops.onegpu.attention_backward
-    ours = [partial(backward, grad, None, q, k, v, out, lse, False, *options)]
+    given, ours = _own_backward(context, batch, heads, length, d, causal, _implementation(own, context) or "auto")
+    grad, _, q, k, v = given[:5]
     turned = [x.transpose(1, 2) for x in (q, k, v)]
     aten, up = torch.ops.aten, grad.transpose(1, 2)
     if context.device == "cuda":
+        peers = {}
         flash = aten._scaled_dot_product_flash_attention(*turned, 0.0, causal)
-        cudnn = aten._scaled_dot_product_cudnn_attention(*turned, None, True, 0.0, causal)
-        given = up, *turned, *cudnn[:2], *cudnn[6:8], None, *cudnn[2:6], 0.0, causal
-        peers = {"cuDNN": [partial(aten._scaled_dot_product_cudnn_attention_backward, *given)]}
+        if _serves(partial(aten._scaled_dot_product_cudnn_attention, *turned, None, True, 0.0, causal)):
+            cudnn = aten._scaled_dot_product_cudnn_attention(*turned, None, True, 0.0, causal)
+            given = up, *turned, *cudnn[:2], *cudnn[6:8], None, *cudnn[2:6], 0.0, causal
+            theirs = partial(aten._scaled_dot_product_cudnn_attention_backward, *given)
+            peers |= {"cuDNN": [theirs]} if _serves(theirs) else {}
         given = up, *turned, *flash[:6], 0.0, causal, *flash[6:8]
         peers["FlashAttention-2"] = [partial(aten._scaled_dot_product_flash_attention_backward, *given)]
     else:
@@ -152,7 +159,35 @@ def _dense_backward(shape: tuple[int, int, int, int, bool], context: Context, ow
         given = up, *turned, *flash, 0.0, causal
         peers = {"CPU": [partial(aten._scaled_dot_product_flash_attention_for_cpu_backward, *given)]}
     sizes = {"batch": batch, "heads": heads, "length": length, "d": d, "causal": causal}
-    return Sides(ours, peers, moved, flops, shape=sizes)
+    return Sides([ours], peers, moved, flops, shape=sizes)
+
+
+def _own_backward(
+    context: Context, batch: int, heads: int, length: int, d: int, causal: bool, how: str
+) -> tuple[list[Any], Callable[..., Any]]:
+    """Arguments of the backward op, and the call with them."""
+    import torch
+
+    q, k, v, grad = _inputs(context, batch, length, heads, d, count=4)
+    options = (d**-0.5, -1, 0 if causal else -1, None, None, None, None, length, length, how)
+    out, lse = torch.ops.onegpu.attention_forward(q, k, v, *options)
+    given = [grad, None, q, k, v, out, lse, False, *options]
+    return given, partial(torch.ops.onegpu.attention_backward, *given)
+
+
+def _in_turns(shape: tuple[int, int, int, int, bool], context: Context) -> Sides:
+    """The same bits on every run, beside sums in any order, both by our own kernels."""
+    import torch
+
+    from onegpu.kernels.attention import cost
+
+    batch, heads, length, d, causal = _small(context, shape)
+    moved, flops = cost(batch, length, length, heads, heads, d, d, 2, causal=causal, backward=True)
+    given, free = _own_backward(context, batch, heads, length, d, causal, _implementation(True, context) or "auto")
+    given[7] = True
+    ours = partial(torch.ops.onegpu.attention_backward, *given)
+    sizes = {"batch": batch, "heads": heads, "length": length, "d": d, "causal": causal}
+    return Sides([ours], {"in any order": [free]}, moved, flops, shape=sizes)
 
 
 def _window(context: Context) -> Sides:

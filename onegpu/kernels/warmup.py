@@ -20,6 +20,7 @@ from onegpu.kernels.guard import refuse_capture
 _Function = TypeVar("_Function", bound=Callable[..., None])
 _REGISTRY: dict[str, Callable[..., None]] = {}
 Shape = tuple[str, dict[str, Any]]
+_TELLERS: list[Callable[[torch.nn.Module], list[Shape]]] = []
 
 
 def register(kind: str) -> Callable[[_Function], _Function]:
@@ -30,6 +31,12 @@ def register(kind: str) -> Callable[[_Function], _Function]:
         return function
 
     return keep
+
+
+def tells(function: Callable[[torch.nn.Module], list[Shape]]) -> Callable[[torch.nn.Module], list[Shape]]:
+    """Decorates what says for modules that are not ours which ops they call, none for most."""
+    _TELLERS.append(function)
+    return function
 
 
 def warmup(
@@ -150,6 +157,9 @@ def _of_model(
         place = next((t.device for t in (*holder.parameters(), *holder.buffers())), None)
         if place is not None:
             found += [(kind, sizes, place, dtype) for kind, sizes in tell()]
+        for other in _TELLERS:
+            if shapes := other(module):
+                found += [(kind, sizes, next(module.parameters()).device, dtype) for kind, sizes in shapes]
     return found
 
 
