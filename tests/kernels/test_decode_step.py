@@ -41,12 +41,13 @@ def check(y: torch.Tensor, reference: torch.Tensor, other: torch.Tensor, what: s
 def test_products_of_a_norm(device: str, case: tuple[str, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     form, rows, columns = case
     dtype = DTYPES[rows % 2]
-    m, h, gain = made(form, (48, 16, 16), columns, dtype), random(rows, columns), (random(columns) * 0.1 + 1).to(dtype)
-    x = ops.rms_norm(h, gain, 1e-5)
+    m, h = made(form, (48, 16, 16), columns, dtype), random(rows, columns)
+    norm = ops.Norm("rms", (random(columns) * 0.1 + 1).to(dtype), 1e-5)
+    x = norm(h)
     reference = m.multiply(x)
     place = on(device, monkeypatch)
     out = torch.full((rows, m.rows), float("nan"), device=place)
-    ops.norm_product(h.to(place), gain.to(place), 1e-5, moved(m, place), out)
+    ops.product(ops.Stream(h.to(place), dtype, moved(norm, place)), moved(m, place), "store", out)
     check(out, reference, reordered(x, m, dtype), f"{form} {dtype}")
 
 
@@ -55,15 +56,16 @@ def test_products_of_a_norm(device: str, case: tuple[str, int, int], monkeypatch
 def test_gated_products(device: str, case: tuple[str, int, str], monkeypatch: pytest.MonkeyPatch) -> None:
     form, rows, act = case
     dtype = DTYPES[rows % 2]
-    m, h, gain = made(form, (37, 37), 128, dtype), random(rows, 128), (random(128) * 0.1 + 1).to(dtype)
+    m, h = made(form, (37, 37), 128, dtype), random(rows, 128)
+    norm = ops.Norm("rms", (random(128) * 0.1 + 1).to(dtype), 1e-5)
     if form in ("nf4", "fp4", "nested"):
         m = made(form, (36, 36), 128, dtype)
-    x = ops.rms_norm(h, gain, 1e-5)
+    x = norm(h)
     gate, up = m.multiply(x).chunk(2, -1)
     other_gate, other_up = reordered(x, m, dtype).chunk(2, -1)
     place = on(device, monkeypatch)
     out = torch.full((rows, m.rows // 2), float("nan"), dtype=dtype, device=place)
-    ops.norm_gated(h.to(place), gain.to(place), 1e-5, moved(m, place), act, out)
+    ops.product(ops.Stream(h.to(place), dtype, moved(norm, place)), moved(m, place), "gated", out, act=act)
     check(out, ops.activation(act, gate) * up, ops.activation(act, other_gate) * other_up, f"{form} {act}")
 
 
@@ -77,7 +79,7 @@ def test_products_that_are_added(device: str, form: str, monkeypatch: pytest.Mon
     other = h.bfloat16() + reordered(x, m, torch.bfloat16)
     place = on(device, monkeypatch)
     out = h.to(place)
-    ops.add_product(x.to(place), moved(m, place), out)
+    ops.product(x.to(place), moved(m, place), "add", out)
     for row in range(2):
         check(out[row], reference[row], other[row], f"{form}, row {row}")
     assert_same_nonfinite(out.cpu()[2:], reference[2:])
@@ -95,7 +97,7 @@ def test_the_attentions_parts_are_put_together(device: str, splits: int, monkeyp
     reference, other = h + m.multiply(x), h.bfloat16() + reordered(x, m, torch.bfloat16)
     place = on(device, monkeypatch)
     out = h.to(place)
-    ops.add_attention(moved(parts, place), moved(m, place), out)
+    ops.product(moved(parts, place), moved(m, place), "add", out)
     check(out, reference, other, f"{splits} parts")
 
 

@@ -42,9 +42,7 @@ def test_rows_that_do_not_fit() -> None:
     assert gpu.shape("16bit", 8, 8192, False) is not None
     assert gpu.shape("16bit", 8, 14336, False) is None
     with pytest.raises(ArgumentError, match=r"rows=8.*shared memory"):
-        gpu.product(
-            "plain", "add", torch.empty(8, 14336), ops.Matrix("16bit", 14336, matrix_parts()), torch.empty(8, 4)
-        )
+        gpu.product(torch.empty(8, 14336), ops.Matrix("16bit", 14336, matrix_parts()), "add", torch.empty(8, 4))
 
 
 def matrix_parts() -> tuple[ops.Part, ...]:
@@ -65,7 +63,7 @@ def test_any_layout_gives_the_product(fixed: gpu.Shape, monkeypatch: pytest.Monk
             emulate(patched)
             patched.setattr(gpu, "_tiles", lambda rows: 2)
             out = torch.zeros(1, 40)
-            gpu.product("plain", "add", x, m, out, fixed=fixed)
+            gpu.product(x, m, "add", out, fixed=fixed)
         torch.testing.assert_close(out, m.multiply(x.float()), rtol=2e-3, atol=2e-3)
 
 
@@ -74,7 +72,8 @@ def test_any_layout_gives_the_product(fixed: gpu.Shape, monkeypatch: pytest.Monk
 def test_the_kernels_compile_for_other_gpus(arch: str) -> None:
     common = {**gpu._COMMON, "BF16": 1, "SPLITS": 4, "HD": 128}
     layout = {"M": 1, "K": 4096, "WARPS": 8, "SLOTS": 4, "CB": 64, "TG": 8, "PER_SM": 2}
-    assert gpu._kernel("product").variant(None, **common, **layout, FMT=2, SOURCE=0, SINK=2, ACT=0).compile(arch).code
+    norms = {"NORM": 2, "OUTER": 2, "OUTER_NORM": 1}
+    assert gpu._kernel("product").variant(None, **common, **layout, FMT=2, SOURCE=0, SINK=2, ACT=0, **norms).compile(arch).code
 
 
 @needs_nvrtc
