@@ -139,7 +139,11 @@ class Modules:
     def _multiplies(self, module: nn.Linear) -> bool:
         """A class of linear layers does what its base does; asked once."""
         if type(module) not in self._plain:
-            w, b, x = torch.linspace(-1, 2, 12).view(4, 3), torch.linspace(0.1, 1, 4), torch.linspace(-2, 1, 6).view(2, 3)
+            w, b, x = (
+                torch.linspace(-1, 2, 12).view(4, 3),
+                torch.linspace(0.1, 1, 4),
+                torch.linspace(-2, 1, 6).view(2, 3),
+            )
             if not torch.allclose(stand_in(module, weight=w, bias=b)(x), F.linear(x, w, b)):
                 return False
             self._plain.add(type(module))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
 
+from benchmarks.case import Context
+from benchmarks.cases import fused_structures
 from onegpu.engine.fused_step import FusedStep
 from onegpu.errors import ArgumentError, KernelError
 from onegpu.kernels import decode_step as ops
@@ -73,7 +76,12 @@ def test_the_kernels_compile_for_other_gpus(arch: str) -> None:
     common = {**gpu._COMMON, "BF16": 1, "SPLITS": 4, "HD": 128}
     layout = {"M": 1, "K": 4096, "WARPS": 8, "SLOTS": 4, "CB": 64, "TG": 8, "PER_SM": 2}
     norms = {"NORM": 2, "OUTER": 2, "OUTER_NORM": 1}
-    assert gpu._kernel("product").variant(None, **common, **layout, FMT=2, SOURCE=0, SINK=2, ACT=0, **norms).compile(arch).code
+    assert (
+        gpu._kernel("product")
+        .variant(None, **common, **layout, FMT=2, SOURCE=0, SINK=2, ACT=0, **norms)
+        .compile(arch)
+        .code
+    )
 
 
 @needs_nvrtc
@@ -130,5 +138,30 @@ def test_no_registers_spill_and_no_copy_is_encoded_wrongly(
     assert len(Compiled.made) >= 6
     for constants, code in Compiled.made.items():
         attention = dict(constants).get("STAGES") is not None  # the cosine of a large angle has 28 bytes there
+        assert machine_code.stack_bytes(code) <= 32 * attention, constants
+        assert machine_code.copies_with_a_uniform_base(code) == 0, constants
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("what", ["Falcon-7B, nf4", "BLOOM-7B1, 16bit", "Gemma-2-9B, int8", "Gemma-2-9B, nf4"])
+def test_no_registers_spill_in_other_models(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_on_gpu", lambda _: True)
+    monkeypatch.setattr(gpu, "_kernel", Compiled)
+    monkeypatch.setattr(gpu, "multiprocessors", lambda _: 132)
+    monkeypatch.setattr(Compiled, "made", {})
+    name, form = what.split(", ")
+    found, at = (
+        fused_structures._structure(name, form, Context("meta")),
+        torch.empty(1, dtype=torch.int64, device="meta"),
+    )
+    found = dataclasses.replace(found, layers=found.layers[:2])
+    memory = [
+        (torch.empty(1, layer.heads.kv, 64, layer.heads.size, dtype=found.dtype, device="meta"),) * 2
+        for layer in found.layers
+    ]
+    FusedStep(found)(at[:, None], at, at, memory)
+    assert len(Compiled.made) >= 6
+    for constants, code in Compiled.made.items():
+        attention = dict(constants).get("STAGES") is not None
         assert machine_code.stack_bytes(code) <= 32 * attention, constants
         assert machine_code.copies_with_a_uniform_base(code) == 0, constants
