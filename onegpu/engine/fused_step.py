@@ -9,7 +9,9 @@ a wrong guess is caught once more: the engine compares the first step with an or
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -18,10 +20,10 @@ import torch
 from onegpu.engine.fused_structure import PARALLEL, SEQUENTIAL, Declined, Layer, Structure, read
 from onegpu.kernels import decode_step as ops
 from onegpu.kernels.codebooks import dynamic_map
-from onegpu.kernels.decode_step import Attended, Norm, Stream
+from onegpu.kernels.decode_step import Attended, Matrix, Norm, Stream
 
 # What was compared with the definition on a device (docs/fused_step.md); the kernels themselves take more.
-MAX_ROWS, HEAD_SIZES = 4, (64, 80, 96, 128, 256)
+MAX_ROWS, HEAD_SIZES = 16, (64, 80, 96, 128, 256)
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -38,7 +40,7 @@ def plan(model: Any) -> FusedStep | str:
 
 @dataclass
 class FusedStep:
-    """One token for each of up to 4 sequences (on a CPU, any number).
+    """One token for each of up to 16 sequences (on a CPU, any number).
 
     Attributes:
         pdl: whether kernels may start before the one in front has ended; off only to measure what that gives.
@@ -53,11 +55,15 @@ class FusedStep:
         found = self.structure
         if found.device.type != "cuda":
             return True
-        from onegpu.kernels.decode_step_cuda import shape
+        from onegpu.kernels import decode_step_cuda as gpu
 
-        return rows <= MAX_ROWS and all(
-            shape(m.format, rows, m.columns, m.parts[0].nested is not None) is not None for m in found.matrices()
-        )
+        def fits(matrix: Matrix, cut: bool = False) -> bool:
+            asked = matrix.format, rows, matrix.columns, matrix.parts[0].nested is not None
+            return bool(gpu.windows(*asked)) if cut else gpu.shape(*asked) is not None
+
+        downs = [layer.down for layer in found.layers]
+        whole = [m for m in found.matrices() if not any(m is down for down in downs)]
+        return rows <= MAX_ROWS and all(map(fits, whole)) and all(fits(down, True) for down in downs)
 
     def __call__(
         self,
@@ -106,18 +112,21 @@ class FusedStep:
         run.embed(input_ids.view(-1), rope_position)
         for layer, cache in zip(found.layers, caches, strict=True):
             run.layer(layer, cache, position, rope_position, first)
-        return run.logits()
+        logits = run.logits()
+        run.run()
+        return logits
 
 
 class _Run:
     """One step's launches, and the memory between them.
 
     h is the residual stream, and `waiting` what the next product has yet to do to it: a norm of it, or of `added`; the
-    result goes into `spare`.
+    result goes into `spare`. Kernels are launched in `run`, when each knows which matrix the next one multiplies with.
     """
 
     def __init__(self, found: Structure, rows: int, pdl: bool) -> None:
         self.found, self.rows, self.pdl = found, rows, pdl
+        self.queue: list[tuple[Callable[..., None], Matrix | None]] = []
         heads = found.layers[0].heads
         split = 1
         if found.device.type == "cuda":
@@ -167,14 +176,15 @@ class _Run:
             self._product(self._read(norms[0]), layer.qkv, "store", self.qkv)
             if layer.order == PARALLEL:
                 self._product(self._read(norms[2]), layer.up, up, self.act, act=layer.act)
-        ops.attend(self.qkv, layer.heads, *cache, position, rope_position, first, self.attended, self.pdl)
+        attend = partial(ops.attend, self.qkv, layer.heads, *cache, position, rope_position, first, self.attended)
+        self.queue.append((partial(attend, pdl=self.pdl), None))
         self._add(self.attended, layer.out, norms[1], layer.order)
         if layer.order != PARALLEL:
             self._product(self._read(norms[2]), layer.up, up, self.act, act=layer.act)
         self._add(self.act, layer.down, norms[3], layer.order)
 
     def logits(self) -> torch.Tensor:
-        """float32 ``[rows, V]``."""
+        """float32 ``[rows, V]``, once it has run."""
         found, last = self.found, self._read(self.found.norm, keep=False)
         logits = self._make(found.head.rows)
         if found.project_out is not None:
@@ -193,7 +203,7 @@ class _Run:
             self.waiting = Stream(self.h, self.found.dtype)
         return stream
 
-    def _add(self, x: Attended | torch.Tensor, matrix: ops.Matrix, outer: Norm | None, order: str) -> None:
+    def _add(self, x: Attended | torch.Tensor, matrix: Matrix, outer: Norm | None, order: str) -> None:
         if outer is not None and order == SEQUENTIAL:
             self._product(x, matrix, "store", self.added)
             self.waiting = Stream(self.h, self.found.dtype, added=self.added, outer=outer)
@@ -201,8 +211,14 @@ class _Run:
         self._product(x, matrix, "add", self.h)
         self.waiting = Stream(self.h, self.found.dtype, outer=outer)
 
-    def _product(self, x: Any, matrix: ops.Matrix, sink: str, out: torch.Tensor, **more: Any) -> None:
-        ops.product(x, matrix, sink, out, pdl=self.pdl, **more)
+    def _product(self, x: Any, matrix: Matrix, sink: str, out: torch.Tensor, **more: Any) -> None:
+        self.queue.append((partial(ops.product, x, matrix, sink, out, pdl=self.pdl, **more), matrix))
+
+    def run(self) -> None:
+        """Launch what was asked for, in that order."""
+        matrices = [*(matrix for _, matrix in self.queue[1:]), None]
+        for (launch, _), following in zip(self.queue, matrices, strict=True):
+            launch(following=following)
 
 
 class Fused:

@@ -14,8 +14,9 @@ Other orders are made of the same: a norm behind a product (its output is stored
 it), behind the residual sum, an MLP without a gate ("act"), attention and MLP of one input ("both").
 
 Bound by the bytes of the weights and of the cache, each read once. Outputs are written into tensors that the caller
-passes, so that a whole step allocates a handful of tensors; `h` is changed in place. No op here has a gradient, none is
-registered with torch: a step runs inside a captured CUDA graph (`onegpu.engine.fused_step`).
+passes, so that a whole step allocates a handful of tensors; `h` is changed in place. `following`: the matrix that the
+next kernel multiplies with, the first rows of which are sent for meanwhile (only a hint). No op here has a gradient,
+none is registered with torch: a step runs inside a captured CUDA graph (`onegpu.engine.fused_step`).
 
 On a CPU the definitions below run. On a GPU `decode_step_cuda.py` launches the kernels of decode_step_product.cu and
 decode_step_attention.cu, each of which may start before the one in front has ended (programmatic dependent launch).
@@ -198,6 +199,7 @@ def product(
     also: torch.Tensor | None = None,
     cap: float = 0.0,
     pdl: bool = True,
+    following: Matrix | None = None,
 ) -> None:
     """y = x W^T + b, and what becomes of it.
 
@@ -209,7 +211,7 @@ def product(
         act: of `ACTIVATIONS`.
     """
     if _on_gpu(out):
-        _cuda().product(x, matrix, sink, out, act=act, also=also, cap=cap, pdl=pdl)
+        _cuda().product(x, matrix, sink, out, act=act, also=also, cap=cap, pdl=pdl, following=following)
         return
     y = matrix.multiply(_entered(x))
     if sink == "add":
@@ -250,20 +252,21 @@ def attend(
     first: torch.Tensor | None,
     out: Attended,
     pdl: bool = True,
+    following: Matrix | None = None,
 ) -> None:
     """One query a row against the cache and its own key, which is written into the cache.
 
     Args:
         qkv: float32 ``[rows, (HQ + 2 HKV) HD]``.
         keys, values: ``[rows, HKV, L, HD]``, contiguous, in the model's dtype; the token at position p stands in slot
-            p % L.
+            p % L. The kernel in front must not be the one that writes what they hold, or `position` or `first`.
         position: int64 ``[1]`` or ``[rows]``: of the new token in the cache. rope_position: the same for the rotary
             embedding.
         first: int32 ``[rows]``: the first position that a row sees (left padding), or None.
         out: overwritten.
     """
     if _on_gpu(qkv):
-        _cuda().attend(qkv, heads, keys, values, position, rope_position, first, out, pdl)
+        _cuda().attend(qkv, heads, keys, values, position, rope_position, first, out, pdl, following)
         return
     rows, length = qkv.shape[0], keys.shape[2]
     q, k, v = new_heads(qkv, heads, rope_position)

@@ -10,7 +10,9 @@
 //
 // A warp takes 16 keys at a time: K and V by asynchronous copies into a ring of its own, both products by mma with the
 // query heads as rows. Keys that a row may not see are copied as zeros. The new key never goes through the cache: the
-// last part takes it from registers.
+// last part takes it from registers. What earlier steps wrote is fetched before the kernel waits for the one in front of it, which
+// must not be the one that wrote it: a block has an SM for itself, so it runs once a block of the product in front has ended, and
+// that one had waited for all kernels before.
 constexpr int THREADS = WARPS * 32;
 constexpr int WIDE = (HD + 31) / 32 * 32;                              // of a head in shared memory and registers
 constexpr int UNITS = WIDE / 8, ROW = WIDE * 2, TILE = 16 * ROW, STAGE = 2 * TILE;       // 16-byte units of a row; bytes
@@ -35,7 +37,8 @@ struct Seen {
 
 __global__ void __launch_bounds__(THREADS, 1)
 attend(const float* qkv, const i64* position, const i64* rope_position, const int* first, u16* keys, u16* values, const float* inv_freq,
-       const u16* q_gain, const u16* k_gain, const float* slopes, u16* parts, float2* sums, int rows, int length, int window,
+       const u16* q_gain, const u16* k_gain, const float* slopes, u16* parts, float2* sums, const u8* next0, const u8* next1, const u8* next2,
+       int next_n0, int next_n1, int next_n2, int next_line, int next_rows, int next_pair, int rows, int length, int window,
        int position_step, int rope_step, float scale, float rope_scale, float eps, float one, float cap, float clip) {
   SHARED(smem);
   u8* ring = smem;
@@ -48,8 +51,12 @@ attend(const float* qkv, const i64* position, const i64* rope_position, const in
   const Shared mine = shared(ring + warp * STAGES * STAGE);
 
   let_next_kernel_start();
-  wait_before_reading_x();
-  for (int item = blockIdx.x; item < rows * HKV * CHUNKS * SPLITS; item += gridDim.x) {
+  const int items = rows * HKV * CHUNKS * SPLITS;
+  if (blockIdx.x >= items) {
+    send_ahead({next0, next1, next2, next_n0, next_n1, next_n2, next_line, next_rows, next_pair}, threadIdx.x, THREADS);
+    wait_before_reading_x();
+  }
+  for (int item = blockIdx.x; item < items; item += gridDim.x) {
     const int split = item % SPLITS, chunk = item / SPLITS % CHUNKS, kv = item / (SPLITS * CHUNKS) % HKV, row = item / (SPLITS * CHUNKS * HKV);
     const int head0 = chunk * GQ, count = min(GQ, ALL - head0);          // query heads of this key head
     const i64 now = fresh_i64(position + (i64)row * position_step);
@@ -78,6 +85,8 @@ attend(const float* qkv, const i64* position, const i64* rope_position, const in
     };
 #pragma unroll
     for (int i = 0; i < STAGES; i++) fetch(warp + i * WARPS, i);
+    const bool before = item == blockIdx.x;
+    if (before) send_ahead({next0, next1, next2, next_n0, next_n1, next_n2, next_line, next_rows, next_pair}, threadIdx.x, THREADS);
 
     if (HALF) {
       const float p = (float)fresh_i64(rope_position + (i64)row * rope_step);
@@ -85,8 +94,11 @@ attend(const float* qkv, const i64* position, const i64* rope_position, const in
     }
     for (int i = threadIdx.x; i < STAGE / 16; i += THREADS) *(uint4*)(fresh_tile + i * 16) = make_uint4(0, 0, 0, 0);
     for (int i = threadIdx.x; i < WIDE; i += THREADS) *(uint4*)(qs + i * 8) = make_uint4(0, 0, 0, 0);
+    __syncthreads();
+    if (before) wait_before_reading_x();
     const float* own = qkv + (i64)row * WIDTH;
     auto clipped = [&](float v) { return CLIP ? (v > clip ? clip : v < -clip ? -clip : v) : v; };  // NaN stays
+    float together[2] = {0.f, 0.f};
     if (NORMS == 2) {                                                    // all queries, then all keys
 #pragma unroll
       for (int what = 0; what < 2; what++) {
@@ -95,10 +107,7 @@ attend(const float* qkv, const i64* position, const i64* rope_position, const in
         squares = warp_sum(squares);
         if (lane == 0) ends[2 * warp + what] = squares;
       }
-    }
-    __syncthreads();
-    float together[2] = {0.f, 0.f};
-    if (NORMS == 2) {
+      __syncthreads();
 #pragma unroll
       for (int w = 0; w < WARPS; w++) { together[0] += ends[2 * w]; together[1] += ends[2 * w + 1]; }
     }

@@ -11,7 +11,36 @@ DEVICE float shuffle_xor(float v, int o) { return __shfl_xor_sync(~0u, v, o); }
 DEVICE void transposed(u32 (&b)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3]) : "r"(saddr(row)) : "memory");
 }
+// A barrier in shared memory, of 8 bytes: a phase ends when all have arrived and all bytes that were expected have come.
+DEVICE void barrier_init(void* b, int arrivals) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(saddr(b)), "r"(arrivals) : "memory"); }
+DEVICE void barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }   // bulk copies see them
+DEVICE void arrive(void* b) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(saddr(b)) : "memory"); }
+DEVICE void arrive_and_expect(void* b, int bytes) { asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(saddr(b)), "r"(bytes) : "memory"); }
+DEVICE void arrive_after_copies(void* b) { asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" :: "r"(saddr(b)) : "memory"); }
+DEVICE void wait_for(void* b, int parity) {
+  asm volatile("{ .reg .pred p;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@!p bra again;\n}" :: "r"(saddr(b)), "r"(parity) : "memory");
+}
+DEVICE void bulk_copy(void* to, const void* from, int bytes, void* b, u64 policy) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" :: "r"(saddr(to)), "l"(from), "r"(bytes), "r"(saddr(b)), "l"(policy) : "memory");
+}
+DEVICE void prefetch_to_l2(const void* from, int bytes) { asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(from), "r"(bytes) : "memory"); }
+template <int THREADS_> DEVICE void meet_threads() { asm volatile("bar.sync 1, %0;" :: "n"(THREADS_) : "memory"); }
+DEVICE Shared shared_of_lane(void* p) { return saddr(p); }             // for copies without a cache hint
 #endif
+
+// The weights of a product that runs soon, in its parts: the first `rows` rows that a block of it takes, to the L2 cache.
+struct Next { const u8 *w0, *w1, *w2; int n0, n1, n2, line, rows, pair; };
+DEVICE void send_ahead(const Next& next, int who, int many) {
+  if (next.rows == 0) return;
+  const int total = next.pair ? next.n0 : next.n0 + next.n1 + next.n2; int row = (int)((i64)total * blockIdx.x / gridDim.x);
+  const u8* w = next.w0; int n = next.n0;
+  if (!next.pair && row >= next.n0 + next.n1) { row -= next.n0 + next.n1; w = next.w2; n = next.n2; }
+  else if (!next.pair && row >= next.n0) { row -= next.n0; w = next.w1; n = next.n1; }
+  for (int i = who; i < next.rows; i += many) {
+    const int r = row + (next.pair ? i / 2 : i);
+    if (r < n) prefetch_to_l2((next.pair && i & 1 ? next.w1 : w) + (i64)r * next.line, next.line);
+  }
+}
 
 constexpr float LOG2E = 1.4426950408889634f;
 DEVICE float warp_sum(float v) {

@@ -8,6 +8,7 @@ blocks of a kernel that starts early gather on the SMs that are free first, and 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 from collections.abc import Iterator
 from functools import lru_cache
@@ -20,7 +21,7 @@ from onegpu.kernels.codebooks import dynamic_map
 from onegpu.kernels.decode_step import ACTIVATIONS, Attended, Heads, Matrix, Norm, Part, Places, Stream
 from onegpu.kernels.launch import CudaKernel, source_text
 
-MAX_ROWS, MAX_GROUP, MAX_SPLITS = 8, 8, 8
+MAX_ROWS, MAX_GROUP, MAX_SPLITS = 16, 8, 8
 _FORMATS = {"16bit": 0, "int8": 1, "nf4": 2, "fp4": 2}
 _SINKS = {"store": 0, "add": 1, "gated": 2, "act": 3, "both": 3}
 _NORMS = {None: 0, "rms": 1, "layer": 2}
@@ -32,47 +33,60 @@ _COMMON = {"NESTED": 0, "TABLE_SHIFT": 7, "CL": 1, "CLUSTERED": 0, "FP4": 0}
 class Shape(NamedTuple):
     """How a product is laid out on an SM.
 
-    warps: of a block. width: bytes of a row of W in a piece. slots: pieces in a warp's ring. table_shift: 8 makes the
-    look-up table of 4-bit products twice as large and a look-up one instruction shorter. per_sm: blocks that the
-    registers allow on an SM.
+    warps: of a block that multiply; one more fetches. width: bytes of a row of W in a piece. slots: pieces in the ring.
+    table_shift: 8 makes the look-up table of 4-bit products twice as large and a look-up one instruction shorter.
+    tiles: of 16 rows between two sums over the warps, for one row of x.
     """
 
     warps: int
     width: int
     slots: int
     table_shift: int = 7
-    per_sm: int = 2
+    tiles: int = 8
+
+    def group(self, rows: int) -> int:
+        """Tiles between two sums."""
+        return max(1, self.tiles // rows)
 
     def shared(self, form: str, rows: int, columns: int, nested: bool) -> int:
-        """Bytes of shared memory, as the kernel divides it: table, map, x, sums, shares of the norm, rings."""
+        """Bytes of shared memory, as the kernel divides it: table, map, x, sums, shares of the norm, barriers, ring."""
         fmt = _FORMATS[form]
-        piece = (self.width // 2, self.width, 2 * self.width)[fmt]
-        pitch = -(-(-(-columns // piece) * piece * 2) // 128) * 128 + (16 if fmt else 64)
+        pitch = -(-columns * 2 // 128) * 128 + (16 if fmt else 64)
         table = (256 << self.table_shift) + 1024 * nested if fmt == 2 else 0
-        sums = 2 * _tiles(rows) * self.warps * 16 * rows * 4
-        shares = (5 * rows * self.warps + self.warps + rows + 3) // 4 * 16
-        ring = self.warps * self.slots * (16 * self.width + (piece if fmt == 2 else 0))
-        return table + rows * pitch + sums + shares + ring
+        sums = 2 * self.group(rows) * self.warps * 16 * rows * 4
+        shares = ((5 * rows + 1) * (self.warps + 1) + rows + 3) // 4 * 16
+        slot = 16 * (self.width + 32) + 64 * (self.width // 32 + 4) if fmt == 2 else 16 * (self.width + 64)
+        return table + rows * pitch + sums + shares + -(-16 * self.slots // 128) * 128 + self.slots * slot
 
 
 # The layout of each format: what measured best for Llama-2-7B's products on an H100 (docs/worklog.md). Fewer slots are
-# taken where the rows of x leave no room.
-LAYOUTS = {"16bit": Shape(16, 128, 4, 7, 1), "int8": Shape(16, 128, 3, 7, 1), "nf4": Shape(16, 128, 2, 8, 1),
-           "fp4": Shape(16, 128, 2, 8, 1)}  # fmt: skip
+# taken where the rows of x leave no room, then smaller pieces.
+LAYOUTS = {"16bit": Shape(16, 2048, 6), "int8": Shape(16, 1024, 11), "nf4": Shape(16, 1024, 7),
+           "fp4": Shape(16, 1024, 7)}  # fmt: skip
+_FEWEST = 3  # slots
 
 
 @lru_cache(maxsize=256)
 def shape(form: str, rows: int, columns: int, nested: bool) -> Shape | None:
     """The layout for a product; None if x does not fit into shared memory."""
     best = LAYOUTS[form]
-    tried = [best._replace(slots=slots) for slots in range(best.slots, 1, -1)]
-    for width in (64,) if _FORMATS[form] == 2 else (128, 64):
-        tried += [Shape(8, width, slots) for slots in range(8, 1, -1)]
+    tried = [best._replace(slots=slots) for slots in range(best.slots, _FEWEST - 1, -1)]
+    for warps, width in ((16, 1024), (16, 512), (8, 512), (8, 256)):
+        if width < best.width:
+            smaller = best._replace(warps=warps, width=width, tiles=1)
+            tried += [smaller._replace(slots=slots) for slots in range(8, _FEWEST - 1, -1)]
     return next((found for found in tried if found.shared(form, rows, columns, nested) <= _WHOLE), None)
 
 
-def _tiles(rows: int) -> int:
-    return max(1, 8 // rows)
+@lru_cache(maxsize=256)
+def windows(form: str, rows: int, columns: int, nested: bool) -> tuple[tuple[int, int], ...]:
+    """Into which columns (first, how many) a product that adds is cut, so that x fits; empty if it cannot be."""
+    for count in range(1, 5):
+        ends = [columns * i // count // 256 * 256 for i in range(count)] + [columns]
+        found = tuple((a, b - a) for a, b in itertools.pairwise(ends))
+        if all(size and shape(form, rows, size, nested) is not None for _, size in found):
+            return found
+    return ()
 
 
 def product(
@@ -85,25 +99,56 @@ def product(
     also: torch.Tensor | None = None,
     cap: float = 0.0,
     pdl: bool = True,
+    following: Matrix | None = None,
     fixed: Shape | None = None,
 ) -> None:
-    """One launch of decode_step_product.cu, whose head says what the sinks are."""
+    """One launch of decode_step_product.cu, whose head says what the sinks are, or several where x is too large.
+
+    following: the matrix whose first rows are sent for when all of this one's have been.
+    """
+    rows, columns = len(out), matrix.columns
+    nested = matrix.parts[0].nested is not None
+    whole = not isinstance(x, torch.Tensor) or sink not in ("add", "store") or cap or fixed
+    cut = ((0, columns),) if whole else windows(matrix.format, rows, columns, nested)
+    for window in cut:
+        found = fixed or shape(matrix.format, rows, window[1], nested)
+        if found is None:
+            cut = ()
+            break
+        coming = following if sum(window) == columns else None
+        _product(found, window, x, matrix, sink if window[0] == 0 else "add", out, act, also, cap, pdl, coming)
+    if not cut:
+        raise bad_argument(
+            "rows", rows, f"is too many: x of {columns} columns does not fit into shared memory", "Use fewer rows"
+        )
+
+
+def _product(
+    found: Shape,
+    window: tuple[int, int],
+    x: Stream | Attended | torch.Tensor,
+    matrix: Matrix,
+    sink: str,
+    out: torch.Tensor,
+    act: str,
+    also: torch.Tensor | None,
+    cap: float,
+    pdl: bool,
+    following: Matrix | None,
+) -> None:
     stream, attended = (x if isinstance(x, Stream) else None), (x if isinstance(x, Attended) else None)
     read = x.h if isinstance(x, Stream) else x.values if isinstance(x, Attended) else x
     rows, columns = len(read), matrix.columns
     nested = matrix.parts[0].nested is not None
-    found = fixed or shape(matrix.format, rows, columns, nested)
-    if found is None:
-        raise bad_argument(
-            "rows", rows, f"is too many: x of {columns} columns does not fit into shared memory", "Use fewer rows"
-        )
     dtype = stream.dtype if stream else read.dtype
     inner, outer, added, to = (stream.norm, stream.outer, stream.added, stream.to) if stream else (None,) * 4
     splits, size = (attended.sums.shape[2], attended.values.shape[3]) if attended else (1, 64)
+    bulk = _FORMATS[matrix.format] == 2 and not nested and matrix.blocksize == 64 and columns % 256 == 0
+    bulk = bulk and not any(part.scales.data_ptr() % 16 for part in matrix.parts if part.scales is not None)
     kernel = _kernel("product").variant(
         None, **_COMMON | {"NESTED": int(nested), "FP4": int(matrix.format == "fp4"), "TABLE_SHIFT": found.table_shift},
-        FMT=_FORMATS[matrix.format], BF16=int(dtype == torch.bfloat16), M=rows, K=columns,
-        WARPS=found.warps, SLOTS=found.slots, CB=found.width, PER_SM=found.per_sm, TG=_tiles(rows),
+        FMT=_FORMATS[matrix.format], BF16=int(dtype == torch.bfloat16), M=rows, K=window[1], KS=columns,
+        WARPS=found.warps + 1, SLOTS=found.slots, CB=found.width, TG=found.group(rows), BULK=int(bulk),
         SOURCE=0 if stream else 1 if attended else 2, NORM=_kind(inner),
         OUTER=0 if outer is None else 1 if added is None else 2, OUTER_NORM=_kind(outer),
         SINK=_SINKS[sink], SPLITS=splits, HD=size, ACT=ACTIVATIONS.index(act),
@@ -115,19 +160,20 @@ def product(
         parts, also = [None, *parts], out
     parts += [None] * (3 - len(parts))
     pointers = [
-        None if part is None else getattr(part, name)
+        None if part is None or (name == "bias" and window[0]) else getattr(part, name)
         for name in ("weight", "scales", "nested", "offset", "bias")
         for part in parts
     ]
     table = dynamic_map(out.device) if nested else None
     counts = [0 if part is None else part.rows for part in parts]
     blocks = matrix.blocksize.bit_length() - 7  # log2 of how many 64 columns share a scale
-    shared = max(found.shared(matrix.format, rows, columns, nested), _ALONE)
-    numbers = [(0.0, 0.0) if norm is None else (norm.eps, norm.one) for norm in (inner, outer)]
+    shared = max(found.shared(matrix.format, rows, window[1], nested), _ALONE)
+    norms = [(0.0, 0.0) if norm is None else (norm.eps, norm.one) for norm in (inner, outer)]
+    weights, numbers = _following(following, AHEAD)
     kernel(
-        (multiprocessors(out.get_device()),), 32 * found.warps, shared,
+        (multiprocessors(out.get_device()),), 32 * found.warps + 32, shared,
         *pointers, table, *_weights(inner), *_weights(outer), read, attended.sums if attended else None, added, to, out,
-        also, *counts, blocks, *numbers[0], *numbers[1], cap, pdl=pdl,
+        also, *weights, *counts, blocks, window[0], *numbers, *norms[0], *norms[1], cap, pdl=pdl,
     )  # fmt: skip
 
 
@@ -137,6 +183,21 @@ def _kind(norm: Norm | None) -> int:
 
 def _weights(norm: Norm | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     return (None, None) if norm is None else (norm.gain, norm.bias)
+
+
+# Bytes that a block sends for, of the matrix that follows: by a product at its end, by the attention, which leaves the
+# memory more time, at its beginning.
+AHEAD, AHEAD_OF_ATTENTION = 65536, 131072
+
+
+def _following(matrix: Matrix | None, ahead: int) -> tuple[list[torch.Tensor | None], list[int]]:
+    """What a kernel is told of the matrix that follows: its parts; their rows, bytes of a row, rows, whether a pair."""
+    if matrix is None:
+        return [None] * 3, [0] * 6
+    line = matrix.columns * (2, 1, 0.5)[_FORMATS[matrix.format]]
+    missing, rows = 3 - len(matrix.parts), [part.rows for part in matrix.parts]
+    numbers = [*rows, *[0] * missing, int(line), int(ahead // line), int(len(rows) == 2 and rows[0] == rows[1])]
+    return [*(part.weight for part in matrix.parts), *[None] * missing], numbers
 
 
 def attend(
@@ -149,10 +210,11 @@ def attend(
     first: torch.Tensor | None,
     out: Attended,
     pdl: bool = True,
+    following: Matrix | None = None,
     warps: int = 4,
     stages: int = 3,
 ) -> None:
-    """One launch of decode_step_attention.cu."""
+    """One launch of decode_step_attention.cu; `following` as of `product`."""
     size, rotated = heads.size, 0 if heads.inv_freq is None else 2 * heads.inv_freq.numel()
     group, wide = heads.query // heads.kv, -(-size // 32) * 32
     norms = 0 if heads.q_gain is None else 1 if heads.q_gain.numel() == size else 2
@@ -167,12 +229,13 @@ def attend(
     shared = (warps * stages + 1) * 64 * wide + 16 * wide + 4 * warps * wide + 4 * max(rotated, 2) + 64 * warps
     shared = max(shared, _ALONE)
     length = keys.shape[2]
+    weights, numbers = _following(following, AHEAD_OF_ATTENTION)
     kernel(
         (multiprocessors(qkv.get_device()),), 32 * warps, shared,
         qkv, position, rope_position, first, keys, values, heads.inv_freq, heads.q_gain, heads.k_gain, heads.slopes,
-        *out,
-        len(qkv), length, heads.window or length, int(position.numel() > 1), int(rope_position.numel() > 1),
-        heads.scale, heads.rope_scale, heads.eps, heads.one, heads.cap, heads.clip, pdl=pdl,
+        *out, *weights, *numbers, len(qkv), length, heads.window or length, int(position.numel() > 1),
+        int(rope_position.numel() > 1), heads.scale, heads.rope_scale, heads.eps, heads.one, heads.cap, heads.clip,
+        pdl=pdl,
     )  # fmt: skip
 
 
@@ -240,8 +303,11 @@ def _collected(kernel: CudaKernel) -> bool:
     return True
 
 
-_KERNELS = {"product": ("product", "P" * 26 + "iiiifffff"), "attention": ("attend", "P" * 12 + "iiiiiffffff"),
-            "embed": ("embed", "PPPPPPPqqiiifff")}  # fmt: skip
+_KERNELS = {
+    "product": ("product", "P" * 29 + "i" * 11 + "fffff"),
+    "attention": ("attend", "P" * 15 + "i" * 11 + "ffffff"),
+    "embed": ("embed", "PPPPPPPqqiiifff"),
+}
 
 
 def source(kind: str) -> str:

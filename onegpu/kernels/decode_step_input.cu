@@ -4,16 +4,15 @@
 //            s = h + outer(y) (OUTER 2: a norm in front of it). OUTER 1 and 2 write s where `stream` points, if it does: not into h,
 //            which other blocks still read. Each block writes a share of the columns.
 //         1  x = the attention's output, put together from its parts: 16-bit [M, heads, SPLITS, HD], float2 (maximum, sum) of each
-//         2  x is 16-bit [M, K]
+//         2  x is 16-bit, K columns of [M, KS]
 // A norm is 0 none, 1 RMSNorm, 2 LayerNorm: NORM for the inner one, OUTER_NORM for the outer. Gains and biases may be missing;
 // `one` is added to gains.
 constexpr int THREADS = WARPS * 32;
 constexpr int KB = FMT == 0 ? CB / 2 : FMT == 1 ? CB : 2 * CB;         // columns of a piece
 constexpr int TO_FP16 = FMT == 2 && BF16;
-constexpr int PIECES = (K + KB - 1) / KB, PITCH = (PIECES * KB * 2 + 127) / 128 * 128 + (FMT == 0 ? 64 : 16);
+constexpr int PITCH = (K * 2 + 127) / 128 * 128 + (FMT == 0 ? 64 : 16);  // bytes of a row of x
 constexpr int VECTORS = K / 4, PER = (VECTORS + THREADS - 1) / THREADS;  // four columns each, of a thread
-constexpr int LIVE = OUTER == 2 ? 8 : 16;                              // vectors of a thread in registers, at most
-constexpr int BATCH = PER >= LIVE ? 1 : M < LIVE / PER ? M : LIVE / PER;  // rows of x in registers at a time
+constexpr int BATCH = PER >= 8 ? 1 : M < 8 / PER ? M : 8 / PER;          // rows of x in registers at a time
 constexpr int SHARES = 5 * M * WARPS + WARPS;                          // five values a row and warp; a warp's largest bias
 
 DEVICE float tanh_(float x) { return 1.f - 2.f / (exp2_(2.f * LOG2E * x) + 1.f); }
@@ -27,7 +26,7 @@ DEVICE bool inside_row(int c) { return VECTORS % THREADS == 0 || c < VECTORS; }
 // Four columns of x before any norm.
 DEVICE float4 columns(const void* in, const float2* ml, int m, int c) {
   if (SOURCE == 0) return fresh4((const float*)in + (i64)m * K + 4 * c);
-  if (SOURCE == 2) return four(fresh2((const u16*)in + (i64)m * K + 4 * c));
+  if (SOURCE == 2) return four(fresh2((const u16*)in + (i64)m * KS + 4 * c));
   const i64 first = ((i64)m * (K / HD) + 4 * c / HD) * SPLITS; float2 s[SPLITS], p[SPLITS];
 #pragma unroll
   for (int i = 0; i < SPLITS; i++) {

@@ -15,9 +15,9 @@ from tests.engine.models import causal_model
 from tests.tiny import tiny_model
 
 OTHERS = [
-    ("Granite", {}), ("Glm", {"head_dim": 16}), ("Glm4", {"head_dim": 16}), ("Cohere", {}),
-    ("Helium", {"head_dim": 16}), ("Arcee", {}), ("Ernie4_5", {"head_dim": 16}), ("Nemotron", {}), ("Persimmon", {}), ("GPTJ", {}), ("BitNet", {}),
-    ("Phi", {"qk_layernorm": True}), ("Bloom", {"apply_residual_connection_post_layernorm": True}),
+    ("Granite", {}), ("Glm", {"head_dim": 16}), ("Glm4", {"head_dim": 16}), ("Cohere", {}), ("Persimmon", {}),
+    ("Helium", {"head_dim": 16}), ("Arcee", {}), ("Ernie4_5", {"head_dim": 16}), ("Nemotron", {}), ("GPTJ", {}),
+    ("BitNet", {}), ("Phi", {"qk_layernorm": True}), ("Bloom", {"apply_residual_connection_post_layernorm": True}),
 ]  # fmt: skip
 
 

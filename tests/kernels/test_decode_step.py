@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from onegpu.kernels import decode_step as ops
+from onegpu.kernels import decode_step_cuda
 from tests.compare import assert_close, assert_same_nonfinite
 from tests.decode_structures import matrix, moved
 from tests.kernels.emulated_step import DEVICES, on
@@ -14,8 +15,10 @@ from tests.kernels.emulated_step import DEVICES, on
 DTYPES = [torch.bfloat16, torch.float16]
 FORMS = ["16bit", "int8", "nf4", "nested"]
 # form, rows, and columns or the activation
-NORMS = [("16bit", 1, 192), ("16bit", 8, 128), ("int8", 3, 448), ("nf4", 1, 192), ("fp4", 8, 128), ("nested", 3, 448)]
-GATED = [("16bit", 2, "silu"), ("int8", 5, "gelu_tanh"), ("nf4", 1, "gelu"), ("nested", 2, "silu")]
+NORMS = [("16bit", 1, 192), ("16bit", 8, 128), ("int8", 3, 448), ("nf4", 1, 192), ("fp4", 8, 128),
+         ("nested", 3, 448), ("16bit", 16, 128), ("nf4", 11, 192), ("int8", 13, 128)]  # fmt: skip
+GATED = [("16bit", 2, "silu"), ("int8", 5, "gelu_tanh"), ("nf4", 1, "gelu"), ("nested", 2, "silu"),
+         ("16bit", 9, "silu"), ("nf4", 16, "silu")]  # fmt: skip
 
 
 def made(form: str, rows: tuple[int, ...], columns: int, dtype: torch.dtype) -> ops.Matrix:
@@ -83,6 +86,18 @@ def test_products_that_are_added(device: str, form: str, monkeypatch: pytest.Mon
     for row in range(2):
         check(out[row], reference[row], other[row], f"{form}, row {row}")
     assert_same_nonfinite(out.cpu()[2:], reference[2:])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("form", FORMS)
+def test_products_over_columns_in_turn(device: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    m, x, h = made(form, (70,), 768, torch.bfloat16), random(2, 768).bfloat16(), random(2, 70)
+    reference, other = h + m.multiply(x.float()), h.bfloat16() + reordered(x, m, torch.bfloat16)
+    monkeypatch.setattr(decode_step_cuda, "windows", lambda *_: ((0, 256), (256, 512)))
+    place = on(device, monkeypatch)
+    out = h.to(place)
+    ops.product(x.to(place), moved(m, place), "add", out, following=moved(m, place))
+    check(out, reference, other, form)
 
 
 @pytest.mark.parametrize("device", DEVICES)

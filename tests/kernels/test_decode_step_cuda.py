@@ -28,24 +28,38 @@ SIZES = [896, 2048, 4096, 4864, 8192, 11008, 14336]
 @pytest.mark.parametrize("columns", SIZES)
 def test_one_row_takes_the_layout_of_its_format(form: str, columns: int) -> None:
     found = gpu.shape(form, 1, columns, True)
-    assert found == gpu.LAYOUTS[form]
+    assert found is not None
+    assert found._replace(slots=0) == gpu.LAYOUTS[form]._replace(slots=0)
+    assert found.slots >= 3
     assert found.shared(form, 1, columns, True) <= gpu._WHOLE
 
 
 @pytest.mark.parametrize("form", gpu._FORMATS)
-@pytest.mark.parametrize("rows", range(2, 5))
+@pytest.mark.parametrize("rows", range(2, 17))
 def test_more_rows_have_a_layout_too(form: str, rows: int) -> None:
-    for columns in SIZES:
+    for columns in SIZES[:4]:
         found = gpu.shape(form, rows, columns, True)
         assert found is not None
         assert found.shared(form, rows, columns, True) <= gpu._WHOLE
 
 
 def test_rows_that_do_not_fit() -> None:
-    assert gpu.shape("16bit", 8, 8192, False) is not None
-    assert gpu.shape("16bit", 8, 14336, False) is None
-    with pytest.raises(ArgumentError, match=r"rows=8.*shared memory"):
-        gpu.product(torch.empty(8, 14336), ops.Matrix("16bit", 14336, matrix_parts()), "add", torch.empty(8, 4))
+    assert gpu.shape("16bit", 16, 4096, False) is not None
+    assert gpu.shape("16bit", 16, 14336, False) is None
+    m, stream = ops.Matrix("16bit", 14336, matrix_parts()), ops.Stream(torch.empty(16, 14336), torch.bfloat16)
+    with pytest.raises(ArgumentError, match=r"rows=16.*shared memory"):
+        gpu.product(stream, m, "store", torch.empty(16, 4))
+
+
+@pytest.mark.parametrize("form", gpu._FORMATS)
+@pytest.mark.parametrize("columns", SIZES)
+def test_what_is_added_may_be_cut_into_columns(form: str, columns: int) -> None:
+    for rows in (1, 5, 16):
+        cut = gpu.windows(form, rows, columns, True)
+        assert sum(size for _, size in cut) == columns
+        assert [first for first, _ in cut] == [sum(size for _, size in cut[:i]) for i in range(len(cut))]
+        assert all(first % 256 == 0 for first, _ in cut)
+        assert len(cut) <= (1, 2, 3)[rows // 8], (form, columns, rows, cut)
 
 
 def matrix_parts() -> tuple[ops.Part, ...]:
@@ -57,31 +71,16 @@ def test_keys_are_cut_where_there_are_more_multiprocessors_than_heads(monkeypatc
     assert [gpu.splits(0, rows, kv) for rows, kv in ((1, 32), (1, 8), (1, 64), (8, 32), (4, 8))] == [4, 8, 2, 1, 4]
 
 
-@pytest.mark.parametrize("fixed", [gpu.Shape(4, 128, 2, 8, 1), gpu.Shape(2, 64, 3)])
+@pytest.mark.parametrize("fixed", [gpu.Shape(3, 128, 2, 8, 2), gpu.Shape(2, 64, 3, 7, 1)])
 def test_any_layout_gives_the_product(fixed: gpu.Shape, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(1, 192, generator=torch.Generator().manual_seed(0)).bfloat16()
     for form in ("16bit", "nf4"):
         m = matrix(form, (40,), 192, torch.bfloat16)
         with monkeypatch.context() as patched:
             emulate(patched)
-            patched.setattr(gpu, "_tiles", lambda rows: 2)
             out = torch.zeros(1, 40)
             gpu.product(x, m, "add", out, fixed=fixed)
         torch.testing.assert_close(out, m.multiply(x.float()), rtol=2e-3, atol=2e-3)
-
-
-@needs_nvrtc
-@pytest.mark.parametrize("arch", ["sm_80", "sm_89"])
-def test_the_kernels_compile_for_other_gpus(arch: str) -> None:
-    common = {**gpu._COMMON, "BF16": 1, "SPLITS": 4, "HD": 128}
-    layout = {"M": 1, "K": 4096, "WARPS": 8, "SLOTS": 4, "CB": 64, "TG": 8, "PER_SM": 2}
-    norms = {"NORM": 2, "OUTER": 2, "OUTER_NORM": 1}
-    assert (
-        gpu._kernel("product")
-        .variant(None, **common, **layout, FMT=2, SOURCE=0, SINK=2, ACT=0, **norms)
-        .compile(arch)
-        .code
-    )
 
 
 @needs_nvrtc
@@ -143,7 +142,7 @@ def test_no_registers_spill_and_no_copy_is_encoded_wrongly(
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("what", ["Falcon-7B, nf4", "BLOOM-7B1, 16bit", "Gemma-2-9B, int8", "Gemma-2-9B, nf4"])
+@pytest.mark.parametrize("what", ["Falcon-7B, nf4", "Gemma-2-9B, 16bit"])
 def test_no_registers_spill_in_other_models(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "_on_gpu", lambda _: True)
     monkeypatch.setattr(gpu, "_kernel", Compiled)
