@@ -86,7 +86,7 @@ def choose(cases: list[Case], stored: dict[str, Row], again: bool) -> tuple[list
 def describe(row: Row) -> str:
     """One line for people."""
     text, ratio = f"{row['benchmark']}/{row['case']}:", row.get("ratio")
-    for unit in ("us", "ms"):
+    for unit in ("us", "ms", "seconds"):
         if unit in (row.get("ours") or {}):
             text += f" {row['ours'][unit]['median']:.4g} {unit}"
     if ratio:

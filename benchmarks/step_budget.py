@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 # What a kernel does, by its name: the first pattern that is found. Bytes are known by what is done, not by kernel.
 _WHAT: tuple[tuple[str, str], ...] = (
-    ("attention", r"flash|fmha|attn|attention|softmax_warp|splitkv|decode_split|combine"),
-    ("linear", r"gemm|gemv|nvjet|cutlass|cublas|splitk|rows?_|_rows?\b|linear|few_rows|xmma|dot_kernel|matmul"),
+    ("attention", r"flash|fmha|attn|attention|attend\b|softmax_warp|splitkv|decode_split|combine"),
+    ("linear", r"\bproduct\b|gemm|gemv|nvjet|cutlass|cublas|splitk|rows?_|_rows?\b|linear|xmma|dot_kernel|matmul"),
     ("dequantise", r"dequant"),
     ("copy", r"memcpy|memset|copy|cat_|CatArray|index_copy|scatter"),
     ("choice of token", r"argmax|sampl|topk|sort|multinomial|ArgMax"),
@@ -31,13 +31,23 @@ def kernel_times(call: Callable[[], Any]) -> dict[str, tuple[int, float]]:
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as trace:
         call()
         torch.cuda.synchronize()
-    found: dict[str, tuple[int, float]] = {}
-    for event in trace.events():
+    return exclusive(
+        (event.name, event.time_range.start, event.time_range.end)
+        for event in trace.events()
         # Ranges that a program names are put on the device's timeline too, over the kernels in them.
-        if event.device_type != DeviceType.CUDA or getattr(event, "is_user_annotation", False):
-            continue
-        count, total = found.get(event.name, (0, 0.0))
-        found[event.name] = (count + 1, total + event.time_range.elapsed_us())
+        if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+    )
+
+
+def exclusive(spans: Iterable[tuple[str, float, float]]) -> dict[str, tuple[int, float]]:
+    """Number and time of kernels by name, of (name, start, end). Where one starts before another has ended, as
+    dependent kernels of a programmatic launch do, which then wait, that time is the earlier one's."""
+    found: dict[str, tuple[int, float]] = {}
+    latest = 0.0
+    for name, start, end in sorted(spans, key=lambda span: span[1]):
+        count, total = found.get(name, (0, 0.0))
+        found[name] = (count + 1, total + max(0.0, end - max(start, latest)))
+        latest = max(latest, end)
     return found
 
 

@@ -243,6 +243,51 @@ def model_decode(rows: list[Row]) -> str:
     return markdown(head, lines) + f"\n{star}{_ceilings(rows)}. {measured_on(rows)}"
 
 
+def model_host(rows: list[Row]) -> str:
+    """Microseconds of the host a token, by what it has to see of it."""
+    rows = [row for row in rows if "host_us" in row["ours"]]
+    if not rows:
+        return _NONE
+    ways = list(rows[0]["ours"]["host_us"])
+    lines = [
+        [row["case"].replace(" decode", ""), *(f"{row['ours']['host_us'][way]:.0f}" for way in ways),
+         f"{row['ours']['launch_us']:.0f}"]
+        for row in rows
+    ]  # fmt: skip
+    return markdown(["µs a token", *ways, "launch of the step's graph"], lines) + f"\n{measured_on(rows)}"
+
+
+def model_first_use(rows: list[Row]) -> str:
+    """Seconds of the first `generate()` of a process."""
+    rows = [row for row in rows if row["case"].endswith("first use")]
+    if not rows:
+        return _NONE
+    names = ("optimize_s", "first_use_s", "compile_s", "capture_s")
+    lines = [
+        [f"{row['case'].removesuffix(' first use')}, {text}", *(f"{row['ours'][disk][name]:.2f}" for name in names)]
+        for row in rows
+        for disk, text in (("empty", "no kernel on disk"), ("filled", "kernels on disk"))
+    ]
+    head = ["seconds", "`optimize()`", "first use", "… waiting for kernels", "… capturing"]
+    return markdown(head, lines) + f"\n{measured_on(rows)}"
+
+
+def model_ties(rows: list[Row]) -> str:
+    """Where our 16-bit tokens first differ from the peer's, and by how little."""
+    rows = [row for row in rows if row.get("first_difference")]
+    if not rows:
+        return _NONE
+    lines = []
+    for row in rows:
+        found = row["first_difference"]
+        lines.append([
+            row["case"].replace(" decode", ""), f"{row['same_tokens']} of {row['compared_tokens']}",
+            f"{found['gap']:.3f}", f"{found['own_noise']:.3f}", str(found["rank"] + 1),
+        ])  # fmt: skip
+    head = ["", "tokens alike, in the worst row", "gap of the two logits", "noise of the peer's logits", "rank of ours"]
+    return markdown(head, lines) + f"\n{measured_on(rows)}"
+
+
 def _given(ours: Row, **forms: str) -> list[str]:
     """Fields in their forms; a dash for what the row does not have."""
     return ["–" if ours.get(name) is None else form.format(ours[name]) for name, form in forms.items()]
@@ -345,6 +390,9 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "attention": ("attention", ops),
     "decode-attention": ("decode_attention", ops),
     "model-decode": ("model", model_decode),
+    "model-host": ("model", model_host),
+    "model-first-use": ("model", model_first_use),
+    "model-ties": ("model", model_ties),
     "model-prefill": ("model", model_prefill),
     "model-step": ("model", step),
     "fused-step": ("fused_step", lambda rows: ops([row for row in rows if "work" not in row])),

@@ -30,7 +30,8 @@ DIMS = (72, 80, 96, 192, 256)  # floor 1.3 times FlashAttention-2
 LENGTHS = (512, 1024, 2048, 8192, 32768)
 HALF = (*[2048] * 8, *[1024] * 8, *[512] * 16)  # 32 rows of 2048 of which half is padding
 _FILES = ("attention", "attention_definition", "attention_dispatch", "attention_triton", "attention_triton_backward",
-          "attention_hopper", "attention_sm90", "attention_sm90_backward", "attention_sm90_rows", "hopper")  # fmt: skip
+          "attention_hopper", "attention_sm90", "attention_sm90_parts", "attention_sm90_backward",
+          "attention_sm90_rows", "hopper")  # fmt: skip
 _SOURCES = ("benchmarks/cases/attention.py", *(f"onegpu/kernels/{name}.py" for name in _FILES))
 _TESTS = ("tests/kernels/test_attention.py::test_padded_and_packed_are_unpadded_on_gpu",)
 

@@ -13,8 +13,29 @@ from benchmarks import ceilings, timing
 from benchmarks.case import Case, Context, Sides
 from benchmarks.spread import spread
 
-_LLAMA = {"layers": 32, "width": 4096, "inner": 11008, "heads": 32, "size": 128, "vocabulary": 32000}
-_TINY = {"layers": 1, "width": 64, "inner": 64, "heads": 1, "size": 64, "vocabulary": 70}
+_MODELS = {
+    "Llama-2-7B": {
+        "layers": 32,
+        "width": 4096,
+        "inner": 11008,
+        "heads": 32,
+        "kv": 32,
+        "size": 128,
+        "vocabulary": 32000,
+    },
+    "Llama-3-8B": {
+        "layers": 32,
+        "width": 4096,
+        "inner": 14336,
+        "heads": 32,
+        "kv": 8,
+        "size": 128,
+        "vocabulary": 128256,
+    },
+    "Mistral-7B": {"layers": 32, "width": 4096, "inner": 14336, "heads": 32, "kv": 8, "size": 128, "vocabulary": 32000},
+}
+_LLAMA = "Llama-2-7B"
+_TINY = {"layers": 1, "width": 64, "inner": 64, "heads": 1, "kv": 1, "size": 64, "vocabulary": 70}
 _SOURCES = tuple(
     f"onegpu/{name}"
     for name in (
@@ -28,25 +49,35 @@ _WITHOUT = "ordinary launches"
 
 
 def cases() -> Iterator[Case]:
-    """Formats, most wanted first; a format's cases share its weights."""
-    for form in ("nf4", "int8", "16bit"):
-        common: dict[str, Any] = {
-            "sources": ("benchmarks/cases/fused_step.py", *_SOURCES), "tests": (_TESTS,), "group": form,
-            "seconds": 2.0,
-        }  # fmt: skip
-        for rows, cache in ((1, 512), (1, 4096)) + ((4, 512),) * (form == "nf4"):
+    """Formats, most wanted first; a format's cases share its weights. Of Llama-2-7B unless a name says another."""
+    wanted = {
+        "nf4": [(1, 512), (1, 4096), (4, 512), (8, 512), (16, 512)],
+        "int8": [(1, 512), (1, 4096)],
+        "16bit": [(1, 128), (1, 512), (1, 4096), (16, 512)],
+    }
+    for form, sizes in wanted.items():
+        common = _common(form)
+        for rows, cache in sizes:
             name = f"{form}, batch {rows}, cache {cache}"
-            yield Case("fused_step", name, prepare=partial(_prepare, form, rows, cache), **common)
+            yield Case("fused_step", name, prepare=partial(_prepare, _LLAMA, form, rows, cache), **common)
         yield Case("fused_step", f"{form} budget of one step", measure=partial(_budget, form, 512), **common)
+    for model in ("Llama-3-8B", "Mistral-7B"):
+        name = f"{model} 16bit, batch 1, cache 128"
+        yield Case("fused_step", name, prepare=partial(_prepare, model, "16bit", 1, 128), **_common(model))
 
 
-def _prepare(form: str, rows: int, cache: int, context: Context) -> Sides:
+def _common(group: str) -> dict[str, Any]:
+    sources = ("benchmarks/cases/fused_step.py", *_SOURCES)
+    return {"sources": sources, "tests": (_TESTS,), "group": group, "seconds": 2.0}
+
+
+def _prepare(model: str, form: str, rows: int, cache: int, context: Context) -> Sides:
     import torch
 
     from onegpu.engine.fused_step import FusedStep
     from onegpu.kernels.decode_step import cost
 
-    found, cache = _structure(form, context), 32 if context.tiny else cache
+    found, cache = _structure(model, form, context), 32 if context.tiny else cache
     ids, at = torch.ones(rows, 1, dtype=torch.int64, device=context.device), _position(cache, context)
     memory = _caches(found, rows, cache, context)
     calls = [partial(FusedStep(found, pdl), ids, at, at, memory) for pdl in (True, False)]
@@ -62,7 +93,7 @@ def _budget(form: str, cache: int, context: Context) -> dict[str, Any]:
 
     from onegpu.engine.fused_step import FusedStep
 
-    found, cache = _structure(form, context), 32 if context.tiny else cache
+    found, cache = _structure(_LLAMA, form, context), 32 if context.tiny else cache
     memory, at = _caches(found, 1, cache, context), _position(cache, context)
     ids = torch.ones(1, 1, dtype=torch.int64, device=context.device)
     rounds = 3 if context.tiny else timing.ROUNDS
@@ -141,16 +172,16 @@ def _caches(found: Any, rows: int, cache: int, context: Context) -> list[Any]:
     return [tuple(torch.randn(shape, device=context.device).to(found.dtype)) for _ in found.layers]
 
 
-def _structure(form: str, context: Context) -> Any:
+def _structure(model: str, form: str, context: Context) -> Any:
     """Random weights of the shape, in bfloat16 but for the layers' products."""
-    if form in context.kept:
-        return context.kept[form]
+    if (model, form) in context.kept:
+        return context.kept[model, form]
     import torch
 
     from onegpu.engine.fused_structure import SEQUENTIAL, Layer, Structure
     from onegpu.kernels.decode_step import Heads, Matrix, Norm, Part
 
-    s, device = (_TINY if context.tiny else _LLAMA), context.device
+    s, device = (_TINY if context.tiny else _MODELS[model]), context.device
 
     def part(n: int, k: int, kind: str) -> Any:
         if kind == "16bit":
@@ -166,15 +197,16 @@ def _structure(form: str, context: Context) -> Any:
 
     norm = Norm("rms", torch.ones(s["width"], dtype=torch.bfloat16, device=device), 1e-5)
     inner, inv_freq = s["heads"] * s["size"], 1e4 ** (-torch.arange(0, s["size"], 2, device=device) / s["size"])
-    heads = Heads(s["heads"], s["heads"], s["size"], s["size"] ** -0.5, None, inv_freq)
+    heads = Heads(s["heads"], s["kv"], s["size"], s["size"] ** -0.5, None, inv_freq)
     layers = tuple(
         Layer(
-            SEQUENTIAL, (norm, None, norm, None), matrix((inner,) * 3, s["width"]), heads, matrix((s["width"],), inner),
-            matrix((s["inner"],) * 2, s["width"]), True, "silu", matrix((s["width"],), s["inner"]),
+            SEQUENTIAL, (norm, None, norm, None), matrix((inner, *(s["kv"] * s["size"],) * 2), s["width"]), heads,
+            matrix((s["width"],), inner), matrix((s["inner"],) * 2, s["width"]), True, "silu",
+            matrix((s["width"],), s["inner"]),
         )
         for _ in range(s["layers"])
     )  # fmt: skip
     table = torch.empty(s["vocabulary"], s["width"], dtype=torch.bfloat16, device=device).normal_(0, 1)
     made = Structure(table, layers, norm, matrix((s["vocabulary"],), s["width"], "16bit"))
-    context.kept[form] = made
+    context.kept[model, form] = made
     return made

@@ -15,13 +15,14 @@ from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
-from benchmarks import ceilings, models, step_budget, timing
+from benchmarks import ceilings, first_use, host_time, models, step_budget, ties, timing
 from benchmarks.case import Case, Context
 from benchmarks.spread import paired_ratio, spread
 
 PROMPT, ANSWER, PREFILL = 128, 512, 4096
 _SOURCES = tuple(f"onegpu/{part}" for part in ("engine", "kernels", "nn", "convert"))
 _SOURCES += tuple(f"benchmarks/{name}.py" for name in ("cases/model", "models", "hand_captured", "step_budget"))
+_SOURCES += tuple(f"benchmarks/{name}.py" for name in ("host_time", "ties", "first_use"))
 _TESTS = ("tests/engine/test_decoding_models.py::test_with_attention_of_ours",)
 _QUANTISED = tuple(f"tests/nn/test_linear_{bits}bit.py::test_forward_and_gradient" for bits in (4, 8))
 
@@ -39,6 +40,8 @@ def cases() -> Iterator[Case]:
             yield _decode(main, kind, 16, f"{main} more")
     for shape in others:
         yield _decode(shape, "nf4", 1, f"{shape} more")
+    for kind in models.KINDS:
+        yield _case(main, f"{kind} first use", partial(fresh, main, kind), None, None, 40, "fresh process")
     for kind in models.KINDS:
         yield _case(main, f"{kind} prefill 1x{PREFILL}", partial(prefill, main, kind), None, None, 5, f"{main} prefill")
 
@@ -87,7 +90,9 @@ def decode(shape: str, kind: str, batch: int, context: Context) -> dict[str, Any
     taken["peer"].append(_replays(captured, middle, few, context) * 1e3)
     step = spread(taken["ours"])
     wall = step["median"]
-    replay = _replay(ours, prompt + tokens // 2, 16, context)
+    replay = _replay(ours, prompt + tokens // 2, min(tokens, 64), context)
+    if batch == 1 and shape == "Llama-2-7B":
+        use |= _host(ours, ids, min(tokens, 256), context)
     peer = "transformers forward, captured by hand, bf16" if not note else "transformers forward, static cache, bf16"
     peers = {peer: {"ms": spread(taken["peer"]), "ratio": paired_ratio(taken["ours"], taken["peer"][:2])}}
     peers |= _eager_peers(plain, kind, ids, taken["ours"], context)
@@ -112,6 +117,7 @@ def decode(shape: str, kind: str, batch: int, context: Context) -> dict[str, Any
     if kind == "bf16":
         text, same = _generate(ours, ids, compared)[:, prompt:], captured.generate(ids, compared)
         row |= {"same_tokens": int((text == same).cumprod(1).sum(1).min()), "compared_tokens": compared}
+        row["first_difference"] = ties.first_difference(plain, ids, text, same)
     return row | _share(row, context, step["median"] * 1e-3)
 
 
@@ -130,25 +136,41 @@ def _first_use(model: Any) -> dict[str, Any]:
     return {**seconds, "loop": str(report), "fused": report.fused}
 
 
-def _replay(model: Any, position: int, steps: int, context: Context) -> float | None:
-    """Milliseconds a replay of the model's newest captured step, from ``position`` on; None: there is none."""
-    if context.device != "cuda":
+def _captured_step(model: Any) -> Any:
+    """The newest captured step of a model, or None."""
+    steps = [slot.step for slot in model.generate.engine.slots._idle if slot.step is not None]
+    return steps[-1] if steps else None
+
+
+def _rewind(step: Any, position: int) -> None:
+    for counter in (step.position, step.length, step.position_ids):
+        if counter is not None:
+            counter.fill_(position)
+
+
+def _replay(model: Any, middle: int, steps: int, context: Context) -> float | None:
+    """Milliseconds a replay of the model's newest captured step, around a position; None: there is none."""
+    step, samples = _captured_step(model), []
+    if context.device != "cuda" or step is None:
         return None
-    slots = [slot for slot in model.generate.engine.slots._idle if slot.step is not None]
-    if not slots:
-        return None
-    step, samples = slots[-1].step, []
 
     def replays() -> None:
         for _ in range(steps):
             step()
 
     for _ in range(3):
-        for counter in (step.position, step.length, step.position_ids):
-            if counter is not None:
-                counter.fill_(position)
+        _rewind(step, middle - steps // 2)
         samples.append(_wall(replays, context) / steps * 1e3)
     return min(samples)
+
+
+def _host(model: Any, ids: Any, tokens: int, context: Context) -> dict[str, Any]:
+    """Host time of a token, and of handing its graph over."""
+    step = _captured_step(model)
+    if context.device != "cuda" or step is None:
+        return {}
+    launch = host_time.launch_us(step, lambda: _rewind(step, ids.shape[1]))
+    return {"host_us": host_time.host_us(model, ids, step, tokens), "launch_us": launch}
 
 
 def _share(row: dict[str, Any], context: Context, seconds: float) -> dict[str, Any]:
@@ -264,6 +286,16 @@ def prefill(shape: str, kind: str, context: Context) -> dict[str, Any]:
     return row | _share(row, context, spread(ms["ours"])["median"] * 1e-3)
 
 
+def fresh(shape: str, kind: str, context: Context) -> dict[str, Any]:
+    """The first `generate()` of a process, without kernels on disk and with them."""
+    found = first_use.measure(shape, kind, context.device, context.tiny)
+    seconds = spread([found["filled"]["first_use_s"]])
+    return {
+        "peer": None, "ours": {"seconds": seconds, **found}, "theirs": None, "peers": {}, "ratio": None,
+        "shape": {"batch": 1, "prompt": first_use.PROMPT, "tokens": first_use.ANSWER},
+    }  # fmt: skip
+
+
 def budget(shape: str, kind: str, context: Context) -> dict[str, Any]:
     """Device time of every kernel of a step at batch 1, and what its kind of work could take at least."""
     import torch
@@ -271,7 +303,8 @@ def budget(shape: str, kind: str, context: Context) -> dict[str, Any]:
     prompt, steps = (8, 2) if context.tiny else (PROMPT, 32)
     ours = _ours(shape, kind, context)
     ids = torch.randint(3, ours.config.vocab_size, (1, prompt), device=context.device)
-    step = _span(ours, ids, steps, context) * 1e6
+    _generate(ours, ids, steps + 1)  # compiles and captures
+    step = min(_span(ours, ids, steps, context) for _ in range(3)) * 1e6
     row: dict[str, Any] = {"peer": None, "ours": {"us": spread([step])}, "shape": {"batch": 1, "prompt": prompt}}
     if context.device != "cuda":
         return {**row, "kernels": [], "work": [], "note": "kernels are traced on a GPU only"}

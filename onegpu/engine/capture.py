@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -93,11 +92,7 @@ def _as_slices(index: Any) -> Any:
 
 
 class Graph:
-    """``run`` captured; calling it replays. Its memory comes from ``pool``.
-
-    Attributes:
-        warm_s: seconds of the run before the capture.
-    """
+    """``run`` captured; calling it replays. Its memory comes from ``pool``."""
 
     def __init__(
         self,
@@ -122,11 +117,9 @@ class Graph:
         for generator in generators:
             graph.register_generator_state(generator)
         try:
-            began = time.perf_counter()
             if warm:
                 with torch.cuda.stream(stream), NoHostSync(), _Numbers():
                     run()  # compiles, loads and allocates (cuBLAS its workspace of this stream) what a capture must not
-            self.warm_s = time.perf_counter() - began
             with _capturing, torch.cuda.stream(stream), _Numbers():
                 self._record(graph, run, device, pool, generators)
         finally:
@@ -178,7 +171,7 @@ class Plain:
         """
         with NoHostSync(), _Numbers():
             run()
-        self._run, self.warm_s = run, 0.0
+        self._run = run
 
     def __call__(self) -> None:
         """Run it."""

@@ -44,6 +44,7 @@ class Decoding:
         self.raw: list[torch.Tensor] = []
         self.readback = Readback(request.device)
         self.start_length = 0
+        self._draw: tuple[Any, list[torch.Tensor | None]] | None = None  # the sampler's graph, and the scores it makes
         self._next: dict[str, Any] | None = None  # the next call's arguments but for the token, where they are known
         self.keeps = request.config.return_dict_in_generate
         self.history, self.lengths = self._history()
@@ -150,21 +151,20 @@ class Decoding:
 
     def _pick(self, step: StaticStep | None) -> None:
         """Choose the next tokens by the logits at hand."""
-        logits = self.logits if step is None else step.logits[: self.rows]
-        if self.keeps and self.config.output_logits:
-            self.raw.append(logits.clone())
         scores: torch.Tensor | None
-        if self.host_processors is not None:
-            seen = self.history[:, : self.columns].contiguous()
-            scores = self.host_processors(seen, logits.clone())
-            self.sampler.step(scores, self.history, self.lengths)
-        elif step is not None and self.sampler.key in step.samplers:
-            _, graph, kept = step.samplers[self.sampler.key]
+        if self.keeps and self.config.output_logits:
+            self.raw.append(self._logits(step).clone())
+        if self._draw is not None:
+            graph, kept = self._draw
             graph()  # it hands the tokens to the step as well
             scores = kept[0]
+        elif self.host_processors is not None:
+            seen = self.history[:, : self.columns].contiguous()
+            scores = self.host_processors(seen, self._logits(step).clone())
+            self.sampler.step(scores, self.history, self.lengths)
         else:
-            scores = self.sampler.step(logits, self.history, self.lengths)
-        if step is not None and self.sampler.key not in step.samplers:
+            scores = self.sampler.step(self._logits(step), self.history, self.lengths)
+        if step is not None and self._draw is None:
             step.input_ids[: self.rows, 0].copy_(self.sampler.out[0])
         if self.keeps and self.config.output_scores:
             assert scores is not None
@@ -173,6 +173,9 @@ class Decoding:
         self.stops.remind(self.columns, self.history)
         if self.stops.looks:
             self.readback.push(self.sampler.out)
+
+    def _logits(self, step: StaticStep | None) -> torch.Tensor:
+        return self.logits if step is None else step.logits[: self.rows]
 
     def _advance(self, step: StaticStep | None) -> StaticStep | None:
         """Run the model on the tokens chosen last."""
@@ -238,7 +241,6 @@ class Decoding:
             return None
         finally:
             self.run.capture_s += time.perf_counter() - began
-        self.run.compile_s += step.warm_s
         return step, start
 
     def _refuse(self, reason: str) -> None:
@@ -279,7 +281,7 @@ class Decoding:
         known = step.samplers.get(sampler.key)
         if known is not None:
             known[0].copy_from(sampler)
-            self.sampler = known[0]
+            self.sampler, self._draw = known[0], known[1:]
             return
         kept: list[torch.Tensor | None] = [None]
 
@@ -290,18 +292,18 @@ class Decoding:
         tokens = step.input_ids[: self.rows, 0]
         sampler.rehearse(logits, history, lengths)
         generators = () if sampler.generator is None else (sampler.generator,)
-        step.samplers[sampler.key] = sampler, Graph(pick, self.request.device, step.pool, generators), kept
+        self._draw = Graph(pick, self.request.device, step.pool, generators), kept
+        step.samplers[sampler.key] = sampler, *self._draw
 
     def _settle(self, columns: int, step: StaticStep | None) -> int | None:
         """Look at the tokens of the step that made ``columns`` columns; returns ``columns`` if it was the last."""
         if not self.stops.looks:
             return None
         out = self.readback.pop()
-        rows = out.tolist()
-        if any(rows[2]):
-            self.sampler.raise_if_invalid(out)
+        if any(out[2]):
+            self.sampler.raise_if_invalid(torch.tensor(out))
         if self.stops.brief:
-            return None if 0 in rows[1] and not self.stops.late() else columns
+            return None if 0 in out[1] and not self.stops.late() else columns
         done, newly = self.stops(out, columns, self.history, tuple(self.scores[: columns - self.request.columns]))
         if done:
             return columns

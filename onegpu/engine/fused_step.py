@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,6 +21,9 @@ from onegpu.engine.fused_structure import PARALLEL, SEQUENTIAL, Declined, Layer,
 from onegpu.kernels import decode_step as ops
 from onegpu.kernels.codebooks import dynamic_map
 from onegpu.kernels.decode_step import Attended, Matrix, Norm, Stream
+
+if TYPE_CHECKING:
+    from onegpu.kernels.launch import CudaKernel
 
 # What was compared with the definition on a device (docs/fused_step.md); the kernels themselves take more.
 MAX_ROWS, HEAD_SIZES = 16, (64, 80, 96, 128, 256)
@@ -90,14 +93,20 @@ class FusedStep:
         """
         rows = len(input_ids)
         if self.structure.device.type == "cuda" and rows not in self._compiled:
-            from onegpu.kernels import decode_step_cuda as gpu
             from onegpu.kernels.launch import compile_together
 
-            with gpu.collecting() as kernels:
-                self._launch(input_ids, position, rope_position, caches, first)
-            compile_together(kernels, self.structure.embedding.get_device())
+            compile_together(self.kernels(rows, caches[0]), self.structure.embedding.get_device())
             self._compiled.add(rows)
         return self._launch(input_ids, position, rope_position, caches, first)
+
+    def kernels(self, rows: int, cache: Pair) -> list[CudaKernel]:
+        """What a step of so many sequences launches, over caches like ``cache``; launches nothing."""
+        from onegpu.kernels import decode_step_cuda as gpu
+
+        place = torch.zeros(rows, 1, dtype=torch.int64, device=self.structure.device)
+        with gpu.collecting() as kernels:
+            self._launch(place, place[0], place, [cache] * len(self.structure.layers), None)
+        return list(dict.fromkeys(kernels))
 
     def _launch(
         self,

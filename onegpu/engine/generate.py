@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from onegpu.engine import prepare
 from onegpu.engine.loop import Engine, Run, UnservedError, decode
 
 logger = logging.getLogger("onegpu")
@@ -64,6 +65,10 @@ class Generate:
     def report(self) -> Run | None:
         """How the last call went; prints as a sentence."""
         return self.engine.last
+
+    def warmup_shapes(self) -> list[tuple[str, dict[str, Any]]]:
+        """What `onegpu.warmup` runs for it, beside what the model's modules say."""
+        return prepare.ops(self.__self__)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model, generate = self.__self__, self.__func__
@@ -147,6 +152,7 @@ def attach(model: Any) -> str | None:
     reason = _never(model)
     if reason is None and not isinstance(model.__dict__.get("generate"), Generate):
         model.__dict__["generate"] = Generate(model)
+        prepare.begin(model)
     return reason
 
 

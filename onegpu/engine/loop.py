@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from transformers.generation.stopping_criteria import MaxLengthCriteria
 
+from onegpu.engine import prepare
 from onegpu.engine.cache import unsupported
 from onegpu.engine.decoding import Decoding
 from onegpu.engine.fingerprint import fingerprint, runs_python
-from onegpu.engine.slots import Slots, padded_batch
+from onegpu.engine.slots import Slot, Slots, padded_batch
+from onegpu.kernels import ahead
 
 _KNOWN = frozenset(
     {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "inputs_embeds"}
@@ -25,8 +27,8 @@ class Run:
     Attributes:
         loop: "captured", "eager" or "transformers". reason: why not the better one.
         steps: forwards after the prefill.
-        capture_s: seconds of this call spent capturing. compile_s: how much of that the step's first run took, in which
-            kernels compile (once for a machine: they are kept on disk) and load.
+        capture_s: seconds of this call spent capturing. compile_s: seconds of this call, of those and of the prefill's,
+            in which it waited for kernels to be compiled (once for a machine: they are kept on disk) and loaded.
         fused: whether a step is kernels of ours from end to end, instead of the model's forward.
     """
 
@@ -51,6 +53,7 @@ class Engine:
         capture: "auto" captures on CUDA devices; "never" does not; "emulate" runs the captured step's function
             uncaptured, on any device.
         fuse: take the fused step (`onegpu.engine.fused_step`) where there is one; False once one was wrong.
+        prepared: for which batches kernels were compiled ahead.
     """
 
     capture: str = "auto"
@@ -58,12 +61,20 @@ class Engine:
     last: Run | None = None
     refusals: dict[Any, str] = field(default_factory=dict)
     fuse: bool = True
+    prepared: set[Any] = field(default_factory=set)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
         return Engine(self.capture, fuse=self.fuse)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Engine, (self.capture,)
+
+    def prepare(self, request: Request, slot: Slot) -> None:
+        """Have kernels compiled, beside the prefill, that no request needed before."""
+        key = slot.batch, request.device, request.model.dtype
+        if key not in self.prepared:
+            self.prepared.add(key)
+            prepare.begin(request.model, slot.batch, int(request.columns), slot.capacity)
 
 
 class Request:
@@ -186,10 +197,14 @@ def decode(engine: Engine, model: Any, input_ids: torch.Tensor, prepared: dict[s
     slot = engine.slots.lease(request.cache, request.rows, batch, request.final_length(), request.prefill_bytes())
     slot.begin(request.device)
     kept = False
+    waited = ahead.waited()
     try:
+        if static and slot.step is None and request.device.type == "cuda":
+            engine.prepare(request, slot)
         result = Decoding(request, slot, static).result()
         kept = bool(request.config.return_dict_in_generate) or getattr(request.cache, "_is_user_defined", False)
     finally:
+        request.run.compile_s = ahead.waited() - waited
         slot.end(request.device)
         if kept:
             engine.slots.lend(slot, request.cache)

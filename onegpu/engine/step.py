@@ -53,7 +53,6 @@ class StaticStep:
     Attributes:
         input_ids: int64 [B, 1]: write the token here. logits: read here.
         fused: the fused step, or None: the model's own forward runs.
-        warm_s: seconds of the step's first run, in which kernels compile and load.
         samplers: captured samplers over ``logits``, by their key.
 
     Raises:
@@ -104,7 +103,6 @@ class StaticStep:
         with torch.inference_mode(False), torch.no_grad():
             self._run: Graph | Plain
             self._run = Graph(self._step, device, self.pool, warm=True) if captured else Plain(self._step)
-        self.warm_s = self._run.warm_s
         if captured:
             self.model = None  # the graph does not need it
             if self.fused is not None:

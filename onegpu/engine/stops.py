@@ -14,41 +14,60 @@ from transformers.generation.stopping_criteria import (
     StopStringCriteria,
 )
 
+from onegpu.kernels.driver import copy_to_host
+
 
 class Readback:
     """Copies of a small device tensor to the host, in the order of :meth:`push`, without waiting for the device.
 
-    Made, and used, in the stream that the tensor is written in.
+    Made, and used, in the stream that the tensor is written in. For each token this is most of what the host does.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._free: list[tuple[torch.Tensor, Any]] = []
-        self._waiting: deque[tuple[torch.Tensor, Any]] = deque()
+        self._free: list[_Copy] = []
+        self._waiting: deque[_Copy] = deque()
         # Asked for once: asked for each token, in a profile it was a quarter of what a token costs the host.
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self._raw = 0 if self._stream is None else self._stream.cuda_stream
+        self._direct = self._stream is not None and torch.cuda.current_device() == self._stream.device_index
 
     def push(self, source: torch.Tensor) -> None:
         """Take a copy of ``source`` as it is now in its stream."""
         if self._stream is None:
-            self._waiting.append((source.clone(), None))
+            self._waiting.append(_Copy(source.clone(), None))
             return
-        if self._free:
-            pinned, event = self._free.pop()
+        if self._free and self._direct:
+            copy = self._free.pop()
+            copy_to_host(copy.address, source.data_ptr(), copy.bytes, self._raw)
         else:
-            pinned = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
-            event = torch.cuda.Event()
-        pinned.copy_(source, non_blocking=True)
-        event.record(self._stream)
-        self._waiting.append((pinned, event))
+            if self._free:
+                copy = self._free.pop()
+            else:
+                copy = _Copy(torch.empty(source.shape, dtype=source.dtype, pin_memory=True), torch.cuda.Event())
+            # torch's own, the first time: so its allocator knows which stream has to be done before it gives the
+            # pinned memory to somebody else, when a request ends with a copy under way.
+            copy.tensor.copy_(source, non_blocking=True)
+        copy.event.record(self._stream)
+        self._waiting.append(copy)
 
-    def pop(self) -> torch.Tensor:
+    def pop(self) -> list[list[int]]:
         """The oldest copy, once it is there."""
-        copy, event = self._waiting.popleft()
-        if event is None:
-            return copy
-        event.synchronize()
-        self._free.append((copy, event))
-        return copy.clone()
+        copy = self._waiting.popleft()
+        if copy.event is not None:
+            copy.event.synchronize()
+            self._free.append(copy)
+        rows: list[list[int]] = copy.tensor.tolist()
+        return rows
+
+
+class _Copy:
+    """Where a copy goes, and the event behind it."""
+
+    __slots__ = ("address", "bytes", "event", "tensor")
+
+    def __init__(self, tensor: torch.Tensor, event: Any) -> None:
+        self.tensor, self.event = tensor, event
+        self.address, self.bytes = tensor.data_ptr(), tensor.nbytes
 
 
 class Stops:
@@ -67,7 +86,8 @@ class Stops:
         self.eos = any(type(c) is EosTokenCriteria for c in criteria)
         self.pads = any(hasattr(c, "eos_token_id") for c in criteria)
         self._time = [c for c in criteria if type(c) is MaxTimeCriteria]
-        self._limits = [c for c in criteria if type(c) is MaxLengthCriteria]
+        limits = [c for c in criteria if type(c) is MaxLengthCriteria]
+        self._limits = [c for c in limits if c.max_position_embeddings is not None]
         self._others = [c for c in criteria if type(c) not in (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria)]
         self._pad = None if request.config._pad_token_tensor is None else int(request.config._pad_token_tensor)
         self.looks = bool(self.eos or self._time or self._others or self._streamer is not None)
@@ -80,32 +100,39 @@ class Stops:
             self._text[:, : request.columns] = request.ids.cpu()
 
     def __call__(
-        self, out: torch.Tensor, columns: int, history: torch.Tensor, scores: tuple[torch.Tensor, ...]
+        self, out: list[list[int]], columns: int, history: torch.Tensor, scores: tuple[torch.Tensor, ...]
     ) -> tuple[bool, torch.Tensor | None]:
         """Judge one token of each row.
 
         Args:
-            out: int64 [3, B] on the host: tokens, finished.
+            out: 3 x B numbers: tokens, finished, invalid.
             columns: tokens in ``history``, those of ``out`` the last of them.
             scores: processed scores so far, empty where nobody asked for them.
 
         Returns:
             whether all rows are done, and which rows a criterion on the host ended just now (None: none).
         """
-        tokens = out[0].clone()
-        if self._some and self.pads and self._pad is not None:
-            tokens.masked_fill_(self._done, self._pad)
-        if self._text is not None:
-            self._text[:, columns - 1] = tokens
-        newly = self._ended(columns, history, scores)
+        if self._others or self._time:
+            newly = self._ended(columns, out[0], history, scores)
+        else:
+            newly = None
+        if self._streamer is not None:
+            self._streamer.put(self._shown(out[0]))
         if newly is not None:
             newly &= ~self._done
             self._done |= newly
             self._some = bool(self._done.any())
-        if self._streamer is not None:
-            self._streamer.put(tokens)
-        done = bool((self._done | out[1].bool()).all()) if self._some else 0 not in out[1].tolist()
+        if not self._some:
+            return 0 not in out[1], None
+        done = bool((self._done | torch.tensor(out[1], dtype=torch.bool)).all())
         return done, newly if newly is not None and bool(newly.any()) else None
+
+    def _shown(self, tokens: list[int]) -> torch.Tensor:
+        """Tokens, of rows that the host ended earlier the pad token."""
+        shown = torch.tensor(tokens)
+        if self._some and self.pads and self._pad is not None:
+            shown.masked_fill_(self._done, self._pad)
+        return shown
 
     def late(self) -> bool:
         """Whether the time is over."""
@@ -114,10 +141,14 @@ class Stops:
     def remind(self, columns: int, history: torch.Tensor) -> None:
         """Let transformers warn, as it does, once an answer leaves the model's context behind."""
         for limit in self._limits:
-            if limit.max_position_embeddings is not None and columns == limit.max_position_embeddings + 1:
+            if columns - 1 == limit.max_position_embeddings:
                 limit(history[:, :columns], None)
 
-    def _ended(self, columns: int, history: torch.Tensor, scores: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
+    def _ended(
+        self, columns: int, tokens: list[int], history: torch.Tensor, scores: tuple[torch.Tensor, ...]
+    ) -> torch.Tensor | None:
+        if self._text is not None:
+            self._text[:, columns - 1] = self._shown(tokens)
         ended: torch.Tensor | None = None
         seen: torch.Tensor | None = None
         for criterion in self._others:

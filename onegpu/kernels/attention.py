@@ -24,6 +24,7 @@ from onegpu.kernels.attention_definition import Options, backward, backward_fake
 from onegpu.kernels.attention_dispatch import IMPLEMENTATIONS, again, backward_cuda, forward_cuda, plain
 from onegpu.kernels.autocast import autocast_dtype
 from onegpu.kernels.library import define
+from onegpu.kernels.warmup import register
 
 _OPTIONS = (
     "float scale, SymInt left, SymInt right, Tensor? q_range, Tensor? k_range, Tensor? cu_seqlens_q, "
@@ -67,7 +68,8 @@ class _Attention(torch.autograd.Function):
             grad = torch.zeros_like(out)
         options = (ranges.pop(0) if x is True else x for x in ctx.options)
         deterministic = ctx.deterministic
-        gradients = torch.ops.onegpu.attention_backward(grad, grad_lse, q, k, v, out, lse, deterministic, *options)
+        made = backward_cuda if plain(grad, q, k, v) else torch.ops.onegpu.attention_backward
+        gradients = made(grad, grad_lse, q, k, v, out, lse, deterministic, *options)
         return *gradients, None, None
 
 
@@ -166,6 +168,14 @@ def _check(
             raise bad_argument(name, rows, "is not int32 [B, 2] on the device of q", "Pass (first, length) of each row")
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise bad_argument("implementation", implementation, "is not known", f"Use one of {IMPLEMENTATIONS}")
+
+
+@register("attention")
+def _warm(
+    device: torch.device, dtype: torch.dtype, rows: int, heads: int, kv_heads: int, d: int, batch: int = 1
+) -> None:
+    q, k = (torch.zeros(batch, rows, n, d, dtype=dtype, device=device) for n in (heads, kv_heads))
+    attention(q, k, k, causal=rows > 1)  # a single query is the last one, and sees all keys
 
 
 def cost(

@@ -105,9 +105,11 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tu
 
 
 def forward_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    *batch, heads, _ = q.shape
+    *batch, heads, d = q.shape
     shape = (batch[0], heads, batch[1]) if len(batch) == 2 else (heads, batch[0])
-    return q.new_empty((*batch, heads, v.shape[-1])), q.new_empty(shape, dtype=_lse_dtype(q))
+    same = v.shape[-1] == d and q.is_contiguous()
+    out = torch.empty_like(q) if same else q.new_empty((*batch, heads, v.shape[-1]))
+    return out, q.new_empty(shape, dtype=_lse_dtype(q))
 
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

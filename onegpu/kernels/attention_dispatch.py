@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from onegpu.errors import bad_argument
+from onegpu.kernels import ahead
 from onegpu.kernels.attention_definition import Gradients, Options, backward, forward, forward_fake
 from onegpu.kernels.library import has_triton
 
@@ -32,13 +33,17 @@ _ready: dict[tuple[Any, ...], Any] = {}  # by layout, what `attention_hopper` ma
 
 def _key(tensors: tuple[torch.Tensor | None, ...], rest: tuple[Any, ...]) -> tuple[Any, ...]:
     """All that what is launched depends on, beside addresses."""
-    key: list[Any] = [rest[0], rest[1], rest[2], *rest[7:]]
-    for x in (*tensors, *rest[3:7]):
+    key: list[Any] = []
+    low = 0  # what the addresses are beyond a multiple of 16
+    if rest[3] is not None or rest[4] is not None or rest[5] is not None or rest[6] is not None:
+        tensors, rest = (*tensors, *rest[3:7]), rest[:3] + rest[7:]
+    for x in tensors:
         if x is None:
             key.append(None)
         else:
-            key += (x.shape, x.stride(), x.dtype, x.data_ptr() & 15)
-    return *key, tensors[0].get_device()  # type: ignore[union-attr]
+            key += x.shape, x.stride(), x.dtype
+            low = low << 4 | x.data_ptr() & 15
+    return *key, low, tensors[0].get_device(), rest  # type: ignore[union-attr]
 
 
 def plain(*tensors: torch.Tensor) -> bool:
@@ -51,6 +56,8 @@ def plain(*tensors: torch.Tensor) -> bool:
 
 
 def _keep(key: tuple[Any, ...], made: Any) -> None:
+    if ahead.active():
+        return
     if len(_ready) >= 1024:  # lengths that change from step to step
         _ready.clear()
     _ready[key] = made

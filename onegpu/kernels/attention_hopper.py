@@ -140,17 +140,22 @@ def forward(
     q_rows, how_q = rows_of(q_range, cu_seqlens_q, lse)
     k_rows, how_k = rows_of(k_range, cu_seqlens_k, lse)
     batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.numel() - 1
-    bn = options.pop("BN", 64 if max(d, d_v) > 128 else 128)
-    n_m = triton.cdiv(s_q if cu_seqlens_q is None else max_seqlen_q, 128)
+    alias = boxed(d) == boxed(d_v) == 256
+    constants = {
+        "BN": 64 if max(d, d_v) > 128 else 128, "ST": 2, "NC": 2, "QS": 1 if max(d, d_v) > 128 else 2, "ROTATE": 0,
+        "CARRY": 0, "CROSS": not alias, "section": 0,
+    } | options  # fmt: skip
+    bn, section, m = constants["BN"], constants.pop("section"), 64 * constants["NC"]
+    n_m = triton.cdiv(s_q if cu_seqlens_q is None else max_seqlen_q, m)
     tiles = n_m * heads * batch
     blocks = min(tiles, processors(q.get_device()))
     group = heads // heads_kv
-    section = max(1, min(batch * heads, _L2_BYTES // (s_k * (d + d_v) * 2) * group))
+    section = section or max(1, min(batch * heads, _L2_BYTES // (s_k * (d + d_v) * 2) * group))
     aligned = right >= 0 and not how_q and not how_k and (s_k - s_q + right) % 64 == 0
     constants = {
-        "HEAD": d_v, "BN": bn, "ST": 2, "LEFT": left >= 0, "RIGHT": right >= 0, "ALIGNED": aligned, "RQ": how_q,
-        "RK": how_k, "DRAW": tiles > blocks, "CARRY": 0, "ALIAS": boxed(d) == boxed(d_v) == 256,
-    } | options  # fmt: skip
+        "HEAD": d_v, "LEFT": left >= 0, "RIGHT": right >= 0, "ALIGNED": aligned, "WIDE": left >= bn + 128, "RQ": how_q,
+        "RK": how_k, "DRAW": tiles > blocks, "ALIAS": alias,
+    } | constants  # fmt: skip
     drawn = _counter(q.device) if constants["DRAW"] else lse
     launch = triton_bind(
         attention_sm90.forward_kernel, (blocks,), descriptor(q, 64), descriptor(k, bn), descriptor(v, bn),

@@ -18,6 +18,7 @@ import torch
 
 from onegpu.errors import bad_argument
 from onegpu.kernels.library import define, has_triton
+from onegpu.kernels.warmup import register
 
 MAX_QUERIES = 8
 _MAX_SPLITS = 256
@@ -152,6 +153,15 @@ def decode_attention(
     return torch.ops.onegpu.decode_attention.default(  # type: ignore[no-any-return]
         q, k, v, length, first, scale, window, softcap, slopes
     )
+
+
+@register("decode_attention")
+def _warm(
+    device: torch.device, dtype: torch.dtype, rows: int, heads: int, kv_heads: int, d: int, keys: int, window: int = 0
+) -> None:
+    q, k = (torch.zeros(rows, n, t, d, dtype=dtype, device=device) for n, t in ((heads, 1), (kv_heads, keys)))
+    length = torch.ones(rows, dtype=torch.int32, device=device)
+    decode_attention(q, k, k, length, first=length - 1, window=window)
 
 
 def splits(programs: int, keys: int, sms: int) -> int:

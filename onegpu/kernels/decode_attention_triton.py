@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda as tl_cuda
 
+from onegpu.kernels import ahead
 from onegpu.kernels.decode_attention import FEWEST_KEYS, splits
 from onegpu.kernels.launch import triton_bind
 from onegpu.kernels.triton_kernel import Bound
@@ -338,7 +339,8 @@ def decode(
         plan = _plan(q, k, v, length, first, scale, window, softcap, slopes, out, config)
         if len(_PLANS) >= _MOST_PLANS:  # a cache that grows token by token has a shape each
             _PLANS.clear()
-        _PLANS[key] = plan
+        if not ahead.active():
+            _PLANS[key] = plan
     scratch = torch.empty(plan.scratch, dtype=torch.float32, device=q.device)
     plan.split(*tensors, out, scratch)
     if plan.combine is not None:

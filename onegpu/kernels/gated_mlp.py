@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from onegpu.errors import bad_argument
 from onegpu.kernels.library import define, has_triton
+from onegpu.kernels.warmup import register
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 _ROOT = math.sqrt(2.0 / math.pi)
@@ -123,6 +124,12 @@ def gated_mlp(gate: torch.Tensor, up: torch.Tensor, activation: str = "silu") ->
     if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
         return _Gated.apply(gate, up, activation)  # type: ignore[no-any-return]
     return torch.ops.onegpu.gated_mlp(gate, up, activation)  # type: ignore[no-any-return]
+
+
+@register("gated_mlp")
+def _warm(device: torch.device, dtype: torch.dtype, rows: int, n: int, activation: str) -> None:
+    gate = torch.zeros(rows, n, dtype=dtype, device=device)
+    gated_mlp(gate, gate, activation)
 
 
 def cost(rows: int, width: int, itemsize: int) -> tuple[int, int]:

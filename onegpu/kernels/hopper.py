@@ -53,14 +53,18 @@ def tile_of(a, tile):
     """(query block, head, batch) of a tile.
 
     Heads come in sections whose keys and values fit in the L2 cache; the blocks that the diagonal makes the longest
-    come first in a section.
+    come first in a section, or (ROTATE) in each one other blocks: tiles dealt out beforehand are of all lengths.
     """
     if a.RIGHT:
         per_section = a.section * a.NM
-        first = tile // per_section * a.section
+        i_section = tile // per_section
+        first = i_section * a.section
         width = gl.minimum(a.section, a.B * a.H - first)
         rest = tile % per_section
-        m = a.NM - 1 - rest // width
+        m = rest // width
+        if a.ROTATE:
+            m = (m + i_section) % a.NM
+        m = a.NM - 1 - m
         bh = first + rest % width
     else:
         m = tile % a.NM

@@ -10,16 +10,15 @@ that a call costs a few microseconds of host time. What they see to, so that no 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 
 from onegpu.errors import KernelError
-from onegpu.kernels import driver, nvrtc
+from onegpu.kernels import ahead, driver, nvrtc
 from onegpu.kernels.guard import (
     aligned,
     architecture,
@@ -65,7 +64,7 @@ class CudaKernel:
         self._tensors = [kind == "P" for kind in arguments]
         self._first = arguments.index("P")
         self._loaded: dict[str, driver.LoadedKernel] = {}  # by architecture
-        self._compiled: dict[str, nvrtc.Cubin] = {}  # not loaded yet
+        self._begun: dict[str, Future[nvrtc.Cubin]] = {}  # by architecture: compiled, or under way, and not loaded yet
         self._ready: dict[int, driver.LoadedKernel] = {}  # by device
         self._packer: driver.Packer | None = None
         self._variants: dict[tuple[Any, ...], CudaKernel] = {}
@@ -108,6 +107,8 @@ class CudaKernel:
                 return self(grid, block, shared, *args, pdl=pdl, cooperative=cooperative, cluster=cluster)
         kernel = self._ready.get(device)
         if kernel is None:
+            if ahead.note(partial(self.compile_ahead, architecture(device))):
+                return None
             kernel = self.load(device)
         if 0 in grid:
             return None
@@ -135,13 +136,14 @@ class CudaKernel:
     def load(self, device: int) -> driver.LoadedKernel:
         """Compile for a device and put the code there, unless it is. Raises KernelError during graph capture."""
         refuse_capture(self.op)
-        with driver.LOCK:
+        with ahead.waiting(), driver.LOCK:
             if device in self._ready:
                 return self._ready[device]
             arch = architecture(device)
             kernel = self._loaded.get(arch)
             if kernel is None:
-                made = self._compiled.pop(arch, None) or self._cubin(arch)
+                begun = self._begun.pop(arch, None)
+                made = self._cubin(arch) if begun is None else begun.result()
                 kernel = driver.LoadedKernel(made.code, made.name, self.op)
                 check_parameters(kernel, self.arguments)
                 self._loaded[arch] = kernel
@@ -155,10 +157,13 @@ class CudaKernel:
         text = source_text(self._source)
         return nvrtc.cached_cubin(text, self.name, arch, self._constants, self._options, self.op)
 
-    def compile_ahead(self, arch: str) -> None:
-        """Have the machine code ready for `load`; unlike that, other kernels may compile at the same time."""
-        if arch not in self._loaded and arch not in self._compiled:
-            self._compiled[arch] = self._cubin(arch)
+    def compile_ahead(self, arch: str, pool: ThreadPoolExecutor) -> Future[nvrtc.Cubin] | None:
+        """Compile in a thread what `load` will need; None: that is done, or under way."""
+        if arch in self._loaded or arch in self._begun:
+            return None
+        nvrtc.compiler_version()  # imports, here and not in the thread
+        self._begun[arch] = begun = pool.submit(self._cubin, arch)
+        return begun
 
     def compile(self, arch: str) -> nvrtc.Cubin:
         """The machine code for an architecture such as ``"sm_90a"``; needs no GPU and uses no cache."""
@@ -167,11 +172,10 @@ class CudaKernel:
 
 
 def compile_together(kernels: Iterable[CudaKernel], device: int) -> None:
-    """Compile kernels for a device in threads: NVRTC works outside of Python's lock. Raises the first KernelError."""
-    arch, chosen = architecture(device), list(dict.fromkeys(kernels))
-    nvrtc.compiler_version()  # imports, here and not in the threads
-    with ThreadPoolExecutor(max(1, min(len(chosen), os.cpu_count() or 1))) as pool:
-        for done in [pool.submit(kernel.compile_ahead, arch) for kernel in chosen]:
+    """Compile kernels for a device in threads, and wait. Raises the first KernelError."""
+    arch = architecture(device)
+    with ahead.waiting():
+        for done in ahead.start(partial(kernel.compile_ahead, arch) for kernel in kernels):
             done.result()
 
 

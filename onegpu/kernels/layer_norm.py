@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from onegpu.kernels.library import define, has_triton
 from onegpu.kernels.rms_norm import MAX_BACKWARD_WIDTH, MAX_WIDTH
+from onegpu.kernels.warmup import register
 
 
 def _norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
@@ -165,6 +166,12 @@ def layer_norm(
     if residual is None:
         return torch.ops.onegpu.layer_norm(x, weight, bias, eps)
     return torch.ops.onegpu.add_layer_norm(x, residual, weight, bias, eps)
+
+
+@register("layer_norm")
+def _warm(device: torch.device, dtype: torch.dtype, rows: int, n: int, bias: bool) -> None:
+    x = torch.zeros(rows, n, dtype=dtype, device=device)
+    layer_norm(x, x.new_zeros(n), x.new_zeros(n) if bias else None, 1e-5)
 
 
 def cost(rows: int, n: int, itemsize: int, residual: bool = False) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from onegpu.kernels.library import define, has_triton
+from onegpu.kernels.warmup import register
 
 MOST_CANDIDATES = 1024
 
@@ -169,6 +170,17 @@ def take_candidates(values: torch.Tensor, ids: torch.Tensor, noise: torch.Tensor
         state: updated.
     """
     torch.ops.onegpu.take_token_of_candidates(values, ids, noise, *shape, *state)
+
+
+@register("next_token")
+def _warm(device: torch.device, dtype: torch.dtype, rows: int, vocab: int, pads: bool) -> None:
+    rows = min(rows, 8)  # one code for all
+
+    def numbers(*shape: int) -> torch.Tensor:
+        return torch.zeros(*shape, dtype=torch.int64, device=device)
+
+    state = State(numbers(0), numbers(1)[0] if pads else None, numbers(3, rows), numbers(rows, 2), numbers(rows))
+    take(torch.zeros(rows, vocab, device=device), None, 1.0, state)
 
 
 def cost(rows: int, vocab: int, itemsize: int, drawn: bool) -> tuple[int, int]:

@@ -17,6 +17,7 @@ import torch
 
 from onegpu.errors import bad_argument
 from onegpu.kernels.library import define, has_triton
+from onegpu.kernels.warmup import register
 
 STYLES = ("llama", "t5", "gemma", "olmo2")
 MAX_WIDTH = 16384  # of the kernel: a row lies in the registers of one program
@@ -178,6 +179,12 @@ def rms_norm(
     if residual is None:
         return torch.ops.onegpu.rms_norm(x, weight, eps, offset, middle, out)
     return torch.ops.onegpu.add_rms_norm(x, residual, weight, eps, offset, middle, out)
+
+
+@register("rms_norm")
+def _warm(device: torch.device, dtype: torch.dtype, rows: int, n: int, style: str) -> None:
+    x = torch.zeros(rows, n, dtype=dtype, device=device)
+    rms_norm(x, x.new_zeros(n), 1e-6, style=style)
 
 
 def cost(rows: int, n: int, itemsize: int, residual: bool = False) -> tuple[int, int]:

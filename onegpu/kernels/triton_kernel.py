@@ -7,12 +7,13 @@ the machine; here a tuple of what matters is the key, and the driver is called d
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 
 from onegpu.errors import KernelError
-from onegpu.kernels import driver
+from onegpu.kernels import ahead, driver
 from onegpu.kernels.guard import current_device, not_on_cuda, other_device, raw_stream, refuse_capture
 from onegpu.kernels.tensor_map import encode
 
@@ -103,6 +104,7 @@ class TritonKernel:
         self._runtime = [p for p in self._parameters if not p.is_constexpr]
         self._specialize = [not p.do_not_specialize for p in self._runtime]
         self._made: dict[tuple[Any, ...], _Made] = {}
+        self._begun: dict[tuple[Any, ...], Future[Any]] = {}  # compiled, or under way, and not loaded yet
 
     def __call__(self, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> None:
         if self._interpreted:
@@ -114,6 +116,8 @@ class TritonKernel:
                 return self(grid, args, constants)
         made = self._made.get(key)
         if made is None:
+            if self._noted(key, device, args, constants):
+                return
             made = self._make(key, device, args, constants)
         sizes = (*grid, 1, 1)[:3]
         if 0 in sizes:
@@ -175,6 +179,8 @@ class TritonKernel:
 
             return call
         device, key, _ = self._key(args, constants)
+        if key not in self._made and self._noted(key, device, args, constants):
+            return _nothing
         with torch.cuda.device(device):
             made = self._made.get(key) or self._make(key, device, args, constants)
             if cluster > 8:
@@ -210,26 +216,39 @@ class TritonKernel:
                 if tensor.get_device() != device:
                     raise other_device(self.op, tensor, device)
                 address: Any = tensor.data_ptr()
-                if maps is not None:
-                    if address not in maps:
-                        if len(maps) >= 256:
-                            maps.clear()
-                        maps[address] = encode(address, *rest)
-                    address = maps[address]
-                filled[place] = address
+                if maps is None:
+                    filled[place] = address
+                    continue
+                found = maps.get(address)
+                if found is None:
+                    if len(maps) >= 256:
+                        maps.clear()
+                    found = maps[address] = encode(address, *rest)
+                filled[place] = found
             filled.pop()
             launch_packed(kernel, sizes, threads, shared, raw_stream(device), attributes, filled, device)
             return None
 
         return launch
 
+    def _noted(self, key: tuple[Any, ...], device: int, args: tuple[Any, ...], constants: dict[str, Any]) -> bool:
+        """Whether compiling is left to `ahead.start`."""
+
+        def begin(pool: ThreadPoolExecutor) -> Future[Any] | None:
+            if key in self._made or key in self._begun:
+                return None
+            self._begun[key] = begun = pool.submit(self.compile, _capability(device), args, constants)
+            return begun
+
+        return ahead.note(begin)
+
     def _make(self, key: tuple[Any, ...], device: int, args: tuple[Any, ...], constants: dict[str, Any]) -> _Made:
         refuse_capture(self.op)
-        with driver.LOCK:
+        with ahead.waiting(), driver.LOCK:
             if key in self._made:
                 return self._made[key]
-            major, minor = torch.cuda.get_device_capability(device)
-            compiled, kept = self.compile(10 * major + minor, args, constants)
+            begun = self._begun.pop(key, None)
+            compiled, kept = self.compile(_capability(device), args, constants) if begun is None else begun.result()
             made = _Made(compiled, kept, self.op)
             made.kernel.load(device)
             made.kernel.allow_shared(made.shared, device)
@@ -278,6 +297,15 @@ class TritonKernel:
             raise KernelError(f"{self.op} has no constant or option {', '.join(options.keys() - known.keys())}")
         source = source_kind(self.function, signature, fixed, hints)
         return compile(source, target=target, options=options), kept
+
+
+def _capability(device: int) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def _nothing(*_: torch.Tensor) -> None:
+    """The launch of a kernel that is not compiled, while those are collected."""
 
 
 def _specialized(arg: Any, specialize: bool, annotated: str) -> tuple[str, Any, bool]:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import torch
 
 from onegpu.errors import bad_argument
+from onegpu.kernels import ahead
 from onegpu.kernels.guard import refuse_capture
 
 _Function = TypeVar("_Function", bound=Callable[..., None])
@@ -51,12 +53,58 @@ def warmup(
         dtype: of the activations; by default the model's, or float16 where it has no 16-bit tensor.
 
     Returns:
-        Seconds by op, sizes and rows, in the order in which they ran.
+        Seconds: of compiling all at once, in threads; then by op, sizes and rows, in the order in which they ran.
 
     Raises:
         ArgumentError: rows is not a number above 0, or an op is not known.
         KernelError: a kernel cannot be compiled, or a CUDA graph is being captured.
     """
+    runs = _runs(model, rows, shapes, device, dtype)
+    start = time.perf_counter()
+    for done in _begin(runs):
+        done.result()
+    seconds = {"compiling, in threads": time.perf_counter() - start} if runs else {}
+    for name, place, run in runs:
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize(place)
+        seconds[name] = time.perf_counter() - start
+    return seconds
+
+
+def begin(
+    model: torch.nn.Module | None = None,
+    *,
+    rows: Sequence[int] = (1,),
+    shapes: Iterable[Shape] = (),
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Start to compile what `warmup` would, with the same arguments, in threads, and return at once.
+
+    The first call of each kind then waits for what is still under way.
+    """
+    _begin(_runs(model, rows, shapes, device, dtype))
+
+
+_Run = tuple[str, torch.device, Callable[[], None]]
+
+
+def _begin(runs: list[_Run]) -> list[Future[Any]]:
+    with ahead.collecting() as jobs:
+        for _, _, run in runs:
+            run()
+    return ahead.start(jobs)
+
+
+def _runs(
+    model: torch.nn.Module | None,
+    rows: Sequence[int],
+    shapes: Iterable[Shape],
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> list[_Run]:
+    """Name, device and function of each run."""
     for count in rows:
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise bad_argument("rows", rows, "holds something else than numbers above 0", "Pass rows=(1, 16)")
@@ -67,18 +115,21 @@ def warmup(
             raise bad_argument("shapes", kind, "names no op with a warm-up", f"Use one of {known}")
         if place.type == "cuda":
             wanted[(kind, place, kept, *sorted(sizes.items()))] = (kind, sizes)
-    seconds: dict[str, float] = {}
+    runs: list[_Run] = []
     for key, (kind, sizes) in wanted.items():
         place, kept = key[1], key[2]
         refuse_capture(kind)
+        name = " ".join([kind, *(f"{size}={value}" for size, value in sizes.items()), str(kept), str(place)])
         for count in rows:
-            start = time.perf_counter()
-            with torch.cuda.device(place), torch.no_grad():
-                _REGISTRY[kind](place, kept, count, **sizes)
-                torch.cuda.synchronize()
-            name = " ".join([kind, *(f"{size}={value}" for size, value in sizes.items()), str(kept), str(place)])
-            seconds[f"{name}, {count} rows"] = time.perf_counter() - start
-    return seconds
+
+            def run(
+                kind: str = kind, place: Any = place, kept: Any = kept, count: int = count, sizes: Any = sizes
+            ) -> None:
+                with torch.cuda.device(place), torch.no_grad():
+                    _REGISTRY[kind](place, kept, count, **sizes)
+
+            runs.append((f"{name}, {count} rows", place, run))
+    return runs
 
 
 def _of_model(
@@ -91,10 +142,13 @@ def _of_model(
         floats = {t.dtype for t in model.parameters() if t.is_floating_point()}
         dtype = torch.bfloat16 if torch.bfloat16 in floats else torch.float16
     found = []
-    for module in model.modules():
+    for module in (*model.modules(), model.__dict__.get("generate")):
         tell = getattr(module, "warmup_shapes", None)
-        place = next((t.device for t in (*module.parameters(False), *module.buffers(False))), None)
-        if tell is not None and place is not None:
+        if tell is None:
+            continue
+        holder = module if isinstance(module, torch.nn.Module) else model
+        place = next((t.device for t in (*holder.parameters(), *holder.buffers())), None)
+        if place is not None:
             found += [(kind, sizes, place, dtype) for kind, sizes in tell()]
     return found
 

@@ -35,6 +35,11 @@ class GatedMLP(nn.Module):
         if "act_fn" not in self._modules:
             self.act_fn = original.act_fn
 
+    def warmup_shapes(self) -> list[tuple[str, dict[str, Any]]]:
+        """What `onegpu.warmup` runs for this layer, beside what its children say."""
+        width = getattr(self.gate_proj, "out_features", None)
+        return [("gated_mlp", {"n": width, "activation": self.activation})] if isinstance(width, int) else []
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., N]`` -> ``[..., N]``."""
         gate, up = self.gate_proj(x), self.up_proj(x)

@@ -41,6 +41,10 @@ class RMSNorm(nn.Module):
             return self.original(x)  # type: ignore[no-any-return]
         return rms_norm(x, self.weight, self.eps, style=self.style)  # type: ignore[no-any-return]
 
+    def warmup_shapes(self) -> list[tuple[str, dict[str, Any]]]:
+        """What `onegpu.warmup` runs for this layer."""
+        return [("rms_norm", {"n": self.weight.numel(), "style": self.style})]
+
     def extra_repr(self) -> str:
         """Beside the class: what it normalises and how."""
         return f"{tuple(self.weight.shape)}, eps={self.eps}, style={self.style!r}"
@@ -58,6 +62,12 @@ class LayerNorm(nn.LayerNorm):
         self.elementwise_affine = original.elementwise_affine
         self.train(original.training)
         self.__dict__["original"] = original
+
+    def warmup_shapes(self) -> list[tuple[str, dict[str, Any]]]:
+        """What `onegpu.warmup` runs for this layer."""
+        if not self.elementwise_affine or len(self.normalized_shape) != 1:
+            return []
+        return [("layer_norm", {"n": self.normalized_shape[0], "bias": self.bias is not None})]
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """``[..., N]`` -> ``[..., N]`` in the same dtype."""

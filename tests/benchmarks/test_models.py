@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import models, step_budget
+from benchmarks import first_use, host_time, models, step_budget, ties
 from benchmarks.case import Context
 from benchmarks.cases import model as model_cases
 from benchmarks.hand_captured import HandCaptured
@@ -69,6 +69,59 @@ def test_a_captured_step_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(model_cases._generate(ours, ids, 40), expected)  # and nothing of it stays
 
 
+def test_host_time_is_the_loop_without_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = models.ours(models.plain("Llama-2-7B", "cpu", True), "bf16")
+    ids = model_cases._ids(ours, 1, 8)
+    ours.generate.engine.capture = "emulate"
+    before = model_cases._generate(ours, ids, 110)
+    step = model_cases._captured_step(ours)
+    runs: list[int] = []
+    run = step._run
+    monkeypatch.setattr(step, "_run", lambda: (runs.append(1), run()))
+    found = host_time.host_us(ours, ids, step, 100, repeats=2)
+    assert set(found) == {"greedy", "eos", "eos, max_time", "eos, streamer", "eos, sampled"}
+    assert not runs and all(micro < 20_000 for micro in found.values())
+    assert found["greedy"] > 0
+    with torch.no_grad():
+        model_cases._rewind(step, 8)
+        assert host_time.launch_us(step, lambda: model_cases._rewind(step, 8), 2, 2) > 0 and len(runs) == 4
+    assert torch.equal(model_cases._generate(ours, ids, 110), before)  # all of it is put back
+
+
+def test_a_fresh_process_uses_a_model_for_the_first_time() -> None:
+    found = first_use.measure("Llama-2-7B", "bf16", "cpu", True)
+    assert found.keys() == {"empty", "filled"}
+    for one in found.values():
+        assert one["loop"] == "eager" and 0 < one["optimize_s"] < 60 and 0 < one["first_s"] < 60
+        assert one["first_use_s"] < one["first_s"] and one["compile_s"] == one["capture_s"] == 0
+    with pytest.raises(RuntimeError, match="KeyError"):
+        first_use.measure("No-7B", "bf16", "cpu", True)
+
+
+def test_tokens_that_differ_are_weighed_by_the_peers_logits() -> None:
+    plain = models.plain("Llama-2-7B", "cpu", True)
+    ids = model_cases._ids(plain, 2, 8)
+    theirs = plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)[:, 8:]
+    assert ties.first_difference(plain, ids, theirs, theirs) is None
+    with torch.inference_mode():
+        logits = plain(torch.cat([ids, theirs], 1)).logits[1, 8 + 2 - 1].float()
+    order = logits.argsort(descending=True)
+    ours = theirs.clone()
+    ours[1, 2] = order[200]
+    found = ties.first_difference(plain, ids, ours, theirs)
+    assert found is not None and found["at"] == 2 and not found["near_tie"] and 150 < found["rank"] < 250
+    assert found["gap"] == pytest.approx(float(logits[theirs[1, 2]] - logits[order[200]]), abs=0.02)
+    ours[1, 2] = order[0] if order[0] != theirs[1, 2] else order[1]
+    ours[1, 4] = order[200]  # what comes behind the first one does not count
+    found = ties.first_difference(plain, ids, ours, theirs)
+    assert found is not None and found["at"] == 2 and found["rank"] <= 1
+
+
+def test_time_of_kernels_that_wait_for_each_other_is_counted_once() -> None:
+    spans = [("a", 0.0, 10.0), ("b", 4.0, 15.0), ("a", 14.0, 21.0), ("copy", 5.0, 9.0)]
+    assert step_budget.exclusive(reversed(spans)) == {"a": (2, 16.0), "b": (1, 5.0), "copy": (1, 0.0)}
+
+
 def test_the_budget_is_the_difference_of_two_traces() -> None:
     gemm = "void cutlass::gemm::Kernel2<float, int>(float const*, int)"
     long = {gemm: (12, 240.0), "nvjet_tst_64x8": (4, 40.0), "once": (1, 7.0), "rms_norm_kernel": (4, 8.0)}
@@ -90,6 +143,8 @@ def test_the_budget_is_the_difference_of_two_traces() -> None:
     ("name", "expected"),
     [
         ("_row_4bit", "linear"),
+        ("product(unsigned char const*, float)", "linear"),
+        ("attend(float const*, long const*)", "attention"),
         ("void gemv2T_kernel_val<int>", "linear"),
         ("fmha_cutlassF_bf16_aligned_64x64_rf_sm80", "attention"),
         ("void pytorch_flash::flash_fwd_splitkv_kernel", "attention"),

@@ -136,7 +136,7 @@ def test_every_case_runs_on_a_cpu_in_tiny(capsys: pytest.CaptureFixture[str], mo
     monkeypatch.setattr(timing, "_SAMPLE", 1e-5)
     small = [
         *(f"linear/{kind} o M={m}" for kind in ("nf4", "int8") for m in (1, 16)),
-        "model/Llama*nf4*",
+        "model/Llama*nf4 [bdp]*",  # the first use is a process of its own, tried in test_models.py
         "model/B*bf16*",
     ]
     patterns = [option for pattern in small for option in ("--cases", pattern)]

@@ -181,6 +181,23 @@ def test_the_fused_steps_rows_make_two_tables_and_a_plot(tmp_path: Path):
     assert plots.fused_points(tmp_path) == [["nf4\nA GPU", [["norm, head", 90.0], ["nothing runs", 5.0]]]]
 
 
+def test_what_stands_beside_the_speed_of_a_model(tmp_path: Path):
+    first = {"optimize_s": 0.5, "first_use_s": 2.5, "compile_s": 2.0, "capture_s": 0.1}
+    rows = [
+        {"case": "Llama bf16 decode, batch 1", "same_tokens": 2, "compared_tokens": 33,
+         "ours": {"host_us": {"greedy": 11.6, "eos": 24.9}, "launch_us": 6.0},
+         "first_difference": {"gap": 0.0156, "own_noise": 0.031, "rank": 1}},
+        {"case": "Llama nf4 decode, batch 1", "ours": {}, "first_difference": None},
+        {"case": "Llama bf16 first use", "ours": {"empty": first, "filled": {**first, "first_use_s": 0.25}}},
+    ]  # fmt: skip
+    store_rows(tmp_path / "gpu" / "model.jsonl", [{"benchmark": "model", "environment": WHERE, **row} for row in rows])
+    host, use, ties = (tables.render(f"model-{name}", tmp_path) for name in ("host", "first-use", "ties"))
+    assert "| Llama bf16, batch 1 | 12 | 25 | 6 |" in host and "nf4" not in host
+    assert "| Llama bf16, no kernel on disk | 0.50 | 2.50 | 2.00 | 0.10 |" in use
+    assert "| Llama bf16, kernels on disk | 0.50 | 0.25 | 2.00 | 0.10 |" in use
+    assert "| Llama bf16, batch 1 | 2 of 33 | 0.016 | 0.031 | 2 |" in ties and "nf4" not in ties
+
+
 def test_without_a_run_there_is_no_claim(tmp_path: Path):
     for name in tables.TABLES:
         assert tables.render(name, tmp_path) == "*No run is stored yet.*\n"

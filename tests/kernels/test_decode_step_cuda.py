@@ -96,7 +96,7 @@ def test_a_steps_kernels_compile_together(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert len(kernels) == 3 * 5 + 2
     assert len(set(kernels)) == 7  # the layers' are the same
     launch.compile_together(kernels, 0)
-    assert all(kernel._compiled["sm_90a"].code for kernel in kernels)
+    assert all(kernel._begun["sm_90a"].result().code for kernel in kernels)
     assert len(list(tmp_path.glob("*.cubin"))) == 7
     wrong = launch.CudaKernel("toy", "no C++", "toy", "P")
     with pytest.raises(KernelError, match="toy"):

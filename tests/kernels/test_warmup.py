@@ -10,6 +10,7 @@ import torch
 
 import onegpu
 from onegpu.errors import ArgumentError, KernelError
+from onegpu.kernels import linear_16bit  # noqa: F401 (registers)
 from onegpu.kernels import warmup as module
 from tests.fake_driver import FakeDriver
 
@@ -30,7 +31,7 @@ class Layer(torch.nn.Module):
 def calls(fake: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     seen: list[tuple[Any, ...]] = []
     monkeypatch.setattr(module, "_REGISTRY", {})
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
 
     @module.register("thing")
     def _(device: torch.device, dtype: torch.dtype, rows: int, n: int) -> None:
@@ -47,10 +48,12 @@ def test_each_size_runs_once_for_each_number_of_rows(
     monkeypatch.setattr(module, "_of_model", _moved(module._of_model, place))
     seconds = onegpu.warmup(model, rows=(1, 16))
     bf16 = torch.bfloat16
-    assert calls == [("cuda:1", bf16, rows, n) for n in (4, 8) for rows in (1, 16)]
-    assert list(seconds)[0] == "thing n=4 torch.bfloat16 cuda:1, 1 rows" and len(seconds) == 4  # noqa: RUF015
+    assert calls == 2 * [("cuda:1", bf16, rows, n) for n in (4, 8) for rows in (1, 16)]  # to collect, and to run
+    assert list(seconds)[1] == "thing n=4 torch.bfloat16 cuda:1, 1 rows" and len(seconds) == 5
     onegpu.warmup(shapes=[("thing", {"n": 5})], device="cuda:0")
-    assert calls[4:] == [("cuda:0", torch.float16, 1, 5)]
+    assert calls[8:] == 2 * [("cuda:0", torch.float16, 1, 5)]
+    module.begin(shapes=[("thing", {"n": 6})], device="cuda:0")
+    assert calls[10:] == [("cuda:0", torch.float16, 1, 6)]
 
 
 def _moved(of_model: Callable[..., Any], place: torch.device) -> Callable[..., Any]:
@@ -72,6 +75,15 @@ def test_quantised_layers_tell_their_sizes() -> None:
     plain = [("linear_4bit", {**sizes, **facts, "nested": False}), ("linear_16bit", {**sizes, "bias": True})]
     for kind, arguments in (*four.warmup_shapes(), *eight.warmup_shapes(), *plain):
         module._REGISTRY[kind](torch.device("cpu"), torch.float32, 3, **arguments)  # runs as registered
+
+
+def test_a_models_generate_tells_its_own() -> None:
+    model = torch.nn.Sequential(Layer(4))
+    model.__dict__["generate"] = Layer(8, "attention")
+    assert [(kind, sizes["n"]) for kind, sizes, _, _ in module._of_model(model, None)] == [
+        ("thing", 4),
+        ("attention", 8),
+    ]
 
 
 def test_wrong_arguments_and_a_capture_are_errors(calls: list[tuple[Any, ...]], fake: FakeDriver) -> None:

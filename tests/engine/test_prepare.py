@@ -1,0 +1,67 @@
+"""What is compiled ahead of a request is what the request then launches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import onegpu
+from onegpu.engine import prepare
+from onegpu.kernels import ahead, launch, warmup
+
+
+def _llama(**sizes: int) -> LlamaForCausalLM:
+    given = {"hidden_size": 320, "num_attention_heads": 5, "intermediate_size": 640, "num_hidden_layers": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=512, **{**given, **sizes})).to(torch.bfloat16).eval()
+
+
+def test_the_ops_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _llama(num_key_value_heads=1)
+    onegpu.optimize(model)
+    sizes = {"heads": 5, "kv_heads": 1, "d": 64}
+    tokens = [("next_token", {"vocab": 512, "pads": pads}) for pads in (False, True)]
+    shapes = [("attention", {**sizes, "batch": 1}), *tokens]
+    attention = ("attention", {**sizes, "batch": 4}, None)
+    assert prepare._shapes(model, 4) == [attention, *((*one, 4) for one in tokens)]
+    assert prepare.ops(model) == model.generate.warmup_shapes() == shapes
+    kinds = {kind for kind, _ in prepare._of_modules(model)}
+    assert kinds == {"rms_norm", "gated_mlp"}
+    # Each runs as registered, on the definitions.
+    shapes.append(("decode_attention", {**sizes, "keys": 9, "window": 4}))
+    for kind, given in shapes + prepare._of_modules(model):
+        warmup._REGISTRY[kind](torch.device("cpu"), torch.float32, 3, **given)
+
+
+def test_other_attention_is_not_compiled() -> None:
+    assert [kind for kind, _, _ in prepare._shapes(_llama(), 1)] == ["next_token", "next_token"]
+
+
+def test_nothing_happens_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "start", lambda jobs: pytest.fail("started"))
+    model = _llama()
+    onegpu.optimize(model)
+    prepare.begin(model, 1, 5, 128)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_what_is_begun_is_what_is_launched(quantize: str | None) -> None:
+    # Sizes of no other test, so that nothing is compiled yet.
+    width = 64 * 7 if quantize else 64 * 9
+    model = _llama(hidden_size=width, num_attention_heads=width // 64, intermediate_size=192).cuda()
+
+    def begun() -> set[tuple[str, tuple[object, ...]]]:
+        return {(kernel.op, key) for kernel in launch._TRITON.values() for key in kernel._begun}
+
+    before = begun()
+    onegpu.optimize(model, quantize=quantize)
+    assert begun() - before, "nothing began"
+    ids = torch.randint(3, 500, (1, 128), device="cuda")
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
+    assert out.shape == (1, 148) and model.generate.report.loop == "captured"
+    assert model.generate.report.compile_s > 0 and len(model.generate.engine.prepared) == 1
+    # All was guessed right, but that of two choices of a token, with padding and without, one was taken.
+    assert {op for op, _ in begun() - before} <= {"take_kernel"}
+    again = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
+    assert torch.equal(again, out) and model.generate.report.compile_s == 0
