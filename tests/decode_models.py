@@ -25,7 +25,7 @@ _RECIPES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "Gemma2ForCausalLM",
         {
             **_LLAMA, **_WINDOWS, "head_dim": 256, "query_pre_attn_scalar": 100, "attn_logit_softcapping": 2.0,
-            "final_logit_softcapping": 5.0,
+            "final_logit_softcapping": 5.0, "attn_implementation": "eager",  # sdpa ignores the cap
         },
     ),
     "gemma3": ("Gemma3Text", "Gemma3ForCausalLM", {**_LLAMA, **_WINDOWS, "head_dim": 128}),

@@ -215,6 +215,8 @@ class Layers:
         for value, name in ((cap, "attn_logit_softcapping"), (clip, "clip_qkv")):
             if value and not mentions(module, name):
                 raise Declined(f"the configuration has {name}")
+        if getattr(self.config, "_attn_implementation", None) == "sdpa":
+            cap = 0.0  # transformers 5.17 lets Gemma 2 take that function, which ignores it
         return heads._replace(cap=cap, clip=clip)
 
     def _placed(self, heads: Heads, module: Any) -> Heads:

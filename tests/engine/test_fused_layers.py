@@ -83,6 +83,9 @@ def test_numbers_of_attention() -> None:
     windows = [layer.heads.window for layer in gemma.layers]
     assert windows == [16, None]
     assert (gemma.layers[0].heads.cap, gemma.cap, gemma.layers[0].heads.scale) == (2.0, 5.0, 0.1)
+    model = decoder("gemma2")
+    model.config._attn_implementation = "sdpa"
+    assert read(model).layers[0].heads.cap == 0.0
     neox = read(decoder("gpt_neox")).layers[0].heads
     assert neox.inv_freq is not None
     assert (neox.grouped, neox.size, 2 * neox.inv_freq.numel()) == (True, 80, 20)
