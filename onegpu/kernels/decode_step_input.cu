@@ -12,7 +12,8 @@ constexpr int KB = FMT == 0 ? CB / 2 : FMT == 1 ? CB : 2 * CB;         // column
 constexpr int TO_FP16 = FMT == 2 && BF16;
 constexpr int PITCH = (K * 2 + 127) / 128 * 128 + (FMT == 0 ? 64 : 16);  // bytes of a row of x
 constexpr int VECTORS = K / 4, PER = (VECTORS + THREADS - 1) / THREADS;  // four columns each, of a thread
-constexpr int BATCH = PER >= 8 ? 1 : M < 8 / PER ? M : 8 / PER;          // rows of x in registers at a time
+constexpr int LIVE = OUTER == 2 ? 2 : OUTER || NORM == 2 ? 6 : 8;      // vectors of x in a thread's registers, about
+constexpr int BATCH = PER >= LIVE ? 1 : M < LIVE / PER ? M : LIVE / PER;  // rows of x at a time
 constexpr int SHARES = 5 * M * WARPS + WARPS;                          // five values a row and warp; a warp's largest bias
 
 DEVICE float tanh_(float x) { return 1.f - 2.f / (exp2_(2.f * LOG2E * x) + 1.f); }
