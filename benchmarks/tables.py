@@ -396,6 +396,7 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "model-prefill": ("model", model_prefill),
     "model-step": ("model", step),
     "fused-step": ("fused_step", lambda rows: ops([row for row in rows if "work" not in row])),
+    "fused-structures": ("fused_structures", ops),
     "fused-budget": ("fused_step", lambda rows: (made := step(rows)) + _FUSED * (made != _NONE)),
     "attention-models": ("attention_model", attention_models),
     "attention-memory": ("attention_model", attention_memory),
