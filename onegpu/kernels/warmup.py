@@ -150,16 +150,14 @@ def _of_model(
         dtype = torch.bfloat16 if torch.bfloat16 in floats else torch.float16
     found = []
     for module in (*model.modules(), model.__dict__.get("generate")):
-        tell = getattr(module, "warmup_shapes", None)
-        if tell is None:
-            continue
         holder = module if isinstance(module, torch.nn.Module) else model
-        place = next((t.device for t in (*holder.parameters(), *holder.buffers())), None)
+        tell = getattr(module, "warmup_shapes", None)
+        shapes = list(tell()) if tell is not None else []
+        if holder is module:
+            shapes += [shape for other in _TELLERS for shape in other(holder)]
+        place = next((t.device for t in (*holder.parameters(), *holder.buffers())), None) if shapes else None
         if place is not None:
-            found += [(kind, sizes, place, dtype) for kind, sizes in tell()]
-        for other in _TELLERS:
-            if shapes := other(module):
-                found += [(kind, sizes, next(module.parameters()).device, dtype) for kind, sizes in shapes]
+            found += [(kind, sizes, place, dtype) for kind, sizes in shapes]
     return found
 
 
