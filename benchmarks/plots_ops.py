@@ -26,14 +26,15 @@ def sweep_points(results: Path = RESULTS) -> Points:
                 speed = round(row["flops"] / fields["us"]["median"] / 1e6, 1)
                 name = f"{kind}\n{row['environment']['device']}"
                 panels.setdefault(name, []).append([row["shape"]["length"], side, speed])
-    return [[name, sorted(points)] for name, points in sorted(panels.items())]
+    forward_first = sorted(panels.items(), key=lambda panel: (not panel[0].startswith("forward"), panel[0]))
+    return [[name, sorted(points)] for name, points in forward_first]
 
 
 def draw_sweep(points: Points, figure: Any) -> None:
     """TFLOP/s over a logarithmic length, one panel for each kind of attention."""
-    columns = min(len(points), 4)
-    rows = -(-len(points) // columns)
-    figure.set_size_inches(6.4, 0.6 + 2.2 * rows)
+    rows = 1 if len(points) < 4 else 2
+    columns = -(-len(points) // rows)
+    figure.set_size_inches(max(6.4, 1.8 * columns), 0.6 + 2.2 * rows)
     panels = figure.subplots(rows, columns, sharex=True, squeeze=False)
     _lines(panels, points, _COLORS, figure)
     for row in panels:

@@ -27,7 +27,7 @@ _NONE = "*No run is stored yet.*\n"
 _PICTURES = {
     "fused-budget": ("fused_step", "µs of one step by kind of kernel"),
     "few-rows": ("few_rows", "Times as fast as cuBLAS over the rows of x"),
-    "attention": ("attention_sweep", "TFLOP/s over the length, forward and backward"),
+    "attention-sweep": ("attention_sweep", "TFLOP/s over the length, forward and backward"),
     "attention-models": ("attention_models", "Positions a millisecond over the batch and over the padding"),
     "attention-memory": ("attention_memory", "Memory over the length"),
     "model-step": ("model_step", "µs of one step by kind of kernel"),
@@ -351,6 +351,22 @@ def two_gpus(rows: list[Row]) -> str:
     return markdown(head, lines) + f"\n{measured_on(rows)}"
 
 
+def _swept(row: Row) -> bool:
+    return row["case"].startswith(("sweep ", "batches "))
+
+
+def attention_sweep(rows: list[Row]) -> str:
+    """TFLOP/s of our own kernels and of torch's backends."""
+    backends = ("cuDNN", "FlashAttention-2", "memory-efficient")
+    lines, rows = [], [row for row in rows if _swept(row)]
+    for row in rows:
+        sides = [row["ours"], *(row["peers"].get(name) for name in backends)]
+        speeds = [f"{row['flops'] / side['us']['median'] / 1e6:.0f}" if side else "–" for side in sides]
+        lines.append([row["case"].partition(" ")[2], *speeds, _with_ratio(row["ratio"]), _share(row)])
+    head = ["TFLOP/s", "onegpu", *backends, "ratio of times", "share of the roofline"]
+    return markdown(head, lines) + f"\n{_ceilings(rows)}. {measured_on(rows)}" if lines else _NONE
+
+
 def attention_models(rows: list[Row]) -> str:
     """Milliseconds of a forward of whole models, and the most memory that it takes."""
     lines = []
@@ -366,8 +382,7 @@ def attention_models(rows: list[Row]) -> str:
         )
         lines.append([*cells, peaks])
     head = ["ms of a forward, bf16", "onegpu", "sdpa", "eager", "speed", "GB at most, ours / theirs"]
-    picture = "![speed over batch and padding](images/attention_models.svg)\n"
-    return markdown(head, lines) + f"\n{measured_on(rows)}\n{picture}" if lines else _NONE
+    return markdown(head, lines) + f"\n{measured_on(rows)}" if lines else _NONE
 
 
 def attention_memory(rows: list[Row]) -> str:
@@ -380,8 +395,7 @@ def attention_memory(rows: list[Row]) -> str:
             cells += [f"{ours:.1f}", f"{theirs:.0f}", f"{theirs / ours:.0f} ×"]
         lines.append(cells)
     head = ["length", "forward, MiB", "eager", "", "and backward, MiB", "eager", ""]
-    picture = "![memory over length](images/attention_memory.svg)\n"
-    return markdown(head, lines) + f"\n{measured_on(rows)}\n{picture}" if lines else _NONE
+    return markdown(head, lines) + f"\n{measured_on(rows)}" if lines else _NONE
 
 
 # Name in the pages -> results file, and how it reads. A device with no such file has no table.
@@ -395,7 +409,8 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "launch": ("launch", launches),
     "linear": ("linear", ops),
     "few-rows": ("few_rows", ops),
-    "attention": ("attention", ops),
+    "attention": ("attention", lambda rows: ops(left) if (left := [row for row in rows if not _swept(row)]) else _NONE),
+    "attention-sweep": ("attention", attention_sweep),
     "decode-attention": ("decode_attention", ops),
     "model-decode": ("model", model_decode),
     "model-host": ("model", model_host),
@@ -404,6 +419,7 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "model-prefill": ("model", model_prefill),
     "model-step": ("model", step),
     "fused-step": ("fused_step", lambda rows: ops([row for row in rows if "work" not in row])),
+    "fused-structures": ("fused_structures", ops),
     "fused-budget": ("fused_step", step),
     "attention-models": ("attention_model", attention_models),
     "attention-memory": ("attention_model", attention_memory),

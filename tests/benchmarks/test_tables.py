@@ -183,13 +183,19 @@ def test_plots_over_lengths_and_over_rows(tmp_path: Path):
     ]
     store_rows(tmp_path / "gpu" / "attention.jsonl", rows)
     assert plots.sweep_points(tmp_path) == [
-        ["backward D64 full H16\nA GPU", [[512, "cuDNN", 200.0], [512, "onegpu", 100.0]]],
         [
             "forward D128 causal H16\nA GPU",
             [[512, "cuDNN", 1250.0], [512, "onegpu", 1000.0], [1024, "cuDNN", 250.0], [1024, "onegpu", 500.0]],
         ],
+        ["backward D64 full H16\nA GPU", [[512, "cuDNN", 200.0], [512, "onegpu", 100.0]]],
     ]
-    assert tables.render("attention", tmp_path).endswith("images/attention_sweep.svg)\n")
+    assert (
+        "sweep" not in (table := tables.render("attention", tmp_path))
+        and "| forward D128 causal B4 H32 S4096 |" in table
+    )
+    table = tables.render("attention-sweep", tmp_path)
+    assert "| forward D128 causal B16 H16 S1024 | 500 | 250 | – | – | 0.50 (0.45–0.55) | 87% |" in table
+    assert table.endswith("images/attention_sweep.svg)\n") and "S4096" not in table
     store_rows(tmp_path / "gpu" / "few_rows.jsonl", [product("nf4", m, 2.0) for m in (1, 2, 4, 8)])
     assert plots.few_rows_points(tmp_path) == [] and ".svg" not in tables.render("few-rows", tmp_path)
     more = [product("int8", 16, 0.5), product("fp4", 16, 1.0), product("nested", 17, 1.0, peer="nf4")]
