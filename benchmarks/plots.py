@@ -145,7 +145,7 @@ def draw_step(points: Points, figure: Any) -> None:
     axes.set_yticks(range(len(points)), [name for name, _ in points], fontsize=7)
     axes.invert_yaxis()
     axes.set(xlabel="µs of one decoding step, batch 1")
-    figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=7, ncols=4, loc="outside lower center")
+    figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=7, ncols=3, loc="outside lower center")
 
 
 def _attention_rows(results: Path) -> list[dict[str, Any]]:
