@@ -23,6 +23,7 @@ from benchmarks.plots import PLOTS, draw_all, stale
 Row = dict[str, Any]
 _MARKED = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- /table -->)", re.DOTALL)
 _NONE = "*No run is stored yet.*\n"
+_ROWS = (1, 2, 4, 8, 16, 24, 48, 64, 128)  # what else was measured is in the plot
 # Table -> the plot below it, and what it shows.
 _PICTURES = {
     "fused-budget": ("fused_step", "µs of one step by kind of kernel"),
@@ -204,6 +205,18 @@ def ops(rows: list[Row]) -> str:
     peers = dict.fromkeys(row["peer"] for row in rows if row["peer"])
     head = ["case", "onegpu, µs", "peer, µs", "ratio", "share of the roofline", "host, µs"]
     return markdown(head, lines) + f"\nPeer: {', '.join(peers)}. {_ceilings(rows)}. {measured_on(rows)}"
+
+
+def few_rows(rows: list[Row]) -> str:
+    """Products of few rows: a line for each format and matrix, a column for each number of rows of x."""
+    lines: dict[str, dict[int, str]] = {}
+    for row in rows:
+        cell = f"{row['ours']['us']['median']:.1f} ({row['ratio']['median']:.2f})"
+        lines.setdefault(row["case"].rpartition(" M=")[0], {})[row["shape"]["m"]] = cell
+    head = ["µs (ratio to the peer)", *(f"M = {m}" for m in _ROWS)]
+    table = markdown(head, ([name, *(cells.get(m, "–") for m in _ROWS)] for name, cells in lines.items()))
+    peers = dict.fromkeys(row["peer"] for row in rows)
+    return f"{table}\nPeer: {', '.join(peers)}. {_ceilings(rows)}. {measured_on(rows)}"
 
 
 def launches(rows: list[Row]) -> str:
@@ -408,7 +421,7 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "bnb_suite": ("bnb_suite", bnb_suite),
     "launch": ("launch", launches),
     "linear": ("linear", ops),
-    "few-rows": ("few_rows", ops),
+    "few-rows": ("few_rows", few_rows),
     "attention": ("attention", lambda rows: ops(left) if (left := [row for row in rows if not _swept(row)]) else _NONE),
     "attention-sweep": ("attention", attention_sweep),
     "decode-attention": ("decode_attention", ops),
