@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from onegpu import functional
-from onegpu.engine.fused_structure import Layer, Structure
-from onegpu.kernels.decode_step import Heads, Matrix, Part
+from onegpu.engine.fused_structure import SEQUENTIAL, Layer, Structure
+from onegpu.kernels.decode_step import Heads, Matrix, Norm, Part
 
 SIZES: dict[str, Any] = {"width": 128, "inner": 192, "query": 4, "kv": 2, "size": 32, "vocabulary": 70, "layers": 2}
 
@@ -56,6 +56,7 @@ def structure(
     s = {**SIZES, **sizes}
     g = torch.Generator().manual_seed(1)
     gain = lambda n: (torch.rand(n, generator=g) + 0.5).to(dtype)  # noqa: E731
+    norm = lambda: Norm("rms", gain(s["width"]), 1e-5)  # noqa: E731
     rotated = s["size"] if rotated is None else rotated
     inv_freq = 100.0 ** (-torch.arange(0, rotated, 2) / rotated) if rotated else None
     layers = []
@@ -67,13 +68,14 @@ def structure(
         q, kv = s["query"] * s["size"], s["kv"] * s["size"]
         layers.append(
             Layer(
-                gain(s["width"]), 1e-5, make((q, kv, kv), s["width"], 1), heads, make((s["width"],), q, 2),
-                gain(s["width"]), 1e-5, make((s["inner"],) * 2, s["width"], 3), act, make((s["width"],), s["inner"], 4),
+                SEQUENTIAL, (norm(), None, norm(), None), make((q, kv, kv), s["width"], 1), heads,
+                make((s["width"],), q, 2), make((s["inner"],) * 2, s["width"], 3), True, act,
+                make((s["width"],), s["inner"], 4),
             )
         )  # fmt: skip
     table = torch.randn(s["vocabulary"], s["width"], generator=g).to(dtype)
     head = matrix("16bit", (s["vocabulary"],), s["width"], dtype, False)
-    return Structure(table, tuple(layers), gain(s["width"]), 1e-5, head)
+    return Structure(table, tuple(layers), norm(), head)
 
 
 def caches(found: Structure, rows: int, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:

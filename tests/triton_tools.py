@@ -51,6 +51,8 @@ def stack_bytes(kernel: Any) -> int:
         text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
     (stack, local) = re.findall(r" STACK:(\d+) .* LOCAL:(\d+)", text.stdout)[0]
     return int(stack) + int(local)
+
+
 _PTX_BYTES = {"u64": 8, "b64": 8, "s64": 8, "f64": 8, "u32": 4, "b32": 4, "s32": 4, "f32": 4, "u16": 2, "b16": 2}
 
 
@@ -72,7 +74,8 @@ def spills(made: Any) -> int:
 
     target = re.search(r"\.target (sm_\w+)", made.asm["ptx"])
     assert target is not None
-    program = Path(triton.backends.nvidia.__file__).parent / "bin" / "ptxas"
+    name = "ptxas-blackwell" if target[1].startswith("sm_10") else "ptxas"
+    program = Path(triton.backends.nvidia.__file__).parent / "bin" / name
     command = [program, "-v", f"--gpu-name={target[1]}", "-", "-o", os.devnull]
     run = subprocess.run(command, input=made.asm["ptx"], capture_output=True, text=True, timeout=240)
     found = re.findall(r"(\d+) bytes spill (?:stores|loads)", run.stderr)

@@ -40,6 +40,7 @@ _SOURCES = tuple(
     f"onegpu/{name}"
     for name in (
         "engine/fused_step.py", "kernels/few_rows_common.cu", "kernels/decode_step_common.cu",
+        "kernels/decode_step_input.cu",
         "kernels/decode_step_product.cu", "kernels/decode_step_attention.cu", "kernels/decode_step_cuda.py",
     )
 )  # fmt: skip
@@ -132,16 +133,19 @@ def _kinds(
     values = torch.randn(1, heads.query, split, heads.size, **one).to(found.dtype)
     attended = ops.Attended(values, torch.rand(1, heads.query, split, 2, **one) + 1)
 
+    def stream(norm: Any) -> Any:
+        return ops.Stream(h, found.dtype, norm)
+
     def each(call: Callable[[Any, Any], Any]) -> Callable[[], None]:
         return lambda: [call(*pair) for pair in zip(found.layers, memory, strict=True)] and None
 
     calls: dict[str, tuple[Any, Callable[[Any, Any], Any]]] = {
-        "norm, q, k, v": (lambda x: x.qkv, lambda x, _: ops.norm_product(h, x.attention_gain, 1e-5, x.qkv, qkv)),
-        "output of attention, residual": (lambda x: x.out, lambda x, _: ops.add_attention(attended, x.out, h)),
+        "norm, q, k, v": (lambda x: x.qkv, lambda x, _: ops.product(stream(x.norms[0]), x.qkv, "store", qkv)),
+        "output of attention, residual": (lambda x: x.out, lambda x, _: ops.product(attended, x.out, "add", h)),
         "norm, gate, up, activation": (
-            lambda x: x.gate_up, lambda x, _: ops.norm_gated(h, x.mlp_gain, 1e-5, x.gate_up, x.act, act),
+            lambda x: x.up, lambda x, _: ops.product(stream(x.norms[2]), x.up, "gated", act, act=x.act),
         ),
-        "down, residual": (lambda x: x.down, lambda x, _: ops.add_product(act, x.down, h)),
+        "down, residual": (lambda x: x.down, lambda x, _: ops.product(act, x.down, "add", h)),
     }  # fmt: skip
     made = {}
     for what, (matrix, call) in calls.items():
@@ -149,7 +153,7 @@ def _kinds(
     in_cache = 4 * cache * heads.kv * heads.size * len(found.layers)
     attend = each(lambda x, pair: ops.attend(qkv, x.heads, *pair, at, at, None, attended))
     made["rotary embedding, cache, attention"] = len(found.layers), in_cache, attend
-    head = partial(ops.norm_product, h, found.gain, 1e-5, found.head, logits)
+    head = partial(ops.product, stream(found.norm), found.head, "store", logits)
     made["norm, head"] = 1, ops.cost(found.head, 1)[0], head
     return made
 
@@ -174,8 +178,8 @@ def _structure(model: str, form: str, context: Context) -> Any:
         return context.kept[model, form]
     import torch
 
-    from onegpu.engine.fused_structure import Layer, Structure
-    from onegpu.kernels.decode_step import Heads, Matrix, Part
+    from onegpu.engine.fused_structure import SEQUENTIAL, Layer, Structure
+    from onegpu.kernels.decode_step import Heads, Matrix, Norm, Part
 
     s, device = (_TINY if context.tiny else _MODELS[model]), context.device
 
@@ -191,17 +195,18 @@ def _structure(model: str, form: str, context: Context) -> Any:
     def matrix(rows: tuple[int, ...], k: int, kind: str = form) -> Any:
         return Matrix(kind, k, tuple(part(n, k, kind) for n in rows))
 
-    gain = torch.ones(s["width"], dtype=torch.bfloat16, device=device)
+    norm = Norm("rms", torch.ones(s["width"], dtype=torch.bfloat16, device=device), 1e-5)
     inner, inv_freq = s["heads"] * s["size"], 1e4 ** (-torch.arange(0, s["size"], 2, device=device) / s["size"])
     heads = Heads(s["heads"], s["kv"], s["size"], s["size"] ** -0.5, None, inv_freq)
     layers = tuple(
         Layer(
-            gain, 1e-5, matrix((inner, *(s["kv"] * s["size"],) * 2), s["width"]), heads, matrix((s["width"],), inner),
-            gain, 1e-5, matrix((s["inner"],) * 2, s["width"]), "silu", matrix((s["width"],), s["inner"]),
+            SEQUENTIAL, (norm, None, norm, None), matrix((inner, *(s["kv"] * s["size"],) * 2), s["width"]), heads,
+            matrix((s["width"],), inner), matrix((s["inner"],) * 2, s["width"]), True, "silu",
+            matrix((s["width"],), s["inner"]),
         )
         for _ in range(s["layers"])
     )  # fmt: skip
     table = torch.empty(s["vocabulary"], s["width"], dtype=torch.bfloat16, device=device).normal_(0, 1)
-    made = Structure(table, layers, gain, 1e-5, matrix((s["vocabulary"],), s["width"], "16bit"))
+    made = Structure(table, layers, norm, matrix((s["vocabulary"],), s["width"], "16bit"))
     context.kept[model, form] = made
     return made

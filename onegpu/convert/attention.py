@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from onegpu.errors import bad_argument
+from onegpu.kernels.warmup import tells
 from onegpu.nn.attention import Packed, attend
 from onegpu.nn.attention_context import current_step
 from onegpu.nn.attention_mask import AttentionMask, Rule
@@ -33,6 +34,28 @@ def register() -> None:
 
     AttentionInterface.register(NAME, attention_function)
     AttentionMaskInterface.register(NAME, mask_function)
+
+
+@tells
+def attention_of(module: torch.nn.Module) -> list[tuple[str, dict[str, Any]]]:
+    """Sizes of a module's attention for ``onegpu.warmup``, where its projections and its config tell them."""
+    projections = [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj")]
+    d = getattr(module, "head_dim", None)
+    config = getattr(module, "config", None)
+    if (
+        getattr(config, "_attn_implementation", None) != NAME
+        or not isinstance(d, int)
+        or not all(isinstance(x, torch.nn.Linear) for x in projections)
+    ):
+        return []
+    width, width_k, width_v = (projection.out_features for projection in projections)  # type: ignore[union-attr]
+    heads, heads_kv = width // d, width_k // d
+    sizes: dict[str, Any] = {"heads": heads, "heads_kv": heads_kv, "d": d, "d_v": width_v // heads_kv}
+    window = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
+    causal = bool(getattr(module, "is_causal", True))
+    sizes |= {"causal": causal, "window": window if causal else None, "scale": getattr(module, "scaling", None)}
+    learns = module.training and any(p.requires_grad for p in module.parameters())
+    return [("attention", sizes | {"backward": learns})]
 
 
 def attention_function(

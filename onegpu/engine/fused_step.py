@@ -1,30 +1,32 @@
-"""A decoding step of a pre-norm model in five kernels a layer, instead of the model's own forward.
+"""A decoding step in five kernels a layer, instead of the model's own forward.
 
-``plan(model)`` says whether a model is one: a decoder of embedding, equal layers and head, a layer of two RMSNorms,
-attention with rotary embedding (or none) and a gated MLP, in the order of Llama. It looks at what the modules are made
-of, never at names of models, and asks the small functions that it replaces (norm, activation, rotary embedding) for a
-few values; anything that it does not know makes it decline, with the reason. What follows from a wrong guess is caught
-once more: the engine compares the first step with an ordinary one.
+``plan(model)`` says whether a model has one: a decoder of embedding, equal layers and head, whose layers are made of
+norms, attention and an MLP in one of the orders of `onegpu.engine.fused_layers`. It looks at what the modules are made
+of, never at names of models, and asks the small functions that it replaces (norm, activation, rotary embedding, the
+layer's own order) for a few values; anything that it does not know makes it decline, with the reason. What follows from
+a wrong guess is caught once more: the engine compares the first step with an ordinary one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from onegpu.engine.fused_structure import Declined, Structure, read
+from onegpu.engine.fused_structure import PARALLEL, SEQUENTIAL, Declined, Layer, Structure, read
 from onegpu.kernels import decode_step as ops
 from onegpu.kernels.codebooks import dynamic_map
-from onegpu.kernels.decode_step import Matrix
+from onegpu.kernels.decode_step import Attended, Matrix, Norm, Stream
 
 if TYPE_CHECKING:
     from onegpu.kernels.launch import CudaKernel
 
 # What was compared with the definition on a device (docs/fused_step.md); the kernels themselves take more.
-MAX_ROWS, HEAD_SIZES = 16, (64, 128)
+MAX_ROWS, HEAD_SIZES = 16, (64, 80, 96, 128, 256)
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -62,8 +64,9 @@ class FusedStep:
             asked = matrix.format, rows, matrix.columns, matrix.parts[0].nested is not None
             return bool(gpu.windows(*asked)) if cut else gpu.shape(*asked) is not None
 
-        whole = [found.head, *(m for layer in found.layers for m in (layer.qkv, layer.out, layer.gate_up))]
-        return rows <= MAX_ROWS and all(map(fits, whole)) and all(fits(layer.down, True) for layer in found.layers)
+        downs = [layer.down for layer in found.layers]
+        whole = [m for m in found.matrices() if not any(m is down for down in downs)]
+        return rows <= MAX_ROWS and all(map(fits, whole)) and all(fits(down, True) for down in downs)
 
     def __call__(
         self,
@@ -114,30 +117,117 @@ class FusedStep:
         first: torch.Tensor | None,
     ) -> torch.Tensor:
         found, rows = self.structure, len(input_ids)
-        device, dtype = found.device, found.dtype
+        run = _Run(found, rows, self.pdl)
+        run.embed(input_ids.view(-1), rope_position)
+        for layer, cache in zip(found.layers, caches, strict=True):
+            run.layer(layer, cache, position, rope_position, first)
+        logits = run.logits()
+        run.run()
+        return logits
+
+
+class _Run:
+    """One step's launches, and the memory between them.
+
+    h is the residual stream, and `waiting` what the next product has yet to do to it: a norm of it, or of `added`; the
+    result goes into `spare`. Kernels are launched in `run`, when each knows which matrix the next one multiplies with.
+    """
+
+    def __init__(self, found: Structure, rows: int, pdl: bool) -> None:
+        self.found, self.rows, self.pdl = found, rows, pdl
+        self.queue: list[tuple[Callable[..., None], Matrix | None]] = []
         heads = found.layers[0].heads
         split = 1
-        if device.type == "cuda":
-            from onegpu.kernels.decode_step_cuda import splits
+        if found.device.type == "cuda":
+            from onegpu.kernels.decode_step_cuda import chunks, splits
 
-            split = splits(found.embedding.get_device(), rows, heads.kv)
+            split = splits(found.embedding.get_device(), rows, heads.kv * chunks(heads))
+        dtype = found.dtype
+        self.h, self.qkv = self._make(found.width), self._make(heads.width)
+        self.act = self._make(found.inner, kind=dtype)
+        parts = self._make(heads.query, split, heads.size, kind=dtype), self._make(heads.query, split, 2)
+        self.attended = Attended(*parts)
+        self.spare, self.added, self.waiting = self.h, self.h, Stream(self.h, dtype)
+        if any(layer.norms[1] is not None or layer.norms[3] is not None for layer in found.layers):
+            self.spare, self.added = self._make(found.width), self._make(found.width)
 
-        def make(*shape: int, kind: torch.dtype = torch.float32) -> torch.Tensor:
-            return torch.empty(rows, *shape, dtype=kind, device=device)
+    def _make(self, *shape: int, kind: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(self.rows, *shape, dtype=kind, device=self.found.device)
 
-        h, qkv, act = make(found.width), make(heads.width), make(found.inner, kind=dtype)
-        attended = ops.Attended(make(heads.query, split, heads.size, kind=dtype), make(heads.query, split, 2))
-        logits = make(found.head.rows)
-        ops.embed(input_ids.view(-1), found.embedding, h, self.pdl)
-        coming = [*(layer.qkv for layer in found.layers[1:]), found.head]
-        for layer, (keys, values), after in zip(found.layers, caches, coming, strict=True):
-            ops.norm_product(h, layer.attention_gain, layer.attention_eps, layer.qkv, qkv, self.pdl)
-            ops.attend(qkv, layer.heads, keys, values, position, rope_position, first, attended, self.pdl, layer.out)
-            ops.add_attention(attended, layer.out, h, self.pdl, layer.gate_up)
-            ops.norm_gated(h, layer.mlp_gain, layer.mlp_eps, layer.gate_up, layer.act, act, self.pdl, layer.down)
-            ops.add_product(act, layer.down, h, self.pdl, after)
-        ops.norm_product(h, found.gain, found.eps, found.head, logits, self.pdl)
+    def embed(self, ids: torch.Tensor, position: torch.Tensor) -> None:
+        """h, of the tokens and their positions."""
+        found = self.found
+        places = None if found.places is None else ops.Places(found.places[0], position, found.places[1])
+        if found.project_in is None:
+            ops.embed(ids, found.embedding, self.h, found.scale, places, found.embedding_norm, self.pdl)
+            return
+        small = self._make(found.embedding.shape[1])
+        ops.embed(ids, found.embedding, small, found.scale, pdl=self.pdl)
+        if places is None:
+            self._product(Stream(small, found.dtype), found.project_in, "store", self.h)
+            return
+        ops.embed(ids, None, self.h, places=places, pdl=self.pdl)
+        self._product(Stream(small, found.dtype), found.project_in, "add", self.h)
+
+    def layer(
+        self,
+        layer: Layer,
+        cache: Pair,
+        position: torch.Tensor,
+        rope_position: torch.Tensor,
+        first: torch.Tensor | None,
+    ) -> None:
+        """h, behind a layer; what is passed on to its attention is explained in `FusedStep`."""
+        norms, up = layer.norms, "gated" if layer.gated else "act"
+        if (both := layer.both) is not None:
+            self._product(self._read(norms[0]), both, "both", self.qkv, act=layer.act, also=self.act)
+        else:
+            self._product(self._read(norms[0]), layer.qkv, "store", self.qkv)
+            if layer.order == PARALLEL:
+                self._product(self._read(norms[2]), layer.up, up, self.act, act=layer.act)
+        attend = partial(ops.attend, self.qkv, layer.heads, *cache, position, rope_position, first, self.attended)
+        self.queue.append((partial(attend, pdl=self.pdl), None))
+        self._add(self.attended, layer.out, norms[1], layer.order)
+        if layer.order != PARALLEL:
+            self._product(self._read(norms[2]), layer.up, up, self.act, act=layer.act)
+        self._add(self.act, layer.down, norms[3], layer.order)
+
+    def logits(self) -> torch.Tensor:
+        """float32 ``[rows, V]``, once it has run."""
+        found, last = self.found, self._read(self.found.norm, keep=False)
+        logits = self._make(found.head.rows)
+        if found.project_out is not None:
+            small = self._make(found.project_out.rows)
+            self._product(last, found.project_out, "store", small)
+            last = Stream(small, found.dtype)
+        self._product(last, found.head, "store", logits, cap=found.cap)
         return logits
+
+    def _read(self, norm: Norm | None, keep: bool = True) -> Stream:
+        """The stream for the next product, which writes it down if that is more than h."""
+        stream = self.waiting._replace(norm=norm)
+        if stream.outer is not None and keep:
+            stream = stream._replace(to=self.spare)
+            self.h, self.spare = self.spare, self.h
+            self.waiting = Stream(self.h, self.found.dtype)
+        return stream
+
+    def _add(self, x: Attended | torch.Tensor, matrix: Matrix, outer: Norm | None, order: str) -> None:
+        if outer is not None and order == SEQUENTIAL:
+            self._product(x, matrix, "store", self.added)
+            self.waiting = Stream(self.h, self.found.dtype, added=self.added, outer=outer)
+            return
+        self._product(x, matrix, "add", self.h)
+        self.waiting = Stream(self.h, self.found.dtype, outer=outer)
+
+    def _product(self, x: Any, matrix: Matrix, sink: str, out: torch.Tensor, **more: Any) -> None:
+        self.queue.append((partial(ops.product, x, matrix, sink, out, pdl=self.pdl, **more), matrix))
+
+    def run(self) -> None:
+        """Launch what was asked for, in that order."""
+        matrices = [*(matrix for _, matrix in self.queue[1:]), None]
+        for (launch, _), following in zip(self.queue, matrices, strict=True):
+            launch(following=following)
 
 
 class Fused:
@@ -154,12 +244,25 @@ class Fused:
         self.made = step.structure.made()
 
     @staticmethod
-    def make(model: Any, batch: int, mask: torch.Tensor) -> Fused | None:
-        """For a model and a mask as in `takes`, or None."""
+    def make(
+        model: Any, batch: int, mask: torch.Tensor, memory: list[Pair] | None = None, placed: bool = True
+    ) -> Fused | None:
+        """For a model and a mask as in `takes`, or None.
+
+        memory: what the step will be called with. placed: whether with positions in the text too.
+        """
         if not left_padded(mask):
             return None
         step = plan(model)
-        return Fused(step, batch) if isinstance(step, FusedStep) and step.serves(batch) else None
+        if not isinstance(step, FusedStep) or not step.serves(batch):
+            return None
+        found = step.structure
+        if found.places is not None and not placed:
+            return None  # the model finds them out by itself, each in its own way
+        wanted = [(layer.heads.kv, layer.heads.size, found.dtype) for layer in found.layers]
+        if memory is not None and wanted != [(k.shape[1], k.shape[3], k.dtype) for k, _ in memory]:
+            return None  # Falcon's own forward keeps the keys of each query head
+        return Fused(step, batch)
 
     def takes(self, mask: torch.Tensor) -> bool:
         """Whether a mask ``[rows, length]`` of real tokens has padding on the left only."""
@@ -213,7 +316,3 @@ def _check_gpu(found: Structure) -> None:
         heads = layer.heads
         if heads.size not in HEAD_SIZES:
             raise Declined(f"heads of {heads.size}")
-        if heads.window is not None:
-            raise Declined("a sliding window")
-        if heads.query // heads.kv > gpu.MAX_GROUP:
-            raise Declined(f"{heads.query // heads.kv} query heads to a key head")

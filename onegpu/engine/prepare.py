@@ -80,7 +80,8 @@ def _shapes(model: Any, batch: int) -> list[tuple[str, dict[str, Any], int | Non
     vocab = model.config.get_text_config(decoder=True).vocab_size
     found: list[tuple[str, dict[str, Any], int | None]] = []
     if sizes := _attention(model):
-        found.append(("attention", {**sizes, "batch": batch}, None))
+        kv = sizes.pop("kv_heads")
+        found.append(("attention", {**sizes, "heads_kv": kv, "d_v": sizes["d"], "batch": batch}, None))
     return [*found, *(("next_token", {"vocab": vocab, "pads": pads}, batch) for pads in (False, True))]
 
 

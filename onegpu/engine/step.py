@@ -85,7 +85,9 @@ class StaticStep:
             self.first = torch.zeros(slot.batch, dtype=torch.int32, device=device)
             self.length = torch.ones(slot.batch, dtype=torch.int32, device=device)
             self.cache = StepCache(self._layers(start))
-            self.fused = Fused.make(model, slot.batch, start.mask) if fuse else None
+            memory = [(layer.keys, layer.values) for layer in self.cache.layers]
+            placed = self.position_ids is not None
+            self.fused = Fused.make(model, slot.batch, start.mask, memory, placed) if fuse else None
             self.mask: Any = None
             self._masks: list[tuple[Any, ...]] = []
             if self.fused is None:

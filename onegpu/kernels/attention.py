@@ -172,10 +172,21 @@ def _check(
 
 @register("attention")
 def _warm(
-    device: torch.device, dtype: torch.dtype, rows: int, heads: int, kv_heads: int, d: int, batch: int = 1
-) -> None:
-    q, k = (torch.zeros(batch, rows, n, d, dtype=dtype, device=device) for n in (heads, kv_heads))
-    attention(q, k, k, causal=rows > 1)  # a single query is the last one, and sees all keys
+    device: torch.device, dtype: torch.dtype, rows: int, heads: int, heads_kv: int, d: int, d_v: int, batch: int = 1,
+    causal: bool = True, window: int | None = None, scale: float | None = None, backward: bool = False,
+) -> None:  # fmt: skip
+    """So many sequences of so many rows, as they are and with padding; window: keys that a query sees, its own too."""
+    shapes = (batch, rows, heads, d), (batch, rows, heads_kv, d), (batch, rows, heads_kv, d_v)
+    q, k, v = (torch.zeros(shape, dtype=dtype, device=device, requires_grad=backward) for shape in shapes)
+    real = torch.tensor([[0, rows]] * batch, dtype=torch.int32, device=device)
+    # A single query is the last one, and sees all keys.
+    options: dict[str, Any] = {"causal": causal and rows > 1, "scale": scale}
+    options["window"] = None if window is None else (window - 1, -1)
+    with torch.set_grad_enabled(backward):
+        for ranges in (None, real):
+            out = attention(q, k, v, q_range=ranges, k_range=ranges, **options)
+            if backward:
+                torch.autograd.grad(out, (q, k, v), torch.zeros_like(out))  # type: ignore[arg-type]
 
 
 def cost(

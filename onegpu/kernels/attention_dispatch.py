@@ -68,12 +68,12 @@ def _rows(rest: tuple[Any, ...]) -> tuple[torch.Tensor | None, torch.Tensor | No
     return (rest[3], rest[4]) if rest[5] is None else (rest[5], rest[6])
 
 
-def _for_cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> bool:
-    """Whether cuDNN serves: 16 bits, dense, as many keys as queries, no groups, causal or full."""
+def _for_cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options, widest: int) -> bool:
+    """Whether cuDNN serves: 16 bits, dense, as many keys as queries, no groups, causal or full, head dims to widest."""
     if q.shape != k.shape or k.shape != v.shape or q.ndim != 4 or q.dtype not in (torch.float16, torch.bfloat16):
         return False
     dense = all(x is None for x in options[3:7])
-    return dense and options.left < 0 and options.right <= 0 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+    return dense and options.left < 0 and options.right <= 0 and q.shape[-1] % 8 == 0 and q.shape[-1] <= widest
 
 
 def _cudnn_is_faster(q: torch.Tensor, options: Options, backward: bool) -> bool:
@@ -99,19 +99,19 @@ def implementation(
     kernels = kernels and options.scale > 0 and q.numel() > 0 and v.numel() > 0
     if name == "definition" or (name == "auto" and not kernels):
         return "definition"
-    hopper = cudnn = False
-    if kernels and name in ("auto", "hopper"):
+    hopper = cudnn = measured = False
+    if kernels and name in ("auto", "hopper", "cudnn"):
         from onegpu.kernels import attention_hopper
 
-        hopper = attention_hopper.serves(q, k, v, backward=backward) and not deterministic
-    if kernels and name in ("auto", "cudnn"):
-        cudnn = _for_cudnn(q, k, v, options) and not deterministic
+        measured = attention_hopper.serves(q, k, v)
+        hopper = measured and attention_hopper.serves(q, k, v, backward=backward)
+        cudnn = _for_cudnn(q, k, v, options, 256 if measured else 128) and not deterministic
     if name == "auto":
-        if hopper and cudnn and _cudnn_is_faster(q, options, backward):
+        if measured and cudnn and _cudnn_is_faster(q, options, backward):
             return "cudnn"
         return "hopper" if hopper else "portable"
     if backward and not {"hopper": hopper, "cudnn": cudnn}.get(name, kernels):
-        return "portable"  # head dims past 128, and where the same bits on every run are asked for
+        return "portable"  # head dims past 128, and cuDNN where the same bits on every run are asked for
     if not {"hopper": hopper, "cudnn": cudnn}.get(name, kernels):
         fix = "Leave it out. Kernels take 16-bit (portable also float32) inputs, head dims to 256 and a positive scale"
         raise bad_argument("implementation", name, "cannot serve these inputs", fix)
@@ -233,7 +233,8 @@ def _settle_backward(
         from onegpu.kernels import attention_hopper
 
         grad = attention_hopper.for_tma(grad)
-        ready = attention_hopper.backward(grad, contiguous, q, k, v, out, lse, gradients, *rest[:-1])
+        given_rest = (out, lse, gradients, *rest[:-1])
+        ready = attention_hopper.backward(grad, contiguous, q, k, v, *given_rest, deterministic=deterministic)
         ready(grad, contiguous, q, k, v, out, lse, gradients, *_rows(rest))
         if contiguous is grad_lse and all(x is y for x, y in zip(given, (grad, q, k, v), strict=True)):
             _keep(key, ready)

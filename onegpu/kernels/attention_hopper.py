@@ -99,9 +99,9 @@ def rows_of(
     return (unused, 0) if rows is None else (rows, 1)
 
 
-def _counter(device: torch.device) -> torch.Tensor:
-    """What tiles are drawn from: of one call alone, so that two graphs never share it."""
-    return torch.zeros(1, dtype=torch.int32, device=device)
+def _counter(device: torch.device, size: int = 1) -> torch.Tensor:
+    """What tiles are drawn from, and turns counted in: of one call alone, so that two graphs never share it."""
+    return torch.zeros(size, dtype=torch.int32, device=device)
 
 
 def for_tma(x: torch.Tensor) -> torch.Tensor:
@@ -171,7 +171,7 @@ class Backward(NamedTuple):
     before: Bound
     main: Bound
     after: Bound
-    draws: bool
+    counters: int
     sum_shape: tuple[int, int]
     rows_shape: tuple[int, int]
 
@@ -186,8 +186,8 @@ class Backward(NamedTuple):
         total, rows = lse.new_empty(self.sum_shape), lse.new_empty(self.rows_shape)
         given = (out, grad, lse) if grad_lse is None else (out, grad, lse, grad_lse)
         self.before(*given, rows, total, q_rows)
-        drawn = _counter(q.device) if self.draws else lse
-        self.main(q, k, v, grad, dk, dv, rows, total, total, dk, dv, q_rows, k_rows, drawn)
+        drawn = _counter(q.device, self.counters) if self.counters else lse
+        self.main(q, k, v, grad, dk, dv, rows, total, dk, dv, q_rows, k_rows, drawn)
         self.after(total, dq, q_rows)
 
 
@@ -196,12 +196,12 @@ def backward(
     out: torch.Tensor, lse: torch.Tensor, gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor], scale: float,
     left: int, right: int, q_range: torch.Tensor | None, k_range: torch.Tensor | None,
     cu_seqlens_q: torch.Tensor | None, cu_seqlens_k: torch.Tensor | None, max_seqlen_q: int, max_seqlen_k: int,
-    **options: Any,
+    *, deterministic: bool = False, **options: Any,
 ) -> Backward:  # fmt: skip
     """As the op, for what `serves`; out and the gradients (dq, dk, dv) contiguous, grad as `for_tma` makes it.
 
-    Of packed ones, rows of no sequence are not written. options: constants of the main kernel.
-    Does not run it: returns what does.
+    Of packed ones, rows of no sequence are not written. deterministic: dQ too is the same on every run. options:
+    constants of the main kernel. Does not run it: returns what does.
     """
     (s_q, heads, d), (s_k, heads_kv, d_v) = q.shape[-3:], v.shape[-3:]
     dq, dk, dv = gradients
@@ -218,10 +218,6 @@ def backward(
     total, rows = lse.new_empty(blocks * m, wide), lse.new_empty(blocks, 2 * m)
     strides = (0, *grad.stride()[:2]) if packed else grad.stride()[:3]
     sizes = {"D": wide, "M": m, "RQ": how_q}
-    before = triton_bind(
-        attention_sm90_rows.before_kernel, (n_m * heads * batch,), out, grad, lse, grad_lse, rows, total, q_rows,
-        *strides, heads, s_q, n_b, n_m, HEAD=d_v, **sizes, num_warps=4,
-    )  # fmt: skip
     tiles = n_n * heads_kv * batch
     started = min(tiles, processors(q.get_device()))
     section = max(1, min(batch * heads_kv, _L2_BYTES // (heads // heads_kv * s_q * wide * 8)))
@@ -230,19 +226,27 @@ def backward(
     diagonal = right >= 0 > left
     constants = {
         "HEAD": d, "HEAD_V": d_v, "ST": 2, "LEFT": left >= 0, "RIGHT": right >= 0,
-        "EVEN": not how_k and s_k % 128 == 0, "RQ": how_q, "RK": how_k, "DRAW": tiles > started,
-        "SWAP": wide == 64 or diagonal, "SPLIT": diagonal, "TMA_DQ": True,
+        "EVEN": not how_k and s_k % 128 == 0, "RQ": how_q, "RK": how_k,
+        "DRAW": 2 if deterministic else int(tiles > started), "SWAP": wide == 64 or diagonal, "SPLIT": diagonal,
+        "ORDER": deterministic, "FIRST": False,
     } | options  # fmt: skip
-    drawn = _counter(q.device) if constants["DRAW"] else lse
+    # With ranges or windows, blocks of queries may see nothing, and nobody would write their sum.
+    constants["FIRST"] &= not how_q and not how_k and left < 0 and (right < 0 or s_k - s_q + right >= 0)
+    before = triton_bind(
+        attention_sm90_rows.before_kernel, (n_m * heads * batch,), out, grad, lse, grad_lse, rows, total, q_rows,
+        *strides, heads, s_q, n_b, n_m, HEAD=d_v, **sizes, CLEAR=not constants["FIRST"], num_warps=4,
+    )  # fmt: skip
+    counters = 2 + 2 * blocks if constants["ORDER"] else int(constants["DRAW"])
+    drawn = _counter(q.device, counters) if counters else lse
     main = triton_bind(
         attention_sm90_backward.backward_kernel, (started,), descriptor(q, m), descriptor(k, 64), descriptor(v, 64),
-        descriptor(grad, m), descriptor(dk, 64), descriptor(dv, 64), *scratch(rows, total), total, dk, dv, q_rows,
+        descriptor(grad, m), descriptor(dk, 64), descriptor(dv, 64), *scratch(rows, total), dk, dv, q_rows,
         k_rows, drawn, batch, heads, heads_kv, s_q, s_k, n_b, n_n, section, scale, scale * LOG2E.value, left, right,
         **constants, num_warps=4,
     )  # fmt: skip
     tiles_q = triton.cdiv(max_seqlen_q if packed else s_q, 64) * (wide // 64)
     after = triton_bind(
         attention_sm90_rows.after_kernel, (tiles_q * heads * batch,), total, dq, q_rows, heads, s_q, n_b, tiles_q,
-        scale, HEAD=d, **sizes, FRAGMENTS=not constants["TMA_DQ"], num_warps=4,
+        scale, HEAD=d, **sizes, num_warps=4,
     )  # fmt: skip
-    return Backward(before, main, after, constants["DRAW"], (blocks * m, wide), (blocks, 2 * m))
+    return Backward(before, main, after, counters, (blocks * m, wide), (blocks, 2 * m))

@@ -7,10 +7,9 @@ them. Two consumers of four warps hold 64 keys each, one producer warp issues TM
 to shared memory too, and the consumers make a 64 x 64 tile each of ``dQ = dS K`` over all 128 keys: halves of D for
 D = 128 (M = 64), halves of the queries for D = 64 (M = 128).
 
-dQ is added up in float32 in memory, so its last bits differ from run to run; dK and dV are the same on every run.
-Without TMA_DQ the sum keeps the order of the fragments: a 64 x 64 tile is 8 groups of 128 threads of 4 values, so that
-a vector reduction of a warp covers 512 bytes in a row.
-
+dQ is added up in float32 in memory, so its last bits differ from run to run, unless ORDER has the tiles take turns at
+each query block, the last keys first: under a causal mask every tile then begins where its turn has come. dK and dV are
+the same on every run.
 Rows of Q and dO behind the last query, and of K and V behind the last key, are overwritten with zeros in shared memory.
 """
 
@@ -27,7 +26,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.core import _aggregate as aggregate
 
 from onegpu.kernels.hopper import (
-    add_fragments,
     advance,
     bar_arrive,
     bar_sync,
@@ -35,27 +33,32 @@ from onegpu.kernels.hopper import (
     fetch_next,
     first_block,
     key_tile_of,
+    pass_turn,
     publish_next,
     query_blocks,
     sequence,
     tma_add,
+    turn_of,
+    wait_turn,
     whole_blocks,
 )
 
 # Named hardware barriers; the compiler takes the lowest.
 FREE = gl.constexpr(5)  # + stage: a buffer of Q and dO is free again
 READY = gl.constexpr(8)  # + 2 * consumer + parity: a consumer's dS is in shared memory
+ADDED = gl.constexpr(12)  # + consumer: what it added to dQ is in memory
+NOBODY = gl.constexpr(1)  # behind p_counter: the tile counter, what nobody waits for, each 64 x 64 tile of dQ's turns
 
 FIELDS = {
     **dict.fromkeys(("q_desc", "k_desc", "v_desc", "do_desc", "dk_desc", "dv_desc", "rows_desc", "sum_desc"),
                     tma.tensor_descriptor),
-    **dict.fromkeys(("p_sum", "p_dk", "p_dv", "p_q_rows", "p_k_rows", "p_counter"), gl.tensor),
+    **dict.fromkeys(("p_dk", "p_dv", "p_q_rows", "p_k_rows", "p_counter"), gl.tensor),
     **dict.fromkeys(("q_bufs", "do_bufs", "row_bufs", "k_bufs", "v_bufs", "ds_bufs", "out_bufs", "q_full", "do_full",
                      "k_full", "v_full", "kv_empty", "t_buf", "t_full", "t_empty"), gl.shared_memory_descriptor),
     **dict.fromkeys(("B", "H", "HK", "SQ", "SK", "NB", "NN", "section", "scale", "scale_log2", "left", "right"),
                     gl.tensor),
     **dict.fromkeys(("M", "D", "HEAD", "HEAD_V", "ST", "LEFT", "RIGHT", "EVEN", "RQ", "RK", "DRAW", "LOADERS",
-                     "SPLIT", "TMA_DQ"), gl.constexpr),
+                     "SPLIT", "ORDER", "FIRST"), gl.constexpr),
 }  # fmt: skip
 
 
@@ -64,8 +67,8 @@ class _Args:
 
     NB: blocks of M queries that a head has in the scratch memory. NN: tiles of a head. HEAD and HEAD_V: the real head
     dims, D the one in shared memory. EVEN: every tile has 128 keys. RQ, RK: how rows are told: 0 all, 1 by ranges, 2
-    packed. DRAW: tiles from a counter. LOADERS: threads of the producer. SPLIT: query blocks with a mask have a loop of
-    their own. TMA_DQ: dQ is added by TMA, row by row.
+    packed. DRAW: tiles from a counter, 2 the first too. LOADERS: threads of the producer. SPLIT: query blocks with a
+    mask have a loop of their own. ORDER: dQ is added in one order. FIRST: into memory that nobody has cleared.
     """
 
     __annotations__ = FIELDS
@@ -80,19 +83,20 @@ Args = aggregate(_Args)
 
 
 @gluon.jit
-def _add_dq(a, dq, block, WG: gl.constexpr):
-    """Add this consumer's 64 x 64 tile of dQ to the sum."""
-    if a.TMA_DQ:
-        tma.store_wait(0)  # what went out before has left the buffer
-        buf = a.out_bufs._reinterpret(gl.float32, [2, 64, 64], a.sum_desc.layout).index(WG)
-        buf.store(dq)
-        fence_async_shared()
-        if a.D == 128:
-            tma_add(a.sum_desc, [block * 64, WG * 64], buf)
-        else:
-            tma_add(a.sum_desc, [block * 128 + WG * 64, 0], buf)
+def _add_dq(a, dq, block, turn, last, WG: gl.constexpr):
+    """Add this consumer's 64 x 64 tile of dQ to the sum. last: where the turn is counted."""
+    tma.store_wait(0)  # what went out before has left the buffer
+    buf = a.out_bufs._reinterpret(gl.float32, [2, 64, 64], a.sum_desc.layout).index(WG)
+    buf.store(dq)
+    fence_async_shared()
+    row = block * 64 if a.D == 128 else block * 128 + WG * 64
+    column: gl.constexpr = WG * 64 if a.D == 128 else 0
+    if a.FIRST and turn == 0:
+        tma.async_copy_shared_to_global(a.sum_desc, [row, column], buf)
     else:
-        add_fragments(a.p_sum + (block * 2 + WG).to(gl.int64) * 4096, dq)
+        if a.ORDER:
+            wait_turn(a.p_counter + last, turn)
+        tma_add(a.sum_desc, [row, column], buf)
 
 
 @gluon.jit
@@ -105,6 +109,8 @@ def _producer(a):
     slot = 0
     slot_phase = 1
     tile = gl.program_id(0)
+    if a.DRAW == 2:
+        tile, slot, slot_phase = publish_next(a, tile, slot, slot_phase)
     while tile < a.NN * a.HK * a.B:
         n, hk, b = key_tile_of(a, tile)
         i_q, n_q = sequence(a.p_q_rows, b, a.SQ, a.RQ)
@@ -182,11 +188,12 @@ def _issue_dq(a, buf, WG: gl.constexpr):
 
 
 @gluon.jit
-def _step(a, dk, dv, stage, phase, buf, kv_phase, is_first, row0, block, m, n_q, n_k, MASK: gl.constexpr,
+def _step(a, dk, dv, last, stage, phase, buf, kv_phase, is_first, row0, block, m, n_q, n_k, MASK: gl.constexpr,
           WG: gl.constexpr):  # fmt: skip
     """Query block m: dk and dv [64, D] get their share, dQ goes to memory.
 
-    is_first: V may still be on its way. MASK: 0 no block needs one, 1 this one does, 2 it is to be seen.
+    last: where the turn of the step before is counted. is_first: V may still be on its way. MASK: 0 no block needs
+    one, 1 this one does, 2 it is to be seen.
     """
     M: gl.constexpr = a.M
     D: gl.constexpr = a.D
@@ -235,12 +242,18 @@ def _step(a, dk, dv, stage, phase, buf, kv_phase, is_first, row0, block, m, n_q,
     fence_async_shared()
     bar_arrive(READY + 2 * WG + buf, 256)
     dk_tok = warpgroup_mma(gl.convert_layout(ds, p_layout), q, dk, is_async=True)
+    if a.ORDER:
+        pass_turn(a.p_counter, last, row0, ADDED + WG)  # of the step before, which has had time to arrive
     bar_sync(READY + 2 * (1 - WG) + buf, 256)
     dq_tok = _issue_dq(a, buf, WG)
     dk, dv, dq = warpgroup_mma_wait(0, deps=[dk_tok, dv_tok, dq_tok])
     bar_arrive(FREE + stage, 256 + a.LOADERS)
-    _add_dq(a, dq, block + m, WG)
-    return dk, dv
+    turn = m
+    if a.ORDER:
+        turn = turn_of(a, m, row0, n_q, n_k)
+        last = NOBODY + 1 + (block + m) * 2 + WG
+    _add_dq(a, dq, block + m, turn, last, WG)
+    return dk, dv, last
 
 
 @gluon.jit
@@ -248,8 +261,7 @@ def _store(a, desc, p, x, b, hk, row0, i_k, n_k, HEAD: gl.constexpr, WG: gl.cons
     """Write a [64, D] tile of dK or dV; a padded row is a ring, whose padding comes after its last real row."""
     if not a.RK or row0 + 64 <= n_k:
         tma.store_wait(0)  # the store before has read the buffer
-        PART: gl.constexpr = WG * (128 // a.D) if a.TMA_DQ else WG
-        buf = a.out_bufs.index(PART)
+        buf = a.out_bufs.index(WG * (128 // a.D))
         buf.reshape([64, a.D]).store(x)
         fence_async_shared()
         tma.async_copy_shared_to_global(desc, [b, hk, i_k + row0, 0], buf)
@@ -280,6 +292,8 @@ def _consumer(a, WG: gl.constexpr):
     slot = 0
     slot_phase = 0
     tile = gl.program_id(0)
+    if a.DRAW == 2:
+        tile, slot, slot_phase = fetch_next(a, tile, slot, slot_phase)
     while tile < a.NN * a.HK * a.B:
         n, hk, b = key_tile_of(a, tile)
         i_q, n_q = sequence(a.p_q_rows, b, a.SQ, a.RQ)
@@ -290,6 +304,7 @@ def _consumer(a, WG: gl.constexpr):
         dk = gl.full([64, D], 0.0, gl.float32, kv_layout)
         dv = gl.full([64, D], 0.0, gl.float32, kv_layout)
         steps = (stop - first) * group
+        last = n * 0 + NOBODY
         mbarrier.wait(a.k_full.index(0), kv_phase, pred=steps > 0)
         if a.RK and steps > 0 and row0 + 64 > n_k:
             clear_rows(a.k_bufs.index(WG).reshape([64, D]), n_k - row0)
@@ -305,8 +320,8 @@ def _consumer(a, WG: gl.constexpr):
                     hi = whole if part == 0 else end if part == 1 else stop
                     if part == 1 or a.LEFT or not a.EVEN or (a.RIGHT and part == 0):
                         for m in range(lo, hi):
-                            dk, dv = _step(a, dk, dv, stage, phase, buf, kv_phase, False, row0, block, m, n_q, n_k,
-                                           1 - part % 2, WG)  # fmt: skip
+                            dk, dv, last = _step(a, dk, dv, last, stage, phase, buf, kv_phase, False, row0, block, m,
+                                                 n_q, n_k, 1 - part % 2, WG)  # fmt: skip
                             stage, phase = advance(stage, phase, a.ST)
                             buf ^= 1
         else:
@@ -315,12 +330,15 @@ def _consumer(a, WG: gl.constexpr):
             m = first
             for t in range(steps):
                 block = first_block(a, b, h, i_q)
-                dk, dv = _step(a, dk, dv, stage, phase, buf, kv_phase, t == 0, row0, block, m, n_q, n_k, MASK, WG)
+                dk, dv, last = _step(a, dk, dv, last, stage, phase, buf, kv_phase, t == 0, row0, block, m, n_q, n_k,
+                                     MASK, WG)  # fmt: skip
                 stage, phase = advance(stage, phase, a.ST)
                 buf ^= 1
                 m += 1
                 h = gl.where(m == stop, h + 1, h)
                 m = gl.where(m == stop, first, m)
+        if a.ORDER:
+            pass_turn(a.p_counter, last, row0, ADDED + WG)
         if steps > 0:
             mbarrier.arrive(a.kv_empty.index(0), count=1)
         kv_phase = gl.where(steps > 0, kv_phase ^ 1, kv_phase)
@@ -336,11 +354,12 @@ COUNTS = ["B", "H", "HK", "SQ", "SK", "NB", "NN", "section", "left", "right"]
 
 
 @gluon.jit(do_not_specialize=COUNTS)
-def backward_kernel(q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, rows_desc, sum_desc, p_sum, p_dk, p_dv,
+def backward_kernel(q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, rows_desc, sum_desc, p_dk, p_dv,
                     p_q_rows, p_k_rows, p_counter, B, H, HK, SQ, SK, NB, NN, section, scale, scale_log2, left, right,
                     HEAD: gl.constexpr, HEAD_V: gl.constexpr, ST: gl.constexpr, LEFT: gl.constexpr,
                     RIGHT: gl.constexpr, EVEN: gl.constexpr, RQ: gl.constexpr, RK: gl.constexpr, DRAW: gl.constexpr,
-                    SWAP: gl.constexpr, SPLIT: gl.constexpr, TMA_DQ: gl.constexpr):  # fmt: skip
+                    SWAP: gl.constexpr, SPLIT: gl.constexpr, ORDER: gl.constexpr,
+                    FIRST: gl.constexpr):  # fmt: skip
     """SWAP: the four warps of the default partition load; the consumers spill less then, and three warps idle."""
     dtype: gl.constexpr = q_desc.dtype
     M: gl.constexpr = q_desc.block_shape[2]
@@ -352,8 +371,7 @@ def backward_kernel(q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, rows_desc
     k_bufs = gl.allocate_shared_memory(dtype, [2, 1, 1, 64, D], k_desc.layout)
     v_bufs = gl.allocate_shared_memory(dtype, [2, 1, 1, 64, D], v_desc.layout)
     ds_bufs = gl.allocate_shared_memory(dtype, [4, 64, M], gl.NVMMASharedLayout(128, 16, rank=2))
-    OUT: gl.constexpr = 256 // D if TMA_DQ else 2
-    out_bufs = gl.allocate_shared_memory(dtype, [OUT, 1, 1, 64, D], dk_desc.layout)
+    out_bufs = gl.allocate_shared_memory(dtype, [256 // D, 1, 1, 64, D], dk_desc.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [ST, 1], bar)
     do_full = gl.allocate_shared_memory(gl.int64, [ST, 1], bar)
     k_full = gl.allocate_shared_memory(gl.int64, [1, 1], bar)
@@ -372,11 +390,10 @@ def backward_kernel(q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, rows_desc
     mbarrier.init(v_full.index(0), count=1)
     mbarrier.init(kv_empty.index(0), count=2)
     fence_async_shared()
-    a = Args(q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, rows_desc, sum_desc, p_sum, p_dk, p_dv, p_q_rows,
-             p_k_rows, p_counter, q_bufs, do_bufs, row_bufs, k_bufs, v_bufs, ds_bufs, out_bufs, q_full, do_full, k_full,
-             v_full, kv_empty, t_buf, t_full, t_empty, B, H, HK, SQ, SK, NB, NN, section, scale, scale_log2, left,
-             right, M, D, HEAD, HEAD_V, ST, LEFT, RIGHT, EVEN, RQ, RK, DRAW, 128 if SWAP else 32, SPLIT,
-             TMA_DQ)  # fmt: skip
+    a = Args(q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, rows_desc, sum_desc, p_dk, p_dv, p_q_rows, p_k_rows,
+             p_counter, q_bufs, do_bufs, row_bufs, k_bufs, v_bufs, ds_bufs, out_bufs, q_full, do_full, k_full, v_full,
+             kv_empty, t_buf, t_full, t_empty, B, H, HK, SQ, SK, NB, NN, section, scale, scale_log2, left, right, M, D,
+             HEAD, HEAD_V, ST, LEFT, RIGHT, EVEN, RQ, RK, DRAW, 128 if SWAP else 32, SPLIT, ORDER, FIRST)  # fmt: skip
     if SWAP:
         gl.warp_specialize([(_producer, (a,)), (_consumer, (a, 0)), (_consumer, (a, 1))], [4, 4], [240, 240])
     else:

@@ -32,7 +32,8 @@ def _block(p_q_rows, i_b, i_h, H, SQ, NB, M: tl.constexpr, RQ: tl.constexpr):
 
 @triton.jit(do_not_specialize=["H", "SQ", "NB", "NM"])
 def before_kernel(p_o, p_do, p_lse, p_dlse, p_rows, p_sum, p_q_rows, do_b, do_s, do_h, H, SQ, NB, NM,
-                  HEAD: tl.constexpr, D: tl.constexpr, M: tl.constexpr, RQ: tl.constexpr):  # fmt: skip
+                  HEAD: tl.constexpr, D: tl.constexpr, M: tl.constexpr, RQ: tl.constexpr,
+                  CLEAR: tl.constexpr):  # fmt: skip
     i_m = tl.program_id(0) % NM
     i_h = tl.program_id(0) // NM % H
     i_b = tl.program_id(0) // NM // H
@@ -58,12 +59,13 @@ def before_kernel(p_o, p_do, p_lse, p_dlse, p_rows, p_sum, p_q_rows, do_b, do_s,
     p_r = p_rows + (block + i_m) * (2 * M) + tl.arange(0, M)
     tl.store(p_r, b_lse)
     tl.store(p_r + M, b_delta)
-    tl.store(p_sum + (block + i_m) * (M * D) + tl.arange(0, M * D), tl.zeros([M * D], tl.float32))
+    if CLEAR:
+        tl.store(p_sum + (block + i_m) * (M * D) + tl.arange(0, M * D), tl.zeros([M * D], tl.float32))
 
 
 @triton.jit(do_not_specialize=["H", "SQ", "NB", "NM"])
 def after_kernel(p_sum, p_dq, p_q_rows, H, SQ, NB, NM, scale, HEAD: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
-                 RQ: tl.constexpr, FRAGMENTS: tl.constexpr):  # fmt: skip
+                 RQ: tl.constexpr):  # fmt: skip
     """A 64 x 64 tile of dQ; NM counts these tiles here."""
     i_t = tl.program_id(0) % NM
     i_h = tl.program_id(0) // NM % H
@@ -74,13 +76,7 @@ def after_kernel(p_sum, p_dq, p_q_rows, H, SQ, NB, NM, scale, HEAD: tl.constexpr
     if RQ == 2 and i_t // (D // 64) * 64 >= n_q:
         return
     p_x = p_sum + block * (M * D)
-    m_x = i_t // (D // 64) * 64 < n_q
-    if FRAGMENTS:  # in the order (column / 8, warp, row % 8, column / 2 % 4, row / 8 % 2, column % 2)
-        o_f = tl.arange(0, 4096)
-        b_x = tl.load(p_x + i_t.to(tl.int64) * 4096 + o_f, mask=m_x & (o_f < 4096), other=0.0)
-        b_x = b_x.reshape(8, 4, 8, 4, 2, 2).permute(1, 4, 2, 0, 3, 5).reshape(64, 64)
-    else:
-        b_x = tl.load(p_x + o_m[:, None].to(tl.int64) * D + o_d[None, :], mask=(o_m < n_q)[:, None], other=0.0)
+    b_x = tl.load(p_x + o_m[:, None].to(tl.int64) * D + o_d[None, :], mask=(o_m < n_q)[:, None], other=0.0)
     b_x = tl.where((o_m < n_q)[:, None], b_x * scale, 0.0)
     o_s = i_q + o_m
     m_s = o_m < n_q

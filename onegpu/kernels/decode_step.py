@@ -1,19 +1,22 @@
 """The kernels of one decoding step: a layer is five of them, each with what stands before and after its product.
 
-For ``rows`` sequences of one new token each, with the residual stream ``h`` float32 ``[rows, D]``:
+For ``rows`` sequences of one new token each, with the residual stream ``h`` float32 ``[rows, D]``, in Llama's order:
 
-    embed        h = table[ids]
-    norm_product qkv = RMSNorm(h) Wqkv^T + b                     float32 [rows, (HQ + 2 HKV) HD]
-    attend       head norms, rotary embedding, cache write, and the attention over `splits` parts of the keys
-    add_attention  h += (the parts put together) Wo^T + b
-    norm_gated   a = act(RMSNorm(h) Wgate^T) * (RMSNorm(h) Wup^T)  16-bit [rows, F]
-    add_product  h += a Wdown^T + b
-    norm_product logits = RMSNorm(h) Whead^T                     float32 [rows, V]
+    embed    h = table[ids]
+    product  qkv = norm(h) Wqkv^T + b                          float32 [rows, (HQ + 2 HKV) HD]     "store"
+    attend   head norms, rotary embedding, cache write, and the attention over `splits` parts of the keys
+    product  h += (the parts put together) Wo^T + b            "add"
+    product  a = act(norm(h) Wgate^T) * (norm(h) Wup^T)        16-bit [rows, F]                    "gated"
+    product  h += a Wdown^T + b                                "add"
+    product  logits = norm(h) Whead^T                          float32 [rows, V]                   "store"
+
+Other orders are made of the same: a norm behind a product (its output is stored, and the next product's `Stream` adds
+it), behind the residual sum, an MLP without a gate ("act"), attention and MLP of one input ("both").
 
 Bound by the bytes of the weights and of the cache, each read once. Outputs are written into tensors that the caller
-passes, so that a whole step allocates a handful of tensors; `h` is changed in place. `following`, everywhere: the
-matrix that the next kernel multiplies with, the first rows of which are sent for meanwhile; only a hint. No op here has
-a gradient, none is registered with torch: a step runs inside a captured CUDA graph (`onegpu.engine.fused_step`).
+passes, so that a whole step allocates a handful of tensors; `h` is changed in place. `following`: the matrix that the
+next kernel multiplies with, the first rows of which are sent for meanwhile (only a hint). No op here has a gradient,
+none is registered with torch: a step runs inside a captured CUDA graph (`onegpu.engine.fused_step`).
 
 On a CPU the definitions below run. On a GPU `decode_step_cuda.py` launches the kernels of decode_step_product.cu and
 decode_step_attention.cu, each of which may start before the one in front has ended (programmatic dependent launch).
@@ -29,7 +32,7 @@ import torch.nn.functional as F
 from onegpu.kernels.linear_4bit import Packed4bit
 from onegpu.kernels.quant_int8 import dequantize_rows
 
-ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
 
 
 class Part(NamedTuple):
@@ -80,12 +83,58 @@ class Matrix(NamedTuple):
         return packed._replace(nested_absmax=part.nested, offset=part.offset).dequantize(torch.float32)
 
 
+class Norm(NamedTuple):
+    """``x / sqrt(mean(x^2) + eps) * (gain + one)`` ("rms"); of x less its mean, and with a bias ("layer")."""
+
+    kind: str
+    gain: torch.Tensor | None
+    eps: float
+    bias: torch.Tensor | None = None
+    one: float = 0.0
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """In float32."""
+        x = x.float()
+        if self.kind == "layer":
+            x = x - x.mean(-1, keepdim=True)
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+        x = x if self.gain is None else x * (self.gain.float() + self.one)
+        return x if self.bias is None else x + self.bias.float()
+
+
+class Stream(NamedTuple):
+    """What a product reads of the residual stream s: norm(s).
+
+    s is h, float32 ``[rows, D]``; or h + outer(added), of a product before (float32 ``[rows, D]``); or outer(h). In the
+    last two cases s is written into `to`, if it is given: not h, which is still being read. dtype: of the product's x.
+    """
+
+    h: torch.Tensor
+    dtype: torch.dtype
+    norm: Norm | None = None
+    added: torch.Tensor | None = None
+    outer: Norm | None = None
+    to: torch.Tensor | None = None
+
+
+class Places(NamedTuple):
+    """Learned positions ``[P, D]``; position int64 ``[1]`` or ``[rows, 1]``, of row position + offset of the table."""
+
+    table: torch.Tensor
+    position: torch.Tensor
+    offset: int = 0
+
+
 class Heads(NamedTuple):
     """What a layer's attention is made of.
 
     query, kv: heads; size: HD. scale: of the scores. window: how many keys back a token sees, itself among them, or
     None. inv_freq: float32 ``[rotated / 2]`` of the rotary embedding, None for none; rope_scale: what its sines and
-    cosines are multiplied by. q_gain, k_gain: ``[HD]`` of the head norms, with their epsilon, or None.
+    cosines are multiplied by. q_gain, k_gain: ``[HD]`` of the head norms, or ``[HQ HD]`` and ``[HKV HD]`` of norms over
+    all heads, with their epsilon and what is added to the gains, or None. cap: scores are ``cap tanh(score / cap)``.
+    slopes: float32 ``[HQ]`` (ALiBi): less slope times how far back a key is. clip: queries, keys and values are cut off
+    at it; 0 for no cap, no clip. grouped: in qkv stand for each key head its queries, the key and the value, else all
+    queries, all keys, all values.
     """
 
     query: int
@@ -98,6 +147,11 @@ class Heads(NamedTuple):
     q_gain: torch.Tensor | None = None
     k_gain: torch.Tensor | None = None
     eps: float = 0.0
+    one: float = 0.0
+    cap: float = 0.0
+    slopes: torch.Tensor | None = None
+    clip: float = 0.0
+    grouped: bool = False
 
     @property
     def width(self) -> int:
@@ -113,68 +167,79 @@ class Attended(NamedTuple):
     sums: torch.Tensor
 
 
-def embed(ids: torch.Tensor, table: torch.Tensor, h: torch.Tensor, pdl: bool = True) -> None:
-    """h ``[rows, D]`` = table ``[V, D]`` at ids int64 ``[rows]``."""
-    if _on_gpu(h):
-        _cuda().embed(ids, table, h, pdl)
-        return
-    h.copy_(F.embedding(ids, table))
-
-
-def norm_product(
+def embed(
+    ids: torch.Tensor,
+    table: torch.Tensor | None,
     h: torch.Tensor,
-    gain: torch.Tensor,
-    eps: float,
+    scale: float = 1.0,
+    places: Places | None = None,
+    norm: Norm | None = None,
+    pdl: bool = True,
+) -> None:
+    """h ``[rows, D]`` = norm(table ``[V, D]`` at ids int64 ``[rows]``, times scale, plus the places)."""
+    if _on_gpu(h):
+        _cuda().embed(ids, table, h, scale, places, norm, pdl)
+        return
+    h.zero_()
+    if table is not None:
+        h.add_(F.embedding(ids, table), alpha=scale)
+    if places is not None:
+        h.add_(F.embedding(places.position.view(-1) + places.offset, places.table))
+    if norm is not None:
+        h.copy_(norm(h))
+
+
+def product(
+    x: Stream | Attended | torch.Tensor,
     matrix: Matrix,
+    sink: str,
     out: torch.Tensor,
+    *,
+    act: str = "silu",
+    also: torch.Tensor | None = None,
+    cap: float = 0.0,
     pdl: bool = True,
     following: Matrix | None = None,
 ) -> None:
-    """out float32 ``[rows, N]`` = RMSNorm(h) W^T + b."""
-    if _on_gpu(h):
-        _cuda().product("norm", "store", h, matrix, out, gain=gain, eps=eps, pdl=pdl, following=following)
+    """y = x W^T + b, and what becomes of it.
+
+    Args:
+        x: the stream, the attention's output, or ``[rows, K]`` in the model's dtype.
+        sink: "store": out float32 ``[rows, N]`` is y, or cap tanh(y / cap). "add": out has y added. "gated": out
+            ``[rows, N / 2]`` in the model's dtype is act(gate) * up. "act": out ``[rows, N]`` is act(y). "both": out
+            float32 is the y of the matrix's first part; also, in the model's dtype, act of the second's.
+        act: of `ACTIVATIONS`.
+    """
+    if _on_gpu(out):
+        _cuda().product(x, matrix, sink, out, act=act, also=also, cap=cap, pdl=pdl, following=following)
         return
-    out.copy_(matrix.multiply(rms_norm(h, gain, eps)))
+    y = matrix.multiply(_entered(x))
+    if sink == "add":
+        out.add_(y)
+    elif sink == "gated":
+        gate, up = y.chunk(2, dim=-1)
+        out.copy_(activation(act, gate) * up)
+    elif sink == "act":
+        out.copy_(activation(act, y))
+    elif sink == "both":
+        assert also is not None
+        out.copy_(y[:, : out.shape[1]])
+        also.copy_(activation(act, y[:, out.shape[1] :]))
+    else:
+        out.copy_(cap * torch.tanh(y / cap) if cap else y)
 
 
-def norm_gated(
-    h: torch.Tensor,
-    gain: torch.Tensor,
-    eps: float,
-    matrix: Matrix,
-    act: str,
-    out: torch.Tensor,
-    pdl: bool = True,
-    following: Matrix | None = None,
-) -> None:
-    """out ``[rows, F]`` in the model's dtype = act(gate) * up of RMSNorm(h). matrix: both; act: of `ACTIVATIONS`."""
-    if _on_gpu(h):
-        _cuda().product("norm", "gated", h, matrix, out, gain=gain, eps=eps, act=act, pdl=pdl, following=following)
-        return
-    gate, up = matrix.multiply(rms_norm(h, gain, eps)).chunk(2, dim=-1)
-    out.copy_(activation(act, gate) * up)
-
-
-def add_product(
-    x: torch.Tensor, matrix: Matrix, h: torch.Tensor, pdl: bool = True, following: Matrix | None = None
-) -> None:
-    """h float32 ``[rows, N]`` += x W^T + b, of x ``[rows, K]`` in the model's dtype."""
-    if _on_gpu(h):
-        _cuda().product("plain", "add", x, matrix, h, pdl=pdl, following=following)
-        return
-    h.add_(matrix.multiply(x.float()))
-
-
-def add_attention(
-    attended: Attended, matrix: Matrix, h: torch.Tensor, pdl: bool = True, following: Matrix | None = None
-) -> None:
-    """h float32 ``[rows, N]`` += x W^T + b, of the attention's output x, put together from its parts."""
-    if _on_gpu(h):
-        _cuda().product(
-            "attention", "add", attended.values, matrix, h, sums=attended.sums, pdl=pdl, following=following
-        )
-        return
-    h.add_(matrix.multiply(combine(attended)))
+def _entered(x: Stream | Attended | torch.Tensor) -> torch.Tensor:
+    if isinstance(x, torch.Tensor):
+        return x.float()
+    if isinstance(x, Attended):
+        return combine(x)
+    s = x.h
+    if x.outer is not None:
+        s = x.outer(s) if x.added is None else s + x.outer(x.added)
+        if x.to is not None:
+            x.to.copy_(s)
+    return s if x.norm is None else x.norm(s)
 
 
 def attend(
@@ -216,6 +281,10 @@ def attend(
     group = heads.query // heads.kv
     k, v = (t.float().masked_fill(~seen[:, None, :, None], 0.0).repeat_interleave(group, 1) for t in (keys, values))
     scores = torch.einsum("bhd,bhjd->bhj", q, k) * heads.scale
+    if heads.cap:
+        scores = heads.cap * torch.tanh(scores / heads.cap)
+    if heads.slopes is not None:
+        scores = scores - heads.slopes[:, None] * ago[:, None]
     scores = scores.masked_fill(~seen[:, None], float("-inf"))
     out.values.zero_()
     out.values[:, :, 0] = torch.einsum("bhj,bhjd->bhd", scores.softmax(-1), v).to(out.values.dtype)
@@ -227,10 +296,19 @@ def new_heads(
     qkv: torch.Tensor, heads: Heads, rope_position: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Queries, keys and values ``[rows, H, HD]`` in float32, after head norms and the rotary embedding."""
-    sizes = (heads.query, heads.kv, heads.kv)
-    q, k, v = (t.view(len(qkv), -1, heads.size) for t in qkv.split([n * heads.size for n in sizes], -1))
+    if heads.clip:
+        qkv = qkv.clamp(-heads.clip, heads.clip)
+    rows, group = len(qkv), heads.query // heads.kv
+    if heads.grouped:
+        parts = qkv.view(rows, heads.kv, group + 2, heads.size).split([group, 1, 1], 2)
+    else:
+        parts = qkv.split([n * heads.size for n in (heads.query, heads.kv, heads.kv)], -1)
+    q, k, v = (part.reshape(rows, -1, heads.size) for part in parts)
     if heads.q_gain is not None and heads.k_gain is not None:
-        q, k = rms_norm(q, heads.q_gain, heads.eps), rms_norm(k, heads.k_gain, heads.eps)
+        q, k = (
+            Norm("rms", gain, heads.eps, one=heads.one)(x.reshape(rows, -1, gain.numel())).view(x.shape)
+            for x, gain in ((q, heads.q_gain), (k, heads.k_gain))
+        )
     if heads.inv_freq is not None:
         angle = rope_position.view(-1, 1).float() * heads.inv_freq
         cos, sin = (wave.repeat(1, 2)[:, None] * heads.rope_scale for wave in (angle.cos(), angle.sin()))
@@ -253,16 +331,10 @@ def combine(attended: Attended) -> torch.Tensor:
     return whole.flatten(1)
 
 
-def rms_norm(x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
-    """float32 ``x / sqrt(mean(x^2) + eps) * gain``."""
-    x = x.float()
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * gain.float()
-
-
 def activation(name: str, x: torch.Tensor) -> torch.Tensor:
     """One of `ACTIVATIONS`."""
-    if name == "silu":
-        return F.silu(x)
+    if name in ("silu", "relu"):
+        return F.silu(x) if name == "silu" else F.relu(x)
     return F.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")
 
 

@@ -1,4 +1,4 @@
-"""Launches decode_step_product.cu, decode_step_attention.cu and decode_step_embed.cu; the ops are in decode_step.py.
+"""Launches the kernels of decode_step_{input, product, attention, embed}.cu; the ops are in decode_step.py.
 
 A block an SM, in every kernel of the chain, and more than half of an SM's shared memory for each: where two blocks fit,
 blocks of a kernel that starts early gather on the SMs that are free first, and the others idle (measured on an H100:
@@ -18,12 +18,13 @@ import torch
 
 from onegpu.errors import bad_argument
 from onegpu.kernels.codebooks import dynamic_map
-from onegpu.kernels.decode_step import ACTIVATIONS, Attended, Heads, Matrix
+from onegpu.kernels.decode_step import ACTIVATIONS, Attended, Heads, Matrix, Norm, Part, Places, Stream
 from onegpu.kernels.launch import CudaKernel, source_text
 
 MAX_ROWS, MAX_GROUP, MAX_SPLITS = 16, 8, 8
 _FORMATS = {"16bit": 0, "int8": 1, "nf4": 2, "fp4": 2}
-_SOURCES, _SINKS = ("norm", "attention", "plain"), ("store", "add", "gated")
+_SINKS = {"store": 0, "add": 1, "gated": 2, "act": 3, "both": 3}
+_NORMS = {None: 0, "rms": 1, "layer": 2}
 _WHOLE = 232448  # bytes of shared memory that a block may have on Hopper
 _ALONE = 116736  # of a Hopper SM's 228 KiB, less 1 KiB a block: no second block fits beside one that has this
 _COMMON = {"NESTED": 0, "TABLE_SHIFT": 7, "CL": 1, "CLUSTERED": 0, "FP4": 0}
@@ -53,7 +54,7 @@ class Shape(NamedTuple):
         pitch = -(-columns * 2 // 128) * 128 + (16 if fmt else 64)
         table = (256 << self.table_shift) + 1024 * nested if fmt == 2 else 0
         sums = 2 * self.group(rows) * self.warps * 16 * rows * 4
-        shares = (2 * rows * (self.warps + 1) + rows + 3) // 4 * 16
+        shares = ((5 * rows + 1) * (self.warps + 1) + rows + 3) // 4 * 16
         slot = 16 * (self.width + 32) + 64 * (self.width // 32 + 4) if fmt == 2 else 16 * (self.width + 64)
         return table + rows * pitch + sums + shares + -(-16 * self.slots // 128) * 128 + self.slots * slot
 
@@ -89,40 +90,33 @@ def windows(form: str, rows: int, columns: int, nested: bool) -> tuple[tuple[int
 
 
 def product(
-    source: str,
-    sink: str,
-    x: torch.Tensor,
+    x: Stream | Attended | torch.Tensor,
     matrix: Matrix,
+    sink: str,
     out: torch.Tensor,
     *,
-    gain: torch.Tensor | None = None,
-    eps: float = 0.0,
-    sums: torch.Tensor | None = None,
     act: str = "silu",
+    also: torch.Tensor | None = None,
+    cap: float = 0.0,
     pdl: bool = True,
     following: Matrix | None = None,
     fixed: Shape | None = None,
 ) -> None:
-    """One launch of decode_step_product.cu, whose head says what source and sink are, or several where x is too large.
+    """One launch of decode_step_product.cu, whose head says what the sinks are, or several where x is too large.
 
     following: the matrix whose first rows are sent for when all of this one's have been.
     """
-    rows, columns = len(x), matrix.columns
+    rows, columns = len(out), matrix.columns
     nested = matrix.parts[0].nested is not None
-    cut = (
-        ((0, columns),)
-        if sink != "add" or source != "plain" or fixed
-        else windows(matrix.format, rows, columns, nested)
-    )
-    for first, taken in cut:
-        found = fixed or shape(matrix.format, rows, taken, nested)
+    whole = not isinstance(x, torch.Tensor) or sink not in ("add", "store") or cap or fixed
+    cut = ((0, columns),) if whole else windows(matrix.format, rows, columns, nested)
+    for window in cut:
+        found = fixed or shape(matrix.format, rows, window[1], nested)
         if found is None:
             cut = ()
             break
-        last = first + taken == columns
-        _product(
-            found, (first, taken), source, sink, x, matrix, out, gain, eps, sums, act, pdl, following if last else None
-        )
+        coming = following if sum(window) == columns else None
+        _product(found, window, x, matrix, sink if window[0] == 0 else "add", out, act, also, cap, pdl, coming)
     if not cut:
         raise bad_argument(
             "rows", rows, f"is too many: x of {columns} columns does not fit into shared memory", "Use fewer rows"
@@ -132,33 +126,39 @@ def product(
 def _product(
     found: Shape,
     window: tuple[int, int],
-    source: str,
-    sink: str,
-    x: torch.Tensor,
+    x: Stream | Attended | torch.Tensor,
     matrix: Matrix,
+    sink: str,
     out: torch.Tensor,
-    gain: torch.Tensor | None,
-    eps: float,
-    sums: torch.Tensor | None,
     act: str,
+    also: torch.Tensor | None,
+    cap: float,
     pdl: bool,
     following: Matrix | None,
 ) -> None:
-    rows, columns = len(x), matrix.columns
+    stream, attended = (x if isinstance(x, Stream) else None), (x if isinstance(x, Attended) else None)
+    read = x.h if isinstance(x, Stream) else x.values if isinstance(x, Attended) else x
+    rows, columns = len(read), matrix.columns
     nested = matrix.parts[0].nested is not None
-    dtype = gain.dtype if gain is not None else x.dtype
-    splits, size = (sums.shape[2], x.shape[3]) if sums is not None else (1, 64)
+    dtype = stream.dtype if stream else read.dtype
+    inner, outer, added, to = (stream.norm, stream.outer, stream.added, stream.to) if stream else (None,) * 4
+    splits, size = (attended.sums.shape[2], attended.values.shape[3]) if attended else (1, 64)
     bulk = _FORMATS[matrix.format] == 2 and not nested and matrix.blocksize == 64 and columns % 256 == 0
     bulk = bulk and not any(part.scales.data_ptr() % 16 for part in matrix.parts if part.scales is not None)
     kernel = _kernel("product").variant(
         None, **_COMMON | {"NESTED": int(nested), "FP4": int(matrix.format == "fp4"), "TABLE_SHIFT": found.table_shift},
         FMT=_FORMATS[matrix.format], BF16=int(dtype == torch.bfloat16), M=rows, K=window[1], KS=columns,
         WARPS=found.warps + 1, SLOTS=found.slots, CB=found.width, TG=found.group(rows), BULK=int(bulk),
-        SOURCE=_SOURCES.index(source), SINK=_SINKS.index(sink), SPLITS=splits, HD=size, ACT=ACTIVATIONS.index(act),
+        SOURCE=0 if stream else 1 if attended else 2, NORM=_kind(inner),
+        OUTER=0 if outer is None else 1 if added is None else 2, OUTER_NORM=_kind(outer),
+        SINK=_SINKS[sink], SPLITS=splits, HD=size, ACT=ACTIVATIONS.index(act),
     )  # fmt: skip
     if _collected(kernel):
         return
-    parts = [*matrix.parts, *[None] * (3 - len(matrix.parts))]
+    parts: list[Part | None] = [*matrix.parts]
+    if sink == "act":
+        parts, also = [None, *parts], out
+    parts += [None] * (3 - len(parts))
     pointers = [
         None if part is None or (name == "bias" and window[0]) else getattr(part, name)
         for name in ("weight", "scales", "nested", "offset", "bias")
@@ -168,11 +168,21 @@ def _product(
     counts = [0 if part is None else part.rows for part in parts]
     blocks = matrix.blocksize.bit_length() - 7  # log2 of how many 64 columns share a scale
     shared = max(found.shared(matrix.format, rows, window[1], nested), _ALONE)
+    norms = [(0.0, 0.0) if norm is None else (norm.eps, norm.one) for norm in (inner, outer)]
     weights, numbers = _following(following, AHEAD)
     kernel(
         (multiprocessors(out.get_device()),), 32 * found.warps + 32, shared,
-        *pointers, table, gain, x, sums, out, *weights, *counts, blocks, window[0], *numbers, eps, pdl=pdl,
+        *pointers, table, *_weights(inner), *_weights(outer), read, attended.sums if attended else None, added, to, out,
+        also, *weights, *counts, blocks, window[0], *numbers, *norms[0], *norms[1], cap, pdl=pdl,
     )  # fmt: skip
+
+
+def _kind(norm: Norm | None) -> int:
+    return _NORMS[None if norm is None else norm.kind]
+
+
+def _weights(norm: Norm | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    return (None, None) if norm is None else (norm.gain, norm.bias)
 
 
 # Bytes that a block sends for, of the matrix that follows: by a product at its end, by the attention, which leaves the
@@ -186,7 +196,7 @@ def _following(matrix: Matrix | None, ahead: int) -> tuple[list[torch.Tensor | N
         return [None] * 3, [0] * 6
     line = matrix.columns * (2, 1, 0.5)[_FORMATS[matrix.format]]
     missing, rows = 3 - len(matrix.parts), [part.rows for part in matrix.parts]
-    numbers = [*rows, *[0] * missing, int(line), int(ahead // line), int(len(rows) == 2)]
+    numbers = [*rows, *[0] * missing, int(line), int(ahead // line), int(len(rows) == 2 and rows[0] == rows[1])]
     return [*(part.weight for part in matrix.parts), *[None] * missing], numbers
 
 
@@ -206,31 +216,55 @@ def attend(
 ) -> None:
     """One launch of decode_step_attention.cu; `following` as of `product`."""
     size, rotated = heads.size, 0 if heads.inv_freq is None else 2 * heads.inv_freq.numel()
+    group, wide = heads.query // heads.kv, -(-size // 32) * 32
+    norms = 0 if heads.q_gain is None else 1 if heads.q_gain.numel() == size else 2
     kernel = _kernel("attention").variant(
-        None, **_COMMON, FMT=0, BF16=int(keys.dtype == torch.bfloat16), HD=size, GQ=heads.query // heads.kv,
-        HKV=heads.kv, SPLITS=out.values.shape[2], ROT=rotated, NORMS=int(heads.q_gain is not None), WARPS=warps,
-        STAGES=stages,
+        None, **_COMMON, FMT=0, BF16=int(keys.dtype == torch.bfloat16), HD=size, ALL=group,
+        GQ=-(-group // chunks(heads)), HKV=heads.kv, SPLITS=out.values.shape[2], ROT=rotated, NORMS=norms,
+        GROUPED=int(heads.grouped), CAP=int(heads.cap > 0), ALIBI=int(heads.slopes is not None),
+        CLIP=int(heads.clip > 0), WARPS=warps, STAGES=stages,
     )  # fmt: skip
     if _collected(kernel):
         return
-    shared = (warps * stages + 1) * 64 * size + 16 * size + 4 * warps * size + 4 * max(rotated, 2) + 64 * warps
+    shared = (warps * stages + 1) * 64 * wide + 16 * wide + 4 * warps * wide + 4 * max(rotated, 2) + 64 * warps
     shared = max(shared, _ALONE)
     length = keys.shape[2]
     weights, numbers = _following(following, AHEAD_OF_ATTENTION)
     kernel(
         (multiprocessors(qkv.get_device()),), 32 * warps, shared,
-        qkv, position, rope_position, first, keys, values, heads.inv_freq, heads.q_gain, heads.k_gain, *out,
-        *weights, *numbers, len(qkv), length, heads.window or length, int(position.numel() > 1),
-        int(rope_position.numel() > 1), heads.scale, heads.rope_scale, heads.eps, pdl=pdl,
+        qkv, position, rope_position, first, keys, values, heads.inv_freq, heads.q_gain, heads.k_gain, heads.slopes,
+        *out, *weights, *numbers, len(qkv), length, heads.window or length, int(position.numel() > 1),
+        int(rope_position.numel() > 1), heads.scale, heads.rope_scale, heads.eps, heads.one, heads.cap, heads.clip,
+        pdl=pdl,
     )  # fmt: skip
 
 
-def embed(ids: torch.Tensor, table: torch.Tensor, h: torch.Tensor, pdl: bool = True) -> None:
+def embed(
+    ids: torch.Tensor,
+    table: torch.Tensor | None,
+    h: torch.Tensor,
+    scale: float = 1.0,
+    places: Places | None = None,
+    norm: Norm | None = None,
+    pdl: bool = True,
+) -> None:
     """One launch of decode_step_embed.cu."""
-    kernel = _kernel("embed").variant(None, **_COMMON, FMT=0, BF16=int(table.dtype == torch.bfloat16))
+    one = table if table is not None else places.table if places is not None else h
+    kernel = _kernel("embed").variant(None, **_COMMON, FMT=0, BF16=int(one.dtype == torch.bfloat16), NORM=_kind(norm))
     if _collected(kernel):
         return
-    kernel((len(h),), 256, 0, ids, table, h, table.shape[0], table.shape[1], pdl=pdl)
+    spots, position, offset = (places.table, places.position, places.offset) if places else (None, None, 0)
+    lengths = [0 if t is None else len(t) for t in (table, spots)]
+    kernel(
+        (len(h),), 256, 0, ids, table, position, spots, *_weights(norm), h, *lengths, h.shape[1],
+        int(position is not None and position.numel() > 1), offset, scale, norm.eps if norm else 0.0,
+        norm.one if norm else 0.0, pdl=pdl,
+    )  # fmt: skip
+
+
+def chunks(heads: Heads) -> int:
+    """How often the keys of a head are read: by up to 8 query heads at a time."""
+    return -(-heads.query // (heads.kv * MAX_GROUP))
 
 
 def splits(device: int, rows: int, kv_heads: int) -> int:
@@ -269,12 +303,20 @@ def _collected(kernel: CudaKernel) -> bool:
     return True
 
 
-_KERNELS = {"product": ("product", "P" * 23 + "i" * 11 + "f"), "attention": ("attend", "P" * 14 + "i" * 11 + "fff"),
-            "embed": ("embed", "PPPqi")}  # fmt: skip
+_KERNELS = {
+    "product": ("product", "P" * 29 + "i" * 11 + "fffff"),
+    "attention": ("attend", "P" * 15 + "i" * 11 + "ffffff"),
+    "embed": ("embed", "PPPPPPPqqiiifff"),
+}
+
+
+def source(kind: str) -> str:
+    """The whole text of a kernel of `_KERNELS`."""
+    files = ["decode_step_input.cu"] * (kind == "product") + [f"decode_step_{kind}.cu"]
+    return "".join(map(source_text, ["few_rows_common.cu", "decode_step_common.cu", *files]))
 
 
 @lru_cache(maxsize=8)
 def _kernel(kind: str) -> CudaKernel:
     name, arguments = _KERNELS[kind]
-    files = ("few_rows_common.cu", "decode_step_common.cu", f"decode_step_{kind}.cu")
-    return CudaKernel("decode_step", "".join(map(source_text, files)), name, arguments)
+    return CudaKernel("decode_step", source(kind), name, arguments)

@@ -1,13 +1,12 @@
 // y = f(x) W^T for the M rows of a decoding step, with what stands before and after it in a layer.
 //
-// SOURCE  0  x = RMSNorm(h) of float32 h [M, K]
-//         1  x = the attention's output, put together from its parts: 16-bit [M, heads, SPLITS, HD], float2 (maximum, sum) of each
-//         2  x is 16-bit [M, K]
-// SINK    0  y, float32 [M, N], with bias; W is up to three matrices below one another (q, k, v)
+// x: see decode_step_input.cu, which comes before this text.
+// SINK    0  y, float32 [M, N], with bias; W is up to three matrices below one another (q, k, v). cap: cap tanh(y / cap), if not 0
 //         1  h += y, float32 [M, N]
 //         2  act(gate) * up, 16-bit [M, N]; W is two matrices (gate, up)
+//         3  y of the first matrix (which may have no rows), float32 [M, n0], and act(y) of the second, 16-bit [M, n1], into `also`
 // Filled in: M, K (columns taken, of KS that a row has), WARPS, SLOTS, CB (bytes of a row in a piece), TG (tiles between two sums),
-// BULK (scales are copied in bulk too), SOURCE, SINK, SPLITS, HD, ACT.
+// BULK (scales are copied in bulk too), SOURCE, SINK, SPLITS, HD, ACT, and what decode_step_input.cu names.
 //
 // A block takes a range of rows of W in tiles of 16 (SINK 2: 8 of gate, 8 of up), a tile in pieces of CB bytes of each row. The
 // last warp fetches pieces into a ring, a bulk copy a row: memory then sees long reads, which it serves faster than what many
@@ -15,18 +14,14 @@
 // front of it: weights do not change during a step. A block has an SM for itself; the next kernel's comes as soon as it has left,
 // and finds its first rows in the L2 cache, where this one's last warp has sent for them when it had nothing left to fetch.
 // W is the 16-row operand of the mma, x the 8-column one; the contraction runs in the order in which bytes are stored.
-constexpr int THREADS = WARPS * 32, CONSUMERS = WARPS - 1;
-constexpr int KB = FMT == 0 ? CB / 2 : FMT == 1 ? CB : 2 * CB;         // columns of a piece
+constexpr int CONSUMERS = WARPS - 1;
 constexpr int GROUP = FMT == 0 ? 32 : 64, GROUPS = KB / GROUP;         // columns that the four lanes of a row take together
 constexpr int LINE = CB + (FMT == 2 ? 32 : 64), PIECE = 16 * LINE;      // so that the rows of a fragment spread over the banks
 constexpr int S_LINE = FMT == 2 ? GROUPS + 4 : 0, SLOT = PIECE + 64 * S_LINE;   // scales of a row in a piece, as floats
 constexpr int EIGHTS = (M + 7) / 8, SUMS = TG * CONSUMERS * 16 * M;
-constexpr int TO_FP16 = FMT == 2 && BF16, MMA_BF16 = BF16 && FMT != 2;
-constexpr int PIECES = (K + KB - 1) / KB, PITCH = (K * 2 + 127) / 128 * 128 + (FMT == 0 ? 64 : 16);
+constexpr int MMA_BF16 = BF16 && FMT != 2, PIECES = (K + KB - 1) / KB;
 constexpr int TAKEN = FMT == 0 ? 2 * K : FMT == 1 ? K : K / 2, ROW_BYTES = FMT == 0 ? 2 * KS : FMT == 1 ? KS : KS / 2;
-constexpr int GATED = SINK == 2, TILE_ROWS = GATED ? 8 : 16;
-constexpr int VECTORS = K / 4, PER = (VECTORS + THREADS - 1) / THREADS;  // four columns each, of a thread
-constexpr int BATCH = PER >= 8 ? 1 : M < 8 / PER ? M : 8 / PER;          // rows of x in registers at a time
+constexpr int GATED = SINK == 2, PARTS = SINK == 0 || SINK == 3, TILE_ROWS = GATED ? 8 : 16;
 static_assert(K % 64 == 0, "K is a multiple of 64");
 static_assert(TG * 16 * M <= CONSUMERS * 32, "a thread finishes one sum");
 
@@ -34,41 +29,19 @@ struct Part { const u8* w; const void* absmax; const float *nested, *offset; con
 
 DEVICE float activated(float x) {
   if (ACT == 0) return x / (1.f + exp2_(-LOG2E * x));
+  if (ACT == 3) return x < 0.f ? 0.f : x;                                // NaN stays
   if (ACT == 1) { float z = 0.7978845608028654f * fmaf(0.044715f * x * x, x, x); return x / (1.f + exp2_(-2.f * LOG2E * z)); }
   return 0.5f * x * (1.f + erff(x * 0.7071067811865476f));
-}
-
-// Four columns of x before the norm's factor.
-DEVICE float4 columns(const void* in, const float2* ml, int m, int c) {
-  if (SOURCE == 0) return fresh4((const float*)in + (i64)m * K + 4 * c);
-  if (SOURCE == 2) {
-    float2 p = fresh2((const u16*)in + (i64)m * KS + 4 * c); u32 a = __float_as_uint(p.x), b = __float_as_uint(p.y);
-    return make_float4(value((u16)a), value((u16)(a >> 16)), value((u16)b), value((u16)(b >> 16)));
-  }
-  const i64 first = ((i64)m * (K / HD) + 4 * c / HD) * SPLITS; float2 s[SPLITS], p[SPLITS];
-#pragma unroll
-  for (int i = 0; i < SPLITS; i++) {
-    s[i] = fresh2(ml + first + i); p[i] = fresh2((const u16*)in + (first + i) * HD + 4 * c % HD);
-  }
-  float top = s[0].x, total = 0.f; float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll
-  for (int i = 1; i < SPLITS; i++) top = larger(top, s[i].x);
-#pragma unroll
-  for (int i = 0; i < SPLITS; i++) {
-    float e = (s[i].x == top ? 1.f : exp2_(s[i].x - top)) * s[i].y; u32 a = __float_as_uint(p[i].x), b = __float_as_uint(p[i].y);
-    total += e;
-    v.x = fmaf(e, value((u16)a), v.x); v.y = fmaf(e, value((u16)(a >> 16)), v.y); v.z = fmaf(e, value((u16)b), v.z); v.w = fmaf(e, value((u16)(b >> 16)), v.w);
-  }
-  total = 1.f / total;
-  return make_float4(v.x * total, v.y * total, v.z * total, v.w * total);
 }
 
 __global__ void __launch_bounds__(THREADS, 1)
 product(const u8* w0, const u8* w1, const u8* w2, const void* absmax0, const void* absmax1, const void* absmax2,
         const float* nested0, const float* nested1, const float* nested2, const float* offset0, const float* offset1, const float* offset2,
-        const u16* bias0, const u16* bias1, const u16* bias2, const float* map, const u16* gain, const void* in, const float2* ml, void* out,
+        const u16* bias0, const u16* bias1, const u16* bias2, const float* map, const u16* gain, const u16* norm_bias, const u16* outer_gain,
+        const u16* outer_bias, const void* in, const float2* ml, const float* added, float* stream, void* out, u16* also,
         const u8* next0, const u8* next1, const u8* next2, int n0, int n1, int n2, int shift, int first,
-        int next_n0, int next_n1, int next_n2, int next_line, int next_rows, int next_pair, float eps) {
+        int next_n0, int next_n1, int next_n2, int next_line, int next_rows, int next_pair,
+        float eps, float one, float outer_eps, float outer_one, float cap) {
   SHARED(smem);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   const int n = GATED ? n0 : n0 + n1 + n2;
@@ -78,9 +51,9 @@ product(const u8* w0, const u8* w1, const u8* w2, const void* absmax0, const voi
   float* map_ = (float*)(smem + TABLE);
   u8* xs = smem + TABLE + (NESTED ? 1024 : 0);
   float* red = (float*)(xs + M * PITCH);
-  float* shares = red + 2 * SUMS;                                        // of the warps: sums of squares, largest values
-  float* unscale = shares + 2 * M * WARPS;                               // what undoes each row's scale
-  u8* bars = (u8*)(red + 2 * SUMS) + (2 * M * WARPS + M + 3) / 4 * 16;   // of each slot: it is full, it is empty
+  float* shares = red + 2 * SUMS;                                        // of the warps, see decode_step_input.cu
+  float* unscale = shares + SHARES;                                      // what undoes each row's scale
+  u8* bars = (u8*)(red + 2 * SUMS) + (SHARES + M + 3) / 4 * 16;          // of each slot: it is full, it is empty
   u8* ring = bars + (16 * SLOTS + 127) / 128 * 128;
   const u64 policy = evict_first();
   const int first_byte = FMT == 0 ? 2 * first : FMT == 1 ? first : first / 2, first_block = first / 64;
@@ -93,7 +66,7 @@ product(const u8* w0, const u8* w1, const u8* w2, const void* absmax0, const voi
       if (r >= 8) p = {w1, absmax1, nested1, offset1, bias1};
     } else {
       row = r0 + tile * 16 + r;
-      if (SINK == 0) {
+      if (PARTS) {
         if (row >= n0 + n1) { row -= n0 + n1; p = {w2, absmax2, nested2, offset2, bias2}; }
         else if (row >= n0) { row -= n0; p = {w1, absmax1, nested1, offset1, bias1}; }
       }
@@ -133,14 +106,8 @@ product(const u8* w0, const u8* w1, const u8* w2, const void* absmax0, const voi
     __syncwarp();
     for (int i = 0; i < min(SLOTS, pieces); i++) fetch(i);
   }
-  float2 gains[SOURCE == 0 ? PER : 1];
-  if (SOURCE == 0) {
-#pragma unroll
-    for (int i = 0; i < PER; i++) {
-      int c = threadIdx.x + i * THREADS; gains[i] = make_float2(0.f, 0.f);
-      if (VECTORS % THREADS == 0 || c < VECTORS) gains[i] = *(const float2*)(gain + 4 * c);
-    }
-  }
+  Input x;
+  x.prepare(gain, norm_bias, outer_gain, outer_bias, shares);
   if (NESTED) for (int i = threadIdx.x; i < 256; i += THREADS) map_[i] = map[i];
   build_table(table, THREADS);
   // The sum that this thread finishes in a group of tiles, and what is added and multiplied there.
@@ -163,66 +130,7 @@ product(const u8* w0, const u8* w1, const u8* w2, const void* absmax0, const voi
   wait_before_reading_x();
 
   if (SINK == 1 && finishes && inside(f_tile, f_row)) rest = fresh((const float*)out + (i64)f_m * n + r0 + f_tile * 16 + f_row);
-  // ---- x into shared memory
-  for (int m0 = 0; m0 < M; m0 += BATCH) {
-    float4 v[BATCH][PER];
-#pragma unroll
-    for (int b = 0; b < BATCH; b++)
-#pragma unroll
-      for (int i = 0; i < PER; i++) {
-        int c = threadIdx.x + i * THREADS; v[b][i] = make_float4(0.f, 0.f, 0.f, 0.f);
-        if ((VECTORS % THREADS == 0 || c < VECTORS) && (M % BATCH == 0 || m0 + b < M)) v[b][i] = columns(in, ml, m0 + b, c);
-      }
-    float squares[BATCH], top[BATCH];
-#pragma unroll
-    for (int b = 0; b < BATCH; b++) {
-      squares[b] = 0.f; top[b] = 0.f;
-#pragma unroll
-      for (int i = 0; i < PER; i++) {
-        float4& a = v[b][i];
-        if (SOURCE == 0) {
-          u32 g0 = __float_as_uint(gains[i].x), g1 = __float_as_uint(gains[i].y);
-          squares[b] = fmaf(a.x, a.x, fmaf(a.y, a.y, fmaf(a.z, a.z, fmaf(a.w, a.w, squares[b]))));
-          a.x *= value((u16)g0); a.y *= value((u16)(g0 >> 16)); a.z *= value((u16)g1); a.w *= value((u16)(g1 >> 16));
-        }
-        if (TO_FP16) top[b] = larger(top[b], larger(larger(fabsf(a.x), fabsf(a.y)), larger(fabsf(a.z), fabsf(a.w))));
-      }
-    }
-    if (SOURCE == 0 || TO_FP16) {
-#pragma unroll
-      for (int b = 0; b < BATCH; b++) {
-        if (M % BATCH && m0 + b >= M) break;
-        squares[b] = warp_sum(squares[b]);
-        if (TO_FP16) top[b] = __uint_as_float(warp_max(__float_as_uint(top[b])));
-        if (lane == 0) { shares[((m0 + b) * WARPS + warp) * 2] = squares[b]; shares[((m0 + b) * WARPS + warp) * 2 + 1] = top[b]; }
-      }
-      __syncthreads();
-    }
-#pragma unroll
-    for (int b = 0; b < BATCH; b++) {
-      const int m = m0 + b; float factor = 1.f;
-      if (M % BATCH && m >= M) break;
-      if (SOURCE == 0 || TO_FP16) {
-        float sum = 0.f, most = 0.f;
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) { float2 s = *(const float2*)(shares + (m * WARPS + w) * 2); sum += s.x; most = larger(most, s.y); }
-        if (SOURCE == 0) factor = rsqrtf(sum * (1.f / K) + eps);
-        if (TO_FP16) {                                                   // the largest value of the row comes to lie in [2^13, 2^15)
-          int e = (int)(__float_as_uint(most * factor) >> 23 & 255), up = min(max(141 - e, -126), 126);
-          factor *= __uint_as_float((u32)(127 + up) << 23);
-          if (threadIdx.x == 0) unscale[m] = __uint_as_float((u32)(127 - up) << 23);
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < PER; i++) {
-        int c = threadIdx.x + i * THREADS; float4 a = v[b][i];
-        if (VECTORS % THREADS && c >= VECTORS) continue;
-        if (SOURCE == 0 || TO_FP16) { a.x *= factor; a.y *= factor; a.z *= factor; a.w *= factor; }
-        uint2 q = TO_FP16 ? make_uint2(pack_h(a.x, a.y), pack_h(a.z, a.w)) : make_uint2(pack(a.x, a.y), pack(a.z, a.w));
-        *(uint2*)(xs + m * PITCH + 8 * c) = q;
-      }
-    }
-  }
+  x.load(in, ml, added, stream, eps, one, outer_eps, outer_one, xs, shares, unscale);
   __syncthreads();
 
   // ---- rows of W times x
@@ -316,8 +224,12 @@ product(const u8* w0, const u8* w1, const u8* w2, const void* absmax0, const voi
       for (int w = 0; w < CONSUMERS; w++) { sum += s[w * 16 * M]; if (GATED) up += s[(w * 16 + 8) * M]; }
       if (TO_FP16) { sum *= unscale[f_m]; up *= unscale[f_m]; }
       sum = fmaf(sum, scale0, plus0); up = fmaf(up, scale1, plus1);
-      const i64 where = (i64)f_m * n + r0 + (q0 + f_tile) * TILE_ROWS + f_row;
+      const int row = r0 + (q0 + f_tile) * TILE_ROWS + f_row; const i64 where = (i64)f_m * n + row;
       if (GATED) ((u16*)out)[where] = (u16)pack(activated(sum) * up, 0.f);
+      else if (SINK == 3) {
+        if (row < n0) ((float*)out)[(i64)f_m * n0 + row] = sum;
+        else also[(i64)f_m * n1 + row - n0] = (u16)pack(activated(sum), 0.f);
+      } else if (SINK == 0) ((float*)out)[where] = cap == 0.f ? sum : cap * tanh_(sum / cap);
       else ((float*)out)[where] = sum + rest;
     }
   }

@@ -74,13 +74,16 @@ def tile_of(a, tile):
 
 @gluon.jit
 def key_tile_of(a, tile):
-    """(tile of 128 keys, key head, batch) in the backward, in sections of heads as in `tile_of`."""
+    """(tile of 128 keys, key head, batch) in the backward, in sections as in `tile_of`; ORDER: the last keys first."""
     per_section = a.section * a.NN
     first = tile // per_section * a.section
     width = gl.minimum(a.section, a.B * a.HK - first)
     rest = tile % per_section
     bh = first + rest % width
-    return rest // width, bh % a.HK, bh // a.HK
+    n = rest // width
+    if a.ORDER:
+        n = a.NN - 1 - n
+    return n, bh % a.HK, bh // a.HK
 
 
 @gluon.jit
@@ -126,13 +129,61 @@ def first_block(a, b, h, i_q):
 
 
 @gluon.jit
+def turn_of(a, m, row0, n_q, n_k):
+    """What `pass_turn` has left at query block m when it is the turn of key row0's tile; 0 for the first."""
+    last = (n_k - 1) >> 7
+    if a.RIGHT:
+        last = gl.minimum(last, (m * a.M + a.M - 1 + n_k - n_q + a.right) >> 7)
+    tile = row0 >> 7
+    return gl.where(tile == last, 0, tile + 2)
+
+
+@gluon.jit
+def wait_turn(p, turn):
+    """Until ``turn`` stands at p; what was added by TMA before that comes before what this thread adds."""
+    gl.inline_asm_elementwise(
+        """{
+        .reg .b32 seen;
+        .reg .pred mine;
+        again:
+        ld.acquire.gpu.global.b32 seen, [$1];
+        setp.eq.s32 mine, seen, $2;
+        @!mine bra again;
+        fence.proxy.async.global;
+        mov.u32 $0, 0;
+        }""", "=r,l,r", [p.to(gl.int64), gl.to_tensor(turn)], dtype=gl.int32, is_pure=False, pack=1)  # fmt: skip
+
+
+@gluon.jit
+def pass_turn(p, at, row0, bar):
+    """Write key row0's tile + 1 to p[at], when all that this consumer has added by TMA is in memory.
+
+    bar: a named barrier of its 128 threads. One of them writes there and the others to p[1], which nobody reads.
+    """
+    thread = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    there = (p + gl.where(thread == 0, at, 1)).to(gl.int64)
+    gl.inline_asm_elementwise(
+        """{
+        cp.async.bulk.wait_group 0;
+        bar.sync $2, 128;
+        fence.proxy.async.global;
+        st.release.gpu.global.b32 [$1], $3;
+        mov.u32 $0, 0;
+        }""", "=r,l,r,r", [there, gl.to_tensor(bar), gl.to_tensor((row0 >> 7) + 1)], dtype=gl.int32, is_pure=False,
+        pack=1)  # fmt: skip
+
+
+@gluon.jit
 def publish_next(a, tile, slot, phase):
     """Producer: draw a tile and tell the consumers. Returns tile, slot, phase.
 
-    Reads DRAW, p_counter, t_buf, t_full and t_empty, as `fetch_next` does.
+    Reads DRAW, p_counter, t_buf, t_full and t_empty, as `fetch_next` does. DRAW 2: the first tiles are drawn too, so
+    that whoever waits for an earlier tile waits for a block that runs, whatever else the GPU does.
     """
     if a.DRAW:
-        tile = gl.atomic_add(a.p_counter, 1) + gl.num_programs(0)
+        tile = gl.atomic_add(a.p_counter, 1)
+        if a.DRAW == 1:
+            tile += gl.num_programs(0)
         mbarrier.wait(a.t_empty.index(slot), phase)
         layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
         a.t_buf.index(slot).store(gl.full([1], 0, gl.int32, layout) + tile)
@@ -172,29 +223,6 @@ def clear_rows(buf, n):
             x = rows.load(layout)
             rows.store(gl.where((o < n)[:, None], x, gl.zeros_like(x)))
     fence_async_shared()
-
-
-@gluon.jit
-def add_fragments(p, x):
-    """Add a 64 x 64 accumulator to float32 memory in the order of the fragments, by vector reductions."""
-    # Four registers in a row hold columns 8 g + 2 q, + 1 of the rows r and r + 8; they are float4 128 g + thread.
-    layout: gl.constexpr = x.type.layout
-    rows = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
-    cols = gl.arange(0, 64, layout=gl.SliceLayout(0, layout))
-    thread = ((rows & 7) * 4 + (rows >> 4) * 32)[:, None] + ((cols & 7) >> 1)[None, :]
-    address = p.to(gl.int64) + thread.to(gl.int64) * 16
-    # one byte an element, so that the group reaches the assembly as one packed constant
-    group = (gl.full([64, 64], 0, gl.int32, layout) + (cols >> 3)[None, :]).to(gl.int8)
-    gl.inline_asm_elementwise(
-        """{
-        .reg .b32 g;
-        .reg .b64 p;
-        and.b32 g, $9, 255;
-        mul.wide.u32 p, g, 2048;
-        add.s64 p, p, $5;
-        red.relaxed.gpu.global.add.v4.f32 [p], {$1, $2, $3, $4};
-        mov.u32 $0, 0;
-        }""", "=r,f,f,f,f,l,l,l,l,r", [x, address, group], dtype=gl.int8, is_pure=False, pack=4)  # fmt: skip
 
 
 @builtin

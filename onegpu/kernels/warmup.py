@@ -20,6 +20,7 @@ from onegpu.kernels.guard import refuse_capture
 _Function = TypeVar("_Function", bound=Callable[..., None])
 _REGISTRY: dict[str, Callable[..., None]] = {}
 Shape = tuple[str, dict[str, Any]]
+_TELLERS: list[Callable[[torch.nn.Module], list[Shape]]] = []
 
 
 def register(kind: str) -> Callable[[_Function], _Function]:
@@ -30,6 +31,12 @@ def register(kind: str) -> Callable[[_Function], _Function]:
         return function
 
     return keep
+
+
+def tells(function: Callable[[torch.nn.Module], list[Shape]]) -> Callable[[torch.nn.Module], list[Shape]]:
+    """Decorates what says for modules that are not ours which ops they call, none for most."""
+    _TELLERS.append(function)
+    return function
 
 
 def warmup(
@@ -143,13 +150,14 @@ def _of_model(
         dtype = torch.bfloat16 if torch.bfloat16 in floats else torch.float16
     found = []
     for module in (*model.modules(), model.__dict__.get("generate")):
-        tell = getattr(module, "warmup_shapes", None)
-        if tell is None:
-            continue
         holder = module if isinstance(module, torch.nn.Module) else model
-        place = next((t.device for t in (*holder.parameters(), *holder.buffers())), None)
+        tell = getattr(module, "warmup_shapes", None)
+        shapes = list(tell()) if tell is not None else []
+        if holder is module:
+            shapes += [shape for other in _TELLERS for shape in other(holder)]
+        place = next((t.device for t in (*holder.parameters(), *holder.buffers())), None) if shapes else None
         if place is not None:
-            found += [(kind, sizes, place, dtype) for kind, sizes in tell()]
+            found += [(kind, sizes, place, dtype) for kind, sizes in shapes]
     return found
 
 

@@ -110,11 +110,19 @@ def test_packed_sequences_are_separate_ones(name, monkeypatch):
     ],
 )
 def test_on_a_gpu_in_16_bits(name, dtype, monkeypatch):
-    """At most twice as far from eager float32 as eager attention in 16 bits is; gradients too, as a norm."""
+    """At most twice as far from eager float32 as eager attention in 16 bits is; gradients too, as a norm.
+
+    Of gradients, as the worse of eager and PyTorch's own attention: like that, ours makes ``rowsum(P dP)`` of the
+    rounded output, as ``rowsum(O dO)``, and where queries attend evenly (marian's across) the gradients of q and k are
+    what is left of that sum. In float32, emulated, both err 3 to 4 times as much there as eager, and as much as eager
+    if the output is not rounded. And which side of OPT's ReLU a value falls on is a matter of luck to all three.
+    """
     both, wide = pair(name, device="cuda", dtype=dtype), tiny_model(name, attn_implementation="eager").cuda()
+    torch_attention = tiny_model(name, dtype=dtype, attn_implementation="sdpa").cuda()
     with torch.no_grad():
-        for exact, parameter in zip(wide.parameters(), both.ours.parameters(), strict=True):
-            exact.copy_(parameter)
+        for parameter, *others in zip(*(x.parameters() for x in (both.ours, wide, torch_attention)), strict=True):
+            for other in others:
+                other.copy_(parameter)
     for padding in paddings(name):
         arguments, real = harness.inputs_of(both, padding)
         up = {key: value.float() if value.is_floating_point() else value for key, value in arguments.items()}
@@ -124,16 +132,16 @@ def test_on_a_gpu_in_16_bits(name, dtype, monkeypatch):
         assert calls.ours and not calls.sdpa
         for one, exact, other in zip(actual, expected, rounded, strict=True):
             assert_close(one, exact, other, what=f"{name}, padding {padding}")
-        for outputs in (expected, actual, rounded):
+        for outputs in (expected, actual, rounded, answers(torch_attention, arguments, real)):
             harness.probe(outputs).backward()
         size = max(p.grad.norm().item() for p in wide.parameters() if p.grad is not None)
-        for (key, exact), one, other in zip(
-            wide.named_parameters(), both.ours.parameters(), both.eager.parameters(), strict=True
-        ):
+        models = both.ours, both.eager, torch_attention
+        for (key, exact), *others in zip(wide.named_parameters(), *(x.parameters() for x in models), strict=True):
             if exact.grad is not None:
-                error, allowed = ((x.grad.float() - exact.grad).norm().item() for x in (one, other))
-                assert error <= 2 * allowed + 2e-3 * size, f"{name} {key}: {error:.2e}, eager's {allowed:.2e}"
-            exact.grad = one.grad = other.grad = None
+                error, *peers = ((x.grad.float() - exact.grad).norm().item() for x in others)
+                assert error <= 2 * max(peers) + 2e-3 * size, f"{name} {key}: {error:.2e}, eager, sdpa: {peers}"
+            for parameter in (exact, *others):
+                parameter.grad = None
 
 
 @pytest.mark.parametrize("name", LEFT)

@@ -281,30 +281,36 @@ def test_training_steps(name, kind, reentrant, monkeypatch):
         assert error <= 1e-4 * max(wanted[key].abs().max().item(), 1e-2 * size), f"{key}: {error:.2e}"
 
 
+@pytest.mark.parametrize("trained", ["adapters", "everything"])
 @pytest.mark.parametrize("kind", ["padded", "packed"])
-def test_adapters_learn_under_autocast_with_checkpointing(kind):
+def test_it_learns_under_autocast_with_checkpointing(kind, trained, device, monkeypatch):
     from peft import LoraConfig, get_peft_model
 
     losses = {}
     for attention in ("eager", "onegpu"):
-        model = tiny_model("llama", attn_implementation=attention).train()
+        model = tiny_model("llama", attn_implementation=attention).train().to(device)
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
         torch.manual_seed(0)
-        model = get_peft_model(model, LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+        if trained == "adapters":
+            model = get_peft_model(model, LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
         batch = batches()[kind]
         if kind == "packed" and attention == "eager":  # knows packing only without a cache
             batch = {name: batch[name] for name in ("input_ids", "labels", "position_ids")}
             assert not model.config.use_cache or model.training
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+        rate = 1e-2 if trained == "adapters" else 1e-3  # Adam moves every weight by it, whatever its gradient is
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
         losses[attention] = []
-        for _ in range(5):
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = model(**batch).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses[attention].append(loss.item())
+        with harness.counted(monkeypatch) as calls:
+            for _ in range(5):
+                with torch.autocast(device, torch.bfloat16):
+                    loss = model(**batch).loss
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                losses[attention].append(loss.item())
+        assert calls.ours == (20 if attention == "onegpu" else 0) and not calls.sdpa
     assert losses["onegpu"] == sorted(losses["onegpu"], reverse=True)
     torch.testing.assert_close(losses["onegpu"], losses["eager"], rtol=2e-2, atol=0)
 
@@ -335,3 +341,21 @@ def test_dropout_in_training_is_pytorchs():
     assert torch.equal(model(**batch).logits, model(**batch).logits)
     model.train()
     assert not torch.equal(model(**batch).logits[real], model(**batch).logits[real])
+
+
+def test_continuous_batching_is_refused_by_transformers_and_works_with_another_attention():
+    """Its paged cache is not served here: nobody may get an answer from an attention that does not read that cache."""
+    model = tiny_model("llama", attn_implementation="sdpa")
+    model._supports_flash_attn = False  # where the flash-attn package is installed, transformers would turn to that
+    settings = transformers.GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    prompt = [5, 6, 7, 8]
+    expected = model.generate(torch.tensor([prompt]), generation_config=settings)[0, len(prompt) :].tolist()
+    small = transformers.ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=8)  # else as much as memory holds
+    options = {"generation_config": settings, "continuous_batching_config": small, "progress_bar": False}
+    onegpu.optimize(model)
+    with pytest.raises(ValueError, match=r"onegpu.* is not supported"):
+        model.generate_batch([prompt], **options)
+    assert model.config._attn_implementation == "onegpu"
+    model.set_attn_implementation("sdpa")
+    (answer,) = model.generate_batch([prompt], **options).values()
+    assert answer.generated_tokens == expected

@@ -15,9 +15,9 @@ from tests.engine.models import causal_model
 from tests.tiny import tiny_model
 
 OTHERS = [
-    ("Gemma", {"head_dim": 16}), ("Granite", {}), ("Glm", {"head_dim": 16}), ("Glm4", {"head_dim": 16}), ("Olmo", {}),
-    ("Cohere", {}), ("StableLm", {}), ("Helium", {"head_dim": 16}), ("Starcoder2", {}), ("Olmo2", {}), ("Arcee", {}),
-    ("Ernie4_5", {"head_dim": 16}), ("Nemotron", {}),
+    ("Granite", {}), ("Glm", {"head_dim": 16}), ("Glm4", {"head_dim": 16}), ("Cohere", {}), ("Persimmon", {}),
+    ("Helium", {"head_dim": 16}), ("Arcee", {}), ("Ernie4_5", {"head_dim": 16}), ("Nemotron", {}), ("GPTJ", {}),
+    ("BitNet", {}), ("Phi", {"qk_layernorm": True}), ("Bloom", {"apply_residual_connection_post_layernorm": True}),
 ]  # fmt: skip
 
 
@@ -89,6 +89,11 @@ def _double(model: Any) -> None:
         (lambda m: setattr(m.config, "logits_scaling", 8.0), "logits_scaling"),
         (lambda m: setattr(m.model.layers[0].mlp, "act_fn", nn.Tanh()), "Tanh"),
         (lambda m: setattr(m.model.rotary_emb, "rope_type", "dynamic"), "rotary"),
+        (lambda m: setattr(m.config, "final_logit_softcapping", 30.0), "final_logit_softcapping"),
+        (lambda m: setattr(m.config, "num_hidden_layers", 3), "number of layers"),
+        (lambda m: m.model.add_module("embed_positions", nn.Embedding(8, 32)), "positions of another width"),
+        (lambda m: m.model.add_module("project_out", nn.Linear(64, 32)), "another width"),
+        (lambda m: m.model.add_module("extra", nn.Linear(2, 2)), "extra"),
     ],
 )  # fmt: skip
 def test_changed_models_are_declined(change: Any, reason: str) -> None:

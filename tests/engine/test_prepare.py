@@ -19,10 +19,10 @@ def _llama(**sizes: int) -> LlamaForCausalLM:
 def test_the_ops_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     model = _llama(num_key_value_heads=1)
     onegpu.optimize(model)
-    sizes = {"heads": 5, "kv_heads": 1, "d": 64}
+    sizes, told = {"heads": 5, "kv_heads": 1, "d": 64}, {"heads": 5, "heads_kv": 1, "d": 64, "d_v": 64}
     tokens = [("next_token", {"vocab": 512, "pads": pads}) for pads in (False, True)]
-    shapes = [("attention", {**sizes, "batch": 1}), *tokens]
-    attention = ("attention", {**sizes, "batch": 4}, None)
+    shapes = [("attention", {**told, "batch": 1}), *tokens]
+    attention = ("attention", {**told, "batch": 4}, None)
     assert prepare._shapes(model, 4) == [attention, *((*one, 4) for one in tokens)]
     assert prepare.ops(model) == model.generate.warmup_shapes() == shapes
     kinds = {kind for kind, _ in prepare._of_modules(model)}

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from onegpu.kernels import decode_step, decode_step_cuda
-from onegpu.kernels.launch import source_text
 
 SMS = 3
 _TYPES = {"i": ctypes.c_int, "q": ctypes.c_longlong, "f": ctypes.c_float}
@@ -55,13 +54,12 @@ class Emulated:
 def _library(kind: str, constants: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
     name = decode_step_cuda._KERNELS[kind][0]
     folder, here = Path(tempfile.mkdtemp()), Path(__file__).parent
-    text = source_text(f"decode_step_{kind}.cu")
+    text = decode_step_cuda.source(kind)
     found = re.search(rf"\n{name}\(([^)]*)\)", text)
     assert found is not None
     names = ", ".join(re.findall(r"(\w+)(?:,|$)", found[1]))
     head = "".join(f"#define {key} {value}\n" for key, value in constants)
-    whole = f'#include "{here}/emulator_step.h"\n{head}' + source_text("few_rows_common.cu")
-    whole += source_text("decode_step_common.cu") + text
+    whole = f'#include "{here}/emulator_step.h"\n{head}' + text
     whole += f'extern "C" void emulate(int grid, int block, long shared, {found[1]}) '
     whole += f"{{ run_grid(grid, block, 1, shared, [=] {{ {name}({names}); }}); }}"
     (folder / "kernel.cpp").write_text(whole)

@@ -64,8 +64,14 @@ def test_what_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     assert serves(1, 64, 2, 16) == serves(1, 64, 2, 64, dtype=torch.float32) == "portable"
     assert serves(1, 64, 2, 264) == "definition"
     assert serves(*big, name="hopper") == "hopper" and serves(*big, name="portable") == "portable"
-    assert serves(1, 64, 2, 192, backward=True) == serves(*big, backward=True, deterministic=True) == "portable"
+    assert serves(1, 64, 2, 192, backward=True) == "portable" and serves(*big, backward=True) == "hopper"
+    assert serves(*big, backward=True, deterministic=True) == "hopper"
+    assert serves(*big, name="cudnn", backward=True, deterministic=True) == "portable"
     assert serves(*big, name="cudnn", left=100, backward=True) == "portable"
+    wide = 4, 4096, 16, 256
+    assert serves(*wide, backward=True) == "portable" and serves(*wide, backward=True, name="cudnn") == "cudnn"
+    monkeypatch.setitem(dispatch.CUDNN, (True, 256, True), (4096,))
+    assert serves(*wide, backward=True) == "cudnn" and serves(*wide, backward=True, left=9) == "portable"
     monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: False)
     assert serves(*big) == "hopper"
     with pytest.raises(ArgumentError, match="implementation"):

@@ -29,7 +29,7 @@ def test_rows_and_dq_of_dense_padded_and_packed_sequences() -> None:
             pointer = rows if how else lse
             strides = (0 if how == 2 else grad.stride(0), grad.stride(1), grad.stride(2))
             kernels.before_kernel[grid](out, grad, lse, grad_lse, row_values, total, pointer, *strides, H, S, n_b, 2,
-                                        HEAD=HEAD, D=D, M=M, RQ=how)
+                                        HEAD=HEAD, D=D, M=M, RQ=how, CLEAR=True)
             dq = torch.full(shape, 9.0)
             expected = torch.full(shape, 9.0) if how == 2 else torch.zeros(shape)
             sums = torch.randn(blocks * M, D)
@@ -46,13 +46,7 @@ def test_rows_and_dq_of_dense_padded_and_packed_sequences() -> None:
                     torch.testing.assert_close(got[1, :n], delta, rtol=1e-4, atol=1e-4)
                     assert not total.view(-1, M * D)[start : start + -(-n // M)].any()
                     expected[row, at, h] = 0.5 * sums[start * M : start * M + n, :HEAD]
-            for fragments in (False, True):
-                given = sums
-                if fragments:  # each 64 x 64 tile: (column / 8, warp, row % 8, column / 2 % 4, row / 8 % 2, column % 2)
-                    tiles = sums.view(-1, 4, 2, 8, 8, 4, 2)
-                    given = tiles.permute(0, 4, 1, 3, 5, 2, 6).contiguous()
-                kernels.after_kernel[(3 * H * 2,)](given, dq, pointer, H, S, n_b, 3, 0.5, HEAD=HEAD, D=D, M=M, RQ=how,
-                                                   FRAGMENTS=fragments)
-                torch.testing.assert_close(dq, expected)
+            kernels.after_kernel[(3 * H * 2,)](sums, dq, pointer, H, S, n_b, 3, 0.5, HEAD=HEAD, D=D, M=M, RQ=how)
+            torch.testing.assert_close(dq, expected)
         """
     )

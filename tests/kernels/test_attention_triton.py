@@ -5,11 +5,13 @@ The backward's file has its tests in test_attention_triton_backward.py; what run
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
 import pytest
 
+from tests.kernels import attention_resources as resources
 from tests.triton_tools import ARCHITECTURES, SHARED_MEMORY_LIMIT, compiled, interpret, needs_triton
 
 
@@ -46,6 +48,31 @@ def test_compiles_within_the_limits(architecture: int) -> None:
         config = kernels._CONFIGS[width]
         made = compile_attention(kernels.forward_kernel, config, width, architecture, LEFT=width == 96)
         assert made.metadata.shared <= SHARED_MEMORY_LIMIT, (width, config)
+
+
+def all_variants() -> dict[tuple[str, str], Any]:
+    return {(str(arch), name): make for name, arch, make in (*resources.portable(), *resources.hopper())}
+
+
+@needs_triton
+def test_the_record_has_every_variant_within_the_limits() -> None:
+    for version, record in json.loads(resources.RECORD.read_text()).items():
+        recorded = {(arch, name): row for arch, rows in record.items() for name, row in rows.items()}
+        assert recorded.keys() == all_variants().keys(), f"run python -m tests.kernels.attention_resources ({version})"
+        for (arch, name), (shared, spilled) in recorded.items():
+            assert shared <= resources.SHARED[int(arch)], (version, arch, name)
+            assert spilled <= (32 * 1024 if "fp32" in name else 4096), (version, arch, name)
+
+
+@needs_triton
+@pytest.mark.parametrize("variant", [("86", "keys bf16 64 packed window"), ("90", "queries bf16 128 causal")])
+def test_the_record_is_what_is_compiled(variant: tuple[str, str]) -> None:
+    import triton
+
+    record = json.loads(resources.RECORD.read_text()).get(triton.__version__)
+    if record is None:
+        pytest.skip(f"no record of Triton {triton.__version__}: run python -m tests.kernels.attention_resources")
+    assert resources.measure(all_variants()[variant]) == record[variant[0]][variant[1]]
 
 
 @needs_triton

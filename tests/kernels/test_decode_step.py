@@ -44,12 +44,13 @@ def check(y: torch.Tensor, reference: torch.Tensor, other: torch.Tensor, what: s
 def test_products_of_a_norm(device: str, case: tuple[str, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     form, rows, columns = case
     dtype = DTYPES[rows % 2]
-    m, h, gain = made(form, (48, 16, 16), columns, dtype), random(rows, columns), (random(columns) * 0.1 + 1).to(dtype)
-    x = ops.rms_norm(h, gain, 1e-5)
+    m, h = made(form, (48, 16, 16), columns, dtype), random(rows, columns)
+    norm = ops.Norm("rms", (random(columns) * 0.1 + 1).to(dtype), 1e-5)
+    x = norm(h)
     reference = m.multiply(x)
     place = on(device, monkeypatch)
     out = torch.full((rows, m.rows), float("nan"), device=place)
-    ops.norm_product(h.to(place), gain.to(place), 1e-5, moved(m, place), out)
+    ops.product(ops.Stream(h.to(place), dtype, moved(norm, place)), moved(m, place), "store", out)
     check(out, reference, reordered(x, m, dtype), f"{form} {dtype}")
 
 
@@ -58,15 +59,16 @@ def test_products_of_a_norm(device: str, case: tuple[str, int, int], monkeypatch
 def test_gated_products(device: str, case: tuple[str, int, str], monkeypatch: pytest.MonkeyPatch) -> None:
     form, rows, act = case
     dtype = DTYPES[rows % 2]
-    m, h, gain = made(form, (37, 37), 128, dtype), random(rows, 128), (random(128) * 0.1 + 1).to(dtype)
+    m, h = made(form, (37, 37), 128, dtype), random(rows, 128)
+    norm = ops.Norm("rms", (random(128) * 0.1 + 1).to(dtype), 1e-5)
     if form in ("nf4", "fp4", "nested"):
         m = made(form, (36, 36), 128, dtype)
-    x = ops.rms_norm(h, gain, 1e-5)
+    x = norm(h)
     gate, up = m.multiply(x).chunk(2, -1)
     other_gate, other_up = reordered(x, m, dtype).chunk(2, -1)
     place = on(device, monkeypatch)
     out = torch.full((rows, m.rows // 2), float("nan"), dtype=dtype, device=place)
-    ops.norm_gated(h.to(place), gain.to(place), 1e-5, moved(m, place), act, out)
+    ops.product(ops.Stream(h.to(place), dtype, moved(norm, place)), moved(m, place), "gated", out, act=act)
     check(out, ops.activation(act, gate) * up, ops.activation(act, other_gate) * other_up, f"{form} {act}")
 
 
@@ -80,7 +82,7 @@ def test_products_that_are_added(device: str, form: str, monkeypatch: pytest.Mon
     other = h.bfloat16() + reordered(x, m, torch.bfloat16)
     place = on(device, monkeypatch)
     out = h.to(place)
-    ops.add_product(x.to(place), moved(m, place), out)
+    ops.product(x.to(place), moved(m, place), "add", out)
     for row in range(2):
         check(out[row], reference[row], other[row], f"{form}, row {row}")
     assert_same_nonfinite(out.cpu()[2:], reference[2:])
@@ -94,7 +96,7 @@ def test_products_over_columns_in_turn(device: str, form: str, monkeypatch: pyte
     monkeypatch.setattr(decode_step_cuda, "windows", lambda *_: ((0, 256), (256, 512)))
     place = on(device, monkeypatch)
     out = h.to(place)
-    ops.add_product(x.to(place), moved(m, place), out, following=moved(m, place))
+    ops.product(x.to(place), moved(m, place), "add", out, following=moved(m, place))
     check(out, reference, other, form)
 
 
@@ -110,11 +112,11 @@ def test_the_attentions_parts_are_put_together(device: str, splits: int, monkeyp
     reference, other = h + m.multiply(x), h.bfloat16() + reordered(x, m, torch.bfloat16)
     place = on(device, monkeypatch)
     out = h.to(place)
-    ops.add_attention(moved(parts, place), moved(m, place), out)
+    ops.product(moved(parts, place), moved(m, place), "add", out)
     check(out, reference, other, f"{splits} parts")
 
 
-# heads (query, kv, size), length of the cache, position, first positions, window, rotated, norms
+# heads (query, kv, size), length of the cache, position, first positions, window, rotated, norms (of all heads: "all")
 ATTENTION = [
     ((2, 2, 64), 256, 100, None, None, 64, False),
     ((8, 2, 128), 256, 200, [0, 37], None, 128, True),
@@ -123,18 +125,34 @@ ATTENTION = [
     ((8, 1, 32), 256, 100, None, 40, 32, False),
     ((2, 2, 32), 64, 64, None, 64, 32, False),
     ((2, 1, 64), 256, 100, [100, 2**30], None, 64, True),  # rows that see nothing but themselves
+    ((6, 2, 80), 64, 150, [0, 120], 64, 20, "all", {"clip": 0.7, "one": 1.0}),
+    (
+        (9, 1, 72),
+        256,
+        101,
+        [0, 30],
+        None,
+        0,
+        False,
+        {"cap": 1.5, "slopes": True, "grouped": True},
+    ),  # two chunks of heads
+    ((2, 2, 256), 128, 90, None, 40, 256, False, {"grouped": True}),
 ]
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", ATTENTION, ids=range(len(ATTENTION)))
 def test_attention(device: str, case: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
-    (query, kv, size), length, position, first, window, rotated, norms = case
+    (query, kv, size), length, position, first, window, rotated, norms, *more = case
     rows, dtype = len(first or [0]), DTYPES[position % 2]
     inv_freq = 100.0 ** (-torch.arange(0, rotated, 2) / rotated) if rotated else None
     heads = ops.Heads(query, kv, size, size**-0.5, window, inv_freq, 1.1)
     if norms:
-        heads = heads._replace(q_gain=random(size).to(dtype), k_gain=random(size, seed=1).to(dtype), eps=1e-6)
+        of = (query * size, kv * size) if norms == "all" else (size, size)
+        heads = heads._replace(q_gain=random(of[0]).to(dtype), k_gain=random(of[1], seed=1).to(dtype), eps=1e-6)
+    if more:
+        slopes = torch.linspace(0.02, 0.3, query) if more[0].get("slopes") else None
+        heads = heads._replace(**{**more[0], "slopes": slopes})
     qkv, at = random(rows, heads.width), torch.tensor([position])
     begin = None if first is None else torch.tensor(first, dtype=torch.int32)
     turn = torch.full((rows, 1), position) - (0 if begin is None else begin.clamp(max=position).long()[:, None])
@@ -167,6 +185,76 @@ def test_attention(device: str, case: tuple, monkeypatch: pytest.MonkeyPatch) ->
         rest = [j for j in range(length) if j != slot]
         kept = ~hidden[:, None, rest, None].expand_as(old[:, :, rest])
         assert torch.equal(new.cpu()[:, :, rest][kept], old[:, :, rest][kept])
+
+
+# form, rows, how the stream comes to be and what the norms are
+STREAMS = [
+    ("16bit", 3, "added", "layer", "rms"), ("nf4", 2, "added", "rms", "layer"), ("int8", 1, "behind", "layer", None),
+    ("nf4", 1, "behind", "layer", "layer"), ("16bit", 8, None, None, None), ("nf4", 4, None, None, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", STREAMS, ids=str)
+def test_what_a_product_reads_of_the_stream(device: str, case: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    form, rows, how, outer_kind, kind = case
+    dtype, columns = DTYPES[rows % 2], 448
+    m, h, y = made(form, (48,), columns, dtype), random(rows, columns) + 5.0, random(rows, columns, seed=1) * 3 - 2
+
+    def norm(which: str | None, seed: int) -> ops.Norm | None:
+        if which is None:
+            return None
+        gain, bias = (random(columns, seed=seed + i).mul(0.3).to(dtype) for i in range(2))
+        return ops.Norm(which, gain, 1e-5, None if which == "rms" else bias, one=1.0)
+
+    inner, outer = norm(kind, 3), norm(outer_kind, 5)
+    stream = ops.Stream(h, dtype, inner, y if how == "added" else None, outer)
+    s = h if outer is None else outer(h) if how == "behind" else h + outer(y)
+    x = s if inner is None else inner(s)
+    place = on(device, monkeypatch)
+    kept = torch.full((rows, columns), float("nan"), device=place)
+    out = torch.full((rows, m.rows), float("nan"), device=place)
+    there = moved(stream, place)
+    ops.product(there._replace(to=kept if outer is not None else None), moved(m, place), "store", out, cap=2.0)
+    want = 2.0 * torch.tanh(m.multiply(x) / 2.0)
+    check(out, want, 2.0 * torch.tanh(reordered(x, m, dtype).float() / 2.0).to(dtype), f"{form} {how}")
+    assert torch.equal(there.h.cpu(), h)
+    if outer is not None:
+        torch.testing.assert_close(kept.cpu(), s, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("form", "rows", "act"), [("16bit", 2, "relu"), ("int8", 1, "gelu"), ("nested", 3, "gelu_tanh")]
+)
+def test_products_without_a_gate(device: str, form: str, rows: int, act: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    dtype = DTYPES[rows % 2]
+    m, x = made(form, (36, 52), 128, dtype), random(rows, 128).to(dtype)
+    first, second = m.multiply(x.float()).split([36, 52], -1)
+    want, other = ops.activation(act, second), reordered(x, m, dtype)
+    place = on(device, monkeypatch)
+    one = torch.full((rows, 36), float("nan"), device=place)
+    two, alone = (torch.full((rows, 52), float("nan"), dtype=dtype, device=place) for _ in range(2))
+    ops.product(x.to(place), moved(m, place), "both", one, act=act, also=two)
+    ops.product(x.to(place), moved(m._replace(parts=m.parts[1:]), place), "act", alone, act=act)
+    check(one, first, other[:, :36], f"{form}, stored")
+    check(two, want, ops.activation(act, other[:, 36:]), f"{form}, {act}")
+    check(alone, want, ops.activation(act, other[:, 36:]), f"{form}, {act}, alone")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", [None, "rms", "layer"])
+def test_embedding_with_places_and_a_norm(device: str, kind: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, spots, gain, bias = (random(*shape).bfloat16() for shape in ((10, 300), (7, 300), (300,), (300,)))
+    norm = None if kind is None else ops.Norm(kind, gain, 1e-5, bias if kind == "layer" else None, 0.5)
+    place, position = on(device, monkeypatch), torch.tensor([[4], [0]])
+    h, alone = torch.empty(2, 300, device=place), torch.empty(2, 300, device=place)
+    places = ops.Places(spots.to(place), position.to(place), 2)
+    ops.embed(torch.tensor([9, 0], device=place), table.to(place), h, 3.0, places, moved(norm, place))
+    ops.embed(torch.tensor([9, 0], device=place), None, alone, places=places)
+    want = table[[9, 0]].float() * 3.0 + spots[[6, 2]].float()
+    torch.testing.assert_close(h.cpu(), want if norm is None else norm(want), rtol=1e-5, atol=1e-5)
+    assert torch.equal(alone.cpu(), spots[[6, 2]].float())
 
 
 @pytest.mark.parametrize("device", DEVICES)

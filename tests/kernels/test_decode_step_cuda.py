@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
 
+from benchmarks.case import Context
+from benchmarks.cases import fused_structures
 from onegpu.engine.fused_step import FusedStep
 from onegpu.errors import ArgumentError, KernelError
 from onegpu.kernels import decode_step as ops
@@ -43,9 +46,9 @@ def test_more_rows_have_a_layout_too(form: str, rows: int) -> None:
 def test_rows_that_do_not_fit() -> None:
     assert gpu.shape("16bit", 16, 4096, False) is not None
     assert gpu.shape("16bit", 16, 14336, False) is None
-    gain, m = torch.ones(14336), ops.Matrix("16bit", 14336, matrix_parts())
+    m, stream = ops.Matrix("16bit", 14336, matrix_parts()), ops.Stream(torch.empty(16, 14336), torch.bfloat16)
     with pytest.raises(ArgumentError, match=r"rows=16.*shared memory"):
-        gpu.product("norm", "store", torch.empty(16, 14336), m, torch.empty(16, 4), gain=gain)
+        gpu.product(stream, m, "store", torch.empty(16, 4))
 
 
 @pytest.mark.parametrize("form", gpu._FORMATS)
@@ -76,7 +79,7 @@ def test_any_layout_gives_the_product(fixed: gpu.Shape, monkeypatch: pytest.Monk
         with monkeypatch.context() as patched:
             emulate(patched)
             out = torch.zeros(1, 40)
-            gpu.product("plain", "add", x, m, out, fixed=fixed)
+            gpu.product(x, m, "add", out, fixed=fixed)
         torch.testing.assert_close(out, m.multiply(x.float()), rtol=2e-3, atol=2e-3)
 
 
@@ -134,5 +137,30 @@ def test_no_registers_spill_and_no_copy_is_encoded_wrongly(
     assert len(Compiled.made) >= 6
     for constants, code in Compiled.made.items():
         attention = dict(constants).get("STAGES") is not None  # the cosine of a large angle has 28 bytes there
+        assert machine_code.stack_bytes(code) <= 32 * attention, constants
+        assert machine_code.copies_with_a_uniform_base(code) == 0, constants
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("what", ["Falcon-7B, nf4", "Gemma-2-9B, 16bit"])
+def test_no_registers_spill_in_other_models(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_on_gpu", lambda _: True)
+    monkeypatch.setattr(gpu, "_kernel", Compiled)
+    monkeypatch.setattr(gpu, "multiprocessors", lambda _: 132)
+    monkeypatch.setattr(Compiled, "made", {})
+    name, form = what.split(", ")
+    found, at = (
+        fused_structures._structure(name, form, Context("meta")),
+        torch.empty(1, dtype=torch.int64, device="meta"),
+    )
+    found = dataclasses.replace(found, layers=found.layers[:2])
+    memory = [
+        (torch.empty(1, layer.heads.kv, 64, layer.heads.size, dtype=found.dtype, device="meta"),) * 2
+        for layer in found.layers
+    ]
+    FusedStep(found)(at[:, None], at, at, memory)
+    assert len(Compiled.made) >= 6
+    for constants, code in Compiled.made.items():
+        attention = dict(constants).get("STAGES") is not None
         assert machine_code.stack_bytes(code) <= 32 * attention, constants
         assert machine_code.copies_with_a_uniform_base(code) == 0, constants

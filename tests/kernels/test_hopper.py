@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import types
 from typing import Any
 
 import pytest
@@ -24,6 +26,47 @@ def test_pieces_compile() -> None:
     x = torch.zeros(64, 128, dtype=torch.float16)
     made, _ = TritonKernel(kernels().cleared).compile(90, (x, x, 37), {"num_warps": 4})
     assert "fence.proxy.async" in made.asm["ptx"]
+
+
+def in_python(name: str) -> Any:
+    """A function of scalars as plain Python."""
+    import onegpu.kernels.hopper as module
+
+    gl = types.SimpleNamespace(
+        minimum=min, maximum=max, where=lambda x, y, z: y if x else z, cdiv=lambda x, y: -(-x // y)
+    )
+    return types.FunctionType(getattr(module, name).fn.__code__, {"gl": gl})
+
+
+@needs_triton
+def test_whoever_waits_for_a_turn_waits_for_a_tile_drawn_before() -> None:
+    """Tile after tile as they are drawn, each finds its turn at each of its query blocks: nobody ever waits in vain."""
+    key_tile_of, query_blocks, turn_of = map(in_python, ("key_tile_of", "query_blocks", "turn_of"))
+    lengths = (1, 64, 127, 128, 129, 300, 640)
+    windows = (None, None), (None, 0), (None, 70), (200, 0), (100, None), (3, 130)
+    for n_q, n_k, (left, right), m in itertools.product(lengths, lengths, windows, (64, 128)):
+        a = types.SimpleNamespace(
+            LEFT=left is not None, RIGHT=right is not None, left=left, right=right, M=m, ORDER=True
+        )
+        a.NN, a.HK, a.B, a.section, a.RK = (
+            -(-n_k // 128) + 1,
+            2,
+            2,
+            3,
+            True,
+        )  # one tile past the end, as packed ones have
+        counts: dict[tuple[int, ...], int] = {}
+        for drawn in range(a.NN * a.HK * a.B):
+            n, head, batch = key_tile_of(a, drawn)
+            first, stop = query_blocks(a, n, n_q, n_k)
+            for block in range(first, stop):
+                for consumer in range(2):
+                    row0 = n * 128 + consumer * 64
+                    at = batch, head, block, consumer
+                    assert counts.get(at, 0) == turn_of(a, block, row0, n_q, n_k)
+                    counts[at] = (row0 >> 7) + 1  # as pass_turn does
+        if right is None and left is None:
+            assert len(counts) == 2 * 2 * 2 * -(-n_q // m)
 
 
 @pytest.mark.gpu

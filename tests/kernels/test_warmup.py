@@ -13,6 +13,7 @@ from onegpu.errors import ArgumentError, KernelError
 from onegpu.kernels import linear_16bit  # noqa: F401 (registers)
 from onegpu.kernels import warmup as module
 from tests.fake_driver import FakeDriver
+from tests.tiny import tiny_model
 
 
 class Layer(torch.nn.Module):
@@ -84,6 +85,31 @@ def test_a_models_generate_tells_its_own() -> None:
         ("thing", 4),
         ("attention", 8),
     ]
+
+
+def test_attention_tells_its_sizes() -> None:
+    model = tiny_model("mistral").eval()
+    assert not _attentions(model)
+    onegpu.optimize(model)
+    config = model.config
+    (sizes,) = _attentions(model)  # of both layers
+    heads = {"heads": config.num_attention_heads, "heads_kv": config.num_key_value_heads}
+    assert sizes.items() >= {**heads, "causal": True, "window": config.sliding_window, "backward": False}.items()
+    assert (
+        sizes["d"] * sizes["heads"] == model.model.layers[0].self_attn.q_proj.out_features
+        and sizes["d_v"] == sizes["d"]
+    )
+    (trained,) = _attentions(model.train())
+    assert trained == {**sizes, "backward": True}
+    for told in (sizes, trained):
+        module._REGISTRY["attention"](torch.device("cpu"), torch.bfloat16, 5, **told)
+
+
+def _attentions(model: torch.nn.Module) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for kind, sizes, _, _ in module._of_model(model, None):
+        found += [sizes] if kind == "attention" and "window" in sizes and sizes not in found else []  # of modules
+    return found
 
 
 def test_wrong_arguments_and_a_capture_are_errors(calls: list[tuple[Any, ...]], fake: FakeDriver) -> None:

@@ -1,0 +1,204 @@
+// x of decode_step_product.cu, from memory into shared memory: the M rows of a decoding step, 16-bit.
+//
+// SOURCE  0  x = norm(s) of the stream s, float32 [M, K]: s = h (OUTER 0); s = outer(h) (OUTER 1: a norm behind the residual sum);
+//            s = h + outer(y) (OUTER 2: a norm in front of it). OUTER 1 and 2 write s where `stream` points, if it does: not into h,
+//            which other blocks still read. Each block writes a share of the columns.
+//         1  x = the attention's output, put together from its parts: 16-bit [M, heads, SPLITS, HD], float2 (maximum, sum) of each
+//         2  x is 16-bit, K columns of [M, KS]
+// A norm is 0 none, 1 RMSNorm, 2 LayerNorm: NORM for the inner one, OUTER_NORM for the outer. Gains and biases may be missing;
+// `one` is added to gains.
+constexpr int THREADS = WARPS * 32;
+constexpr int KB = FMT == 0 ? CB / 2 : FMT == 1 ? CB : 2 * CB;         // columns of a piece
+constexpr int TO_FP16 = FMT == 2 && BF16;
+constexpr int PITCH = (K * 2 + 127) / 128 * 128 + (FMT == 0 ? 64 : 16);  // bytes of a row of x
+constexpr int VECTORS = K / 4, PER = (VECTORS + THREADS - 1) / THREADS;  // four columns each, of a thread
+constexpr int LIVE = OUTER == 2 ? 2 : OUTER || NORM == 2 ? 6 : 8;      // vectors of x in a thread's registers, about
+constexpr int BATCH = PER >= LIVE ? 1 : M < LIVE / PER ? M : LIVE / PER;  // rows of x at a time
+constexpr int SHARES = 5 * M * WARPS + WARPS;                          // five values a row and warp; a warp's largest bias
+
+DEVICE float tanh_(float x) { return 1.f - 2.f / (exp2_(2.f * LOG2E * x) + 1.f); }
+DEVICE float4 four(float2 p) {
+  u32 a = __float_as_uint(p.x), b = __float_as_uint(p.y);
+  return make_float4(value((u16)a), value((u16)(a >> 16)), value((u16)b), value((u16)(b >> 16)));
+}
+DEVICE float largest(float4 a) { return larger(larger(fabsf(a.x), fabsf(a.y)), larger(fabsf(a.z), fabsf(a.w))); }
+DEVICE bool inside_row(int c) { return VECTORS % THREADS == 0 || c < VECTORS; }
+
+// Four columns of x before any norm.
+DEVICE float4 columns(const void* in, const float2* ml, int m, int c) {
+  if (SOURCE == 0) return fresh4((const float*)in + (i64)m * K + 4 * c);
+  if (SOURCE == 2) return four(fresh2((const u16*)in + (i64)m * KS + 4 * c));
+  const i64 first = ((i64)m * (K / HD) + 4 * c / HD) * SPLITS; float2 s[SPLITS], p[SPLITS];
+#pragma unroll
+  for (int i = 0; i < SPLITS; i++) {
+    s[i] = fresh2(ml + first + i); p[i] = fresh2((const u16*)in + (first + i) * HD + 4 * c % HD);
+  }
+  float top = s[0].x, total = 0.f; float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+  for (int i = 1; i < SPLITS; i++) top = larger(top, s[i].x);
+#pragma unroll
+  for (int i = 0; i < SPLITS; i++) {
+    float e = (s[i].x == top ? 1.f : exp2_(s[i].x - top)) * s[i].y; float4 a = four(p[i]);
+    total += e;
+    v.x = fmaf(e, a.x, v.x); v.y = fmaf(e, a.y, v.y); v.z = fmaf(e, a.z, v.z); v.w = fmaf(e, a.w, v.w);
+  }
+  total = 1.f / total;
+  return make_float4(v.x * total, v.y * total, v.z * total, v.w * total);
+}
+
+// A value of each warp for value `slot` of a row, and their sum and the largest.
+template <int SLOT> DEVICE void share(float* shares, int m, float v) {
+  if ((threadIdx.x & 31) == 0) shares[(SLOT * M + m) * WARPS + (threadIdx.x >> 5)] = v;
+}
+template <int SLOT> DEVICE float summed(const float* shares, int m) {
+  float sum = 0.f;
+#pragma unroll
+  for (int w = 0; w < WARPS; w++) sum += shares[(SLOT * M + m) * WARPS + w];
+  return sum;
+}
+template <int SLOT> DEVICE float largest_of(const float* shares, int m) {
+  float most = 0.f;
+#pragma unroll
+  for (int w = 0; w < WARPS; w++) most = larger(most, shares[(SLOT * M + m) * WARPS + w]);
+  return most;
+}
+
+// The gain and bias of a norm in a thread's columns, as they are stored.
+template <int KIND> struct Weights {
+  float2 gains[KIND ? PER : 1], biases[KIND == 2 ? PER : 1];
+  DEVICE void prepare(const u16* gain, const u16* bias) {
+    if (KIND == 0) return;
+    const float ones = __uint_as_float(BF16 ? 0x3f803f80u : 0x3c003c00u);
+#pragma unroll
+    for (int i = 0; i < PER; i++) {
+      const int c = threadIdx.x + i * THREADS;
+      gains[i] = make_float2(ones, ones);
+      if (inside_row(c) && gain) gains[i] = *(const float2*)(gain + 4 * c);
+      if (KIND == 2) {
+        biases[i] = make_float2(0.f, 0.f);
+        if (inside_row(c) && bias) biases[i] = *(const float2*)(bias + 4 * c);
+      }
+    }
+  }
+  DEVICE float largest_bias() const {
+    float most = 0.f;
+#pragma unroll
+    for (int i = 0; i < PER; i++) if (KIND == 2) most = larger(most, largest(four(biases[i])));
+    return most;
+  }
+  // Rows m0.. of v, less their mean and times the gain; what is missing is the factor and the bias. The largest value is wanted
+  // where x is scaled. Takes values SLOT to SLOT + 2 of `shares`.
+  template <int SLOT, int LARGEST> DEVICE void centre(float4 (&v)[BATCH][PER], int m0, float eps, float one, float* shares, float (&factor)[BATCH], float (&most)[BATCH]) const {
+    if (KIND == 2) {
+#pragma unroll
+      for (int b = 0; b < BATCH; b++) {
+        float sum = 0.f;
+#pragma unroll
+        for (int i = 0; i < PER; i++) sum += v[b][i].x + v[b][i].y + (v[b][i].z + v[b][i].w);
+        sum = warp_sum(sum);
+        if (M % BATCH == 0 || m0 + b < M) share<SLOT>(shares, m0 + b, sum);
+      }
+      __syncthreads();
+    }
+#pragma unroll
+    for (int b = 0; b < BATCH; b++) {
+      if (M % BATCH && m0 + b >= M) break;
+      const float mean = KIND == 2 ? summed<SLOT>(shares, m0 + b) * (1.f / K) : 0.f; float squares = 0.f, top = 0.f;
+#pragma unroll
+      for (int i = 0; i < PER; i++) {
+        float4& a = v[b][i];
+        if (KIND == 2 && inside_row(threadIdx.x + i * THREADS)) { a.x -= mean; a.y -= mean; a.z -= mean; a.w -= mean; }
+        if (KIND) {
+          const float4 g = four(gains[i]);
+          squares = fmaf(a.x, a.x, fmaf(a.y, a.y, fmaf(a.z, a.z, fmaf(a.w, a.w, squares))));
+          a.x *= g.x + one; a.y *= g.y + one; a.z *= g.z + one; a.w *= g.w + one;
+        }
+        if (LARGEST) top = larger(top, largest(a));
+      }
+      if (KIND) { squares = warp_sum(squares); share<SLOT + 1>(shares, m0 + b, squares); }
+      if (LARGEST) share<SLOT + 2>(shares, m0 + b, __uint_as_float(warp_max(__float_as_uint(top))));
+    }
+    if (KIND || LARGEST) __syncthreads();
+#pragma unroll
+    for (int b = 0; b < BATCH; b++) {
+      factor[b] = 1.f; most[b] = 0.f;
+      if (M % BATCH && m0 + b >= M) break;
+      if (KIND) factor[b] = rsqrtf(summed<SLOT + 1>(shares, m0 + b) * (1.f / K) + eps);
+      if (LARGEST) most[b] = largest_of<SLOT + 2>(shares, m0 + b) * factor[b];
+    }
+  }
+  DEVICE float4 finish(float4 a, int i, float factor, float scale) const {
+    factor *= scale;
+    if (KIND == 2) {
+      const float4 b = four(biases[i]);
+      return make_float4(fmaf(a.x, factor, b.x * scale), fmaf(a.y, factor, b.y * scale), fmaf(a.z, factor, b.z * scale), fmaf(a.w, factor, b.w * scale));
+    }
+    return make_float4(a.x * factor, a.y * factor, a.z * factor, a.w * factor);
+  }
+};
+
+struct Input {
+  Weights<SOURCE == 0 ? NORM : 0> inner;
+  Weights<SOURCE == 0 && OUTER ? OUTER_NORM : 0> outer;
+
+  // What does not depend on the kernels before. A barrier must stand between this and `load`'s use of the largest bias: it has one.
+  DEVICE void prepare(const u16* gain, const u16* bias, const u16* outer_gain, const u16* outer_bias, float* shares) {
+    inner.prepare(gain, bias); outer.prepare(outer_gain, outer_bias);
+    if (TO_FP16 && SOURCE == 0 && NORM == 2) {
+      const float most = __uint_as_float(warp_max(__float_as_uint(inner.largest_bias())));
+      if ((threadIdx.x & 31) == 0) shares[5 * M * WARPS + (threadIdx.x >> 5)] = most;
+    }
+  }
+
+  DEVICE void load(const void* in, const float2* ml, const float* added, float* stream, float eps, float one, float outer_eps, float outer_one, u8* xs, float* shares, float* unscale) {
+    for (int m0 = 0; m0 < M; m0 += BATCH) {
+      float4 v[BATCH][PER], h[OUTER == 2 ? BATCH : 1][OUTER == 2 ? PER : 1]; float factor[BATCH], most[BATCH];
+#pragma unroll
+      for (int b = 0; b < BATCH; b++)
+#pragma unroll
+        for (int i = 0; i < PER; i++) {
+          const int c = threadIdx.x + i * THREADS; const bool there = inside_row(c) && (M % BATCH == 0 || m0 + b < M);
+          v[b][i] = make_float4(0.f, 0.f, 0.f, 0.f);
+          if constexpr (OUTER == 2) {
+            h[b][i] = v[b][i];
+            if (there) { v[b][i] = fresh4(added + (i64)(m0 + b) * K + 4 * c); h[b][i] = columns(in, ml, m0 + b, c); }
+          } else if (there) v[b][i] = columns(in, ml, m0 + b, c);
+        }
+      if (OUTER) {
+        outer.template centre<0, 0>(v, m0, outer_eps, outer_one, shares, factor, most);
+#pragma unroll
+        for (int b = 0; b < BATCH; b++) {
+          if (M % BATCH && m0 + b >= M) break;
+#pragma unroll
+          for (int i = 0; i < PER; i++) {
+            const int c = threadIdx.x + i * THREADS;
+            float4 a = outer.finish(v[b][i], i, factor[b], 1.f);
+            if constexpr (OUTER == 2) { a.x += h[b][i].x; a.y += h[b][i].y; a.z += h[b][i].z; a.w += h[b][i].w; }
+            v[b][i] = a;
+            if (stream && inside_row(c) && c % gridDim.x == blockIdx.x) *(float4*)(stream + (i64)(m0 + b) * K + 4 * c) = a;
+          }
+        }
+      }
+      inner.template centre<2, TO_FP16>(v, m0, eps, one, shares, factor, most);
+#pragma unroll
+      for (int b = 0; b < BATCH; b++) {
+        const int m = m0 + b; float scale = 1.f;
+        if (M % BATCH && m >= M) break;
+        if (TO_FP16) {                                                   // the largest value of the row comes to lie in [2^13, 2^15)
+          float top = most[b];
+          if (SOURCE == 0 && NORM == 2) top += largest_of<5>(shares, 0); // not above it, if there are biases
+          int e = (int)(__float_as_uint(top) >> 23 & 255), up = min(max(141 - e, -126), 126);
+          scale = __uint_as_float((u32)(127 + up) << 23);
+          if (threadIdx.x == 0) unscale[m] = __uint_as_float((u32)(127 - up) << 23);
+        }
+#pragma unroll
+        for (int i = 0; i < PER; i++) {
+          const int c = threadIdx.x + i * THREADS; float4 a = v[b][i];
+          if (!inside_row(c)) continue;
+          if ((SOURCE == 0 && NORM) || TO_FP16) a = inner.finish(a, i, factor[b], scale);
+          *(uint2*)(xs + m * PITCH + 8 * c) = TO_FP16 ? make_uint2(pack_h(a.x, a.y), pack_h(a.z, a.w)) : make_uint2(pack(a.x, a.y), pack(a.z, a.w));
+        }
+      }
+    }
+  }
+};

@@ -1,0 +1,131 @@
+"""The fused step in every structure it serves: definitions against models, kernels against definitions, generate()."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+import onegpu
+from onegpu.engine.fused_step import FusedStep, plan
+from onegpu.engine.generate import Generate
+from onegpu.engine.loop import Engine
+from tests.compare import assert_close
+from tests.decode_models import STRUCTURES, decoder
+from tests.decode_structures import moved
+from tests.engine.test_fused_step import compare
+from tests.kernels.emulated_step import on
+
+FORMS = ["16bit", "int8", "nf4"]
+EMULATED = ["opt-350m", "bloom"]  # the others took too long; their kernels' variants are in tests/kernels
+# Every structure once, and those that differ most in every format.
+ON_A_GPU = [(name, FORMS[i % 3]) for i, name in enumerate(STRUCTURES)]
+ON_A_GPU += [
+    (name, form) for name in ("gemma2", "falcon-7b", "bloom") for form in FORMS if (name, form) not in ON_A_GPU
+]
+
+
+def served(name: str, form: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
+    """A model that was optimised, in a format."""
+    model = decoder(name).to(device, dtype)
+    onegpu.optimize(model, quantize=None if form == "16bit" else form)
+    return model
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_logits_are_the_models(name: str) -> None:
+    compare(served(name, "nf4" if name == "gpt2" else "16bit"))
+
+
+@pytest.mark.parametrize("name", ["gemma2", "falcon-7b", "falcon-40b", "opt-350m", "bloom"])
+def test_generate_takes_it(name: str) -> None:
+    model = served(name, "16bit")
+    ids = torch.randint(4, 100, (2, 7), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    want = decoder(name).generate(ids, attention_mask=mask, max_new_tokens=30, do_sample=False)
+    engine = Engine("emulate")
+    model.__dict__["generate"] = Generate(model, engine)
+    assert torch.equal(model.generate(ids, attention_mask=mask, max_new_tokens=30, do_sample=False), want)
+    assert engine.last is not None
+    assert engine.last.fused
+
+
+def test_a_cache_of_another_shape_takes_the_models_forward() -> None:
+    """Falcon's own attention keeps the keys of each query head, of groups as large as they are."""
+    model = decoder("falcon-40b")
+    ids = torch.randint(4, 100, (1, 7), generator=torch.Generator().manual_seed(1))
+    want = model.generate(ids, max_new_tokens=20, do_sample=False)
+    engine = Engine("emulate")
+    model.__dict__["generate"] = Generate(model, engine)
+    assert torch.equal(model.generate(ids, max_new_tokens=20, do_sample=False), want)
+    assert engine.last is not None
+    assert not engine.last.fused
+    assert engine.last.loop == "captured"
+
+
+def memory_of(found: Any, rows: int, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    g = torch.Generator().manual_seed(2)
+    made = []
+    for layer in found.layers:
+        heads, size = layer.heads, min(length, layer.heads.window or length)
+        make = lambda heads=heads, size=size: torch.randn(rows, heads.kv, size, heads.size, generator=g)  # noqa: E731
+        made.append((make().to(found.dtype), make().to(found.dtype)))
+    return made
+
+
+CASES = [
+    *(pytest.param("emulated", name, "16bit", id=f"emulated-{name}") for name in EMULATED),
+    *(
+        pytest.param("cuda", name, form, id=f"cuda-{name}-{form}", marks=pytest.mark.gpu)
+        for name in STRUCTURES
+        for form in FORMS
+    ),
+]
+
+
+@pytest.mark.parametrize(("device", "name", "form"), CASES)
+def test_the_kernels_are_the_definitions(device: str, name: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    dtype = (torch.bfloat16, torch.float16)[STRUCTURES.index(name) % 2]
+    step = plan(served(name, form, dtype, "cuda" if device == "cuda" else "cpu"))
+    if name == "gpt2" and form == "16bit":
+        assert "Conv1D" in str(step)
+        return
+    assert isinstance(step, FusedStep), step
+    found = moved(step.structure, "cpu")
+    ids, at, first = torch.tensor([[5], [9]]), torch.tensor([70]), torch.tensor([0, 11], dtype=torch.int32)
+    turn = (at - first)[:, None].contiguous()
+    memory = memory_of(found, 2, 96)
+    exactly = dataclasses.replace(found, embedding=found.embedding.float())
+    want = FusedStep(exactly)(ids, at, turn, [(k.float(), v.float()) for k, v in memory], first)
+    rounded = FusedStep(found)(ids, at, turn, [(k.clone(), v.clone()) for k, v in memory], first)
+    place = on(device, monkeypatch)
+    there = [(k.to(place), v.to(place)) for k, v in memory]
+    got = FusedStep(step.structure)(ids.to(place), at.to(place), turn.to(place), there, first.to(place))
+    assert_close(got.cpu().to(dtype), want, rounded.to(dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "form"), ON_A_GPU)
+def test_it_generates_on_a_gpu(name: str, form: str) -> None:
+    model = served(name, form, torch.bfloat16, "cuda")
+    engine = Engine()
+    model.__dict__["generate"] = Generate(model, engine)
+    ids = torch.randint(4, 100, (2, 30), device="cuda")
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    out = model.generate(
+        ids, attention_mask=mask, max_new_tokens=20, do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
+    assert engine.last is not None
+    assert engine.last.fused == (name != "gpt2" or form != "16bit")
+    mask = torch.cat([mask, mask.new_ones(2, 20)], 1)
+    places = {} if name in ("bloom",) else {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    with torch.no_grad():
+        want = model(out.sequences, attention_mask=mask, **places).logits[:, 29:-1].float()
+    got = torch.stack(out.logits, 1).float()
+    assert float((got - want).norm() / want.norm()) < 2e-2
+    chosen = want.gather(-1, out.sequences[:, 30:, None])[..., 0]
+    assert bool((chosen >= want.amax(-1) - 5e-2 * (want.amax(-1) - want.amin(-1))).all())
