@@ -36,8 +36,8 @@ class Narrow:
     meetings of the warps. cluster: blocks that share the columns. table_shift: 7 makes the look-up table of 4-bit
     products half as large and its look-ups a little slower. prefetch: bytes around a copy that L2 reads along (0, 256).
     early: pieces of each warp that are sent for into L2 before the kernel in front has ended (0: this one
-    starts when that has ended; compute capability 9.0). price: time of a row of a tile (filled or not), over that of the
-    others with as many rows.
+    starts when that has ended; compute capability 9.0). price: time of a row of a tile (filled or not), over that of
+    the others with as many rows.
     """
 
     rows: int
