@@ -25,7 +25,7 @@ MAX_ROWS, MAX_GROUP, MAX_SPLITS = 16, 8, 8
 _FORMATS = {"16bit": 0, "int8": 1, "nf4": 2, "fp4": 2}
 _SINKS = {"store": 0, "add": 1, "gated": 2, "act": 3, "both": 3}
 _NORMS = {None: 0, "rms": 1, "layer": 2}
-_WHOLE = 232448 - 1024  # bytes of shared memory that a block may have on Hopper, less what the kernels' static arrays take
+_WHOLE = 232448 - 1024  # bytes of shared memory of a block on Hopper, less what the kernels' static arrays take
 _ALONE = 116736  # of a Hopper SM's 228 KiB, less 1 KiB a block: no second block fits beside one that has this
 _COMMON = {"NESTED": 0, "TABLE_SHIFT": 7, "CL": 1, "CLUSTERED": 0, "FP4": 0}
 
@@ -69,11 +69,11 @@ class Shape(NamedTuple):
 
 
 # The layout of each format: what measured best for Llama-2-7B's products on an H100 (docs/worklog.md). Fewer slots are
-# taken where the rows of x leave no room, then smaller pieces. What has short rows in bytes is streamed by each warp for
-# itself for up to OWN_ROWS rows, if it fits.
+# taken where the rows of x leave no room, then smaller pieces. OWN comes before it for up to OWN_ROWS rows, if it fits.
 LAYOUTS = {"16bit": Shape(16, 2048, 6), "int8": Shape(16, 1024, 11), "nf4": Shape(16, 1024, 7),
            "fp4": Shape(16, 1024, 7)}  # fmt: skip
-OWN = {"int8": Shape(16, 128, 3, own=True), "nf4": Shape(16, 128, 2, 8, own=True), "fp4": Shape(16, 128, 2, 8, own=True)}
+OWN = {"int8": Shape(16, 128, 3, own=True), "nf4": Shape(16, 128, 2, 8, own=True),
+       "fp4": Shape(16, 128, 2, 8, own=True)}  # fmt: skip
 OWN_ROWS = 4
 _FEWEST = 3  # slots
 
@@ -84,7 +84,12 @@ def shape(form: str, rows: int, columns: int, nested: bool) -> Shape | None:
     best = LAYOUTS[form]
     tried = []
     if rows <= OWN_ROWS and form in OWN:
-        tried = [OWN[form]._replace(slots=slots) for slots in range(OWN[form].slots, 1, -1)]
+        own = OWN[form]
+        tried = [
+            own._replace(slots=slots, table_shift=shift)
+            for shift in range(own.table_shift, 6, -1)
+            for slots in range(own.slots, 1, -1)
+        ]
     tried += [best._replace(slots=slots) for slots in range(best.slots, _FEWEST - 1, -1)]
     for warps, width in ((16, 1024), (16, 512), (8, 512), (8, 256)):
         if width < best.width:
@@ -163,8 +168,8 @@ def _product(
     kernel = _kernel("product").variant(
         None, **_COMMON | {"NESTED": int(nested), "FP4": int(matrix.format == "fp4"), "TABLE_SHIFT": found.table_shift},
         FMT=_FORMATS[matrix.format], BF16=int(dtype == torch.bfloat16), M=rows, K=window[1], KS=columns,
-        WARPS=found.all_warps, SLOTS=found.slots, CB=found.width, TG=found.group(rows), BULK=int(bulk and not found.own),
-        OWN=int(found.own),
+        WARPS=found.all_warps, SLOTS=found.slots, CB=found.width, TG=found.group(rows), OWN=int(found.own),
+        BULK=int(bulk and not found.own),
         SOURCE=0 if stream else 1 if attended else 2, NORM=_kind(inner),
         OUTER=0 if outer is None else 1 if added is None else 2, OUTER_NORM=_kind(outer),
         SINK=_SINKS[sink], SPLITS=splits, HD=size, ACT=ACTIVATIONS.index(act),
@@ -201,9 +206,9 @@ def _weights(norm: Norm | None) -> tuple[torch.Tensor | None, torch.Tensor | Non
     return (None, None) if norm is None else (norm.gain, norm.bias)
 
 
-# Bytes that a block sends for, of the matrix that follows: by a product at its end, by the attention, which leaves the
-# memory more time, at its beginning.
-AHEAD, AHEAD_OF_ATTENTION = 65536, 131072
+# Bytes that a block sends for, of the matrix that follows: by a product at its end, by the attention at its beginning.
+# None: in 16 bits that was faster by 1.7 % on an H100 (docs/worklog.md).
+AHEAD, AHEAD_OF_ATTENTION = 0, 0
 
 
 def _following(matrix: Matrix | None, ahead: int) -> tuple[list[torch.Tensor | None], list[int]]:

@@ -144,6 +144,7 @@ def test_no_registers_spill_and_no_copy_is_encoded_wrongly(
         attention = dict(constants).get("STAGES") is not None  # the cosine of a large angle has 28 bytes there
         assert machine_code.stack_bytes(code) <= 32 * attention, constants
         assert machine_code.copies_with_a_uniform_base(code) == 0, constants
+        assert machine_code.static_shared(code) - 1024 <= 232448 - gpu._WHOLE, constants  # 1 KiB is the system's
 
 
 @needs_nvrtc
