@@ -128,7 +128,10 @@ def _heads(model: Any) -> dict[str, Any]:
     """Heads and their size, where a config tells them."""
     config = model.config.get_text_config(decoder=True)
     heads, width = (getattr(config, name, None) for name in ("num_attention_heads", "hidden_size"))
-    if not heads or not width:
+    if not isinstance(heads, int) or not isinstance(width, int) or heads < 1:
         return {}
+    kv = getattr(config, "num_key_value_heads", None) or heads
     d = getattr(config, "head_dim", None) or width // heads
-    return {"heads": heads, "heads_kv": getattr(config, "num_key_value_heads", None) or heads, "d": d, "d_v": d}
+    if not isinstance(kv, int) or heads % kv or not isinstance(d, int) or d < 1:
+        return {}
+    return {"heads": heads, "heads_kv": kv, "d": d, "d_v": d}

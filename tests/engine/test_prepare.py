@@ -37,9 +37,19 @@ def test_other_attention_is_not_compiled() -> None:
     assert [kind for kind, _, _ in prepare._shapes(_llama(), 1)] == ["next_token", "next_token"]
 
 
+def test_heads_are_taken_from_configs_that_tell_them() -> None:
+    model = _llama()
+    assert prepare._heads(model) == {"heads": 5, "heads_kv": 5, "d": 64, "d_v": 64}
+    for name, value in (("num_attention_heads", [5, 5]), ("num_key_value_heads", 2), ("head_dim", [64])):
+        other = _llama()
+        other.config.__dict__[name] = value
+        assert prepare._heads(other) == {}
+
+
 def test_nothing_happens_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ahead, "start", lambda jobs: pytest.fail("started"))
     model = _llama()
+    prepare.begin_attention(model)
     onegpu.optimize(model)
     prepare.begin(model, 1, 5, 128)
 
@@ -61,7 +71,8 @@ def test_what_is_begun_is_what_is_launched(quantize: str | None) -> None:
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
     assert out.shape == (1, 148) and model.generate.report.loop == "captured"
     assert model.generate.report.compile_s > 0 and len(model.generate.engine.prepared) == 1
-    # All was guessed right, but that of two choices of a token, with padding and without, one was taken.
+    # All was guessed right, what was begun before the conversion too, but that of two choices of a token, with padding
+    # and without, one was taken.
     assert {op for op, _ in begun() - before} <= {"take_kernel"}
     again = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
     assert torch.equal(again, out) and model.generate.report.compile_s == 0
