@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
 
+import onegpu
 from benchmarks.case import Context
 from benchmarks.cases import fused_structures
 from onegpu.engine.fused_step import FusedStep
+from onegpu.engine.fused_structure import Structure, read
 from onegpu.errors import ArgumentError, KernelError
 from onegpu.kernels import decode_step as ops
 from onegpu.kernels import decode_step_cuda as gpu
 from onegpu.kernels import driver, launch, nvrtc
-from tests.decode_structures import caches, matrix, structure
+from tests.decode_models import STRUCTURES, decoder
+from tests.decode_structures import caches, matrix, moved, structure
+from tests.fake_driver import FakeDriver
 from tests.kernels import machine_code
 from tests.kernels.emulated_step import emulate
 from tests.nvrtc_tools import needs_nvrtc
@@ -141,6 +146,19 @@ def test_no_registers_spill_and_no_copy_is_encoded_wrongly(
         assert machine_code.copies_with_a_uniform_base(code) == 0, constants
 
 
+def shapes(what: str) -> tuple[Structure, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Two layers of a benchmark's model, without memory, and their caches for one row."""
+    name, form = what.split(", ")
+    found = fused_structures._structure(name, form, Context("meta"))
+    return without_memory(dataclasses.replace(found, layers=found.layers[:2]))
+
+
+def without_memory(found: Structure) -> tuple[Structure, list[tuple[torch.Tensor, torch.Tensor]]]:
+    found = moved(found, "meta")
+    sizes = [(layer.heads.kv, 64, layer.heads.size) for layer in found.layers]
+    return found, [(torch.empty(1, *size, dtype=found.dtype, device="meta"),) * 2 for size in sizes]
+
+
 @needs_nvrtc
 @pytest.mark.parametrize("what", ["Falcon-7B, nf4", "Gemma-2-9B, 16bit"])
 def test_no_registers_spill_in_other_models(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,19 +166,54 @@ def test_no_registers_spill_in_other_models(what: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(gpu, "_kernel", Compiled)
     monkeypatch.setattr(gpu, "multiprocessors", lambda _: 132)
     monkeypatch.setattr(Compiled, "made", {})
-    name, form = what.split(", ")
-    found, at = (
-        fused_structures._structure(name, form, Context("meta")),
-        torch.empty(1, dtype=torch.int64, device="meta"),
-    )
-    found = dataclasses.replace(found, layers=found.layers[:2])
-    memory = [
-        (torch.empty(1, layer.heads.kv, 64, layer.heads.size, dtype=found.dtype, device="meta"),) * 2
-        for layer in found.layers
-    ]
+    (found, memory), at = shapes(what), torch.empty(1, dtype=torch.int64, device="meta")
     FusedStep(found)(at[:, None], at, at, memory)
     assert len(Compiled.made) >= 6
     for constants, code in Compiled.made.items():
         attention = dict(constants).get("STAGES") is not None
         assert machine_code.stack_bytes(code) <= 32 * attention, constants
         assert machine_code.copies_with_a_uniform_base(code) == 0, constants
+
+
+def steps_launches(
+    found: Structure, memory: list[tuple[torch.Tensor, torch.Tensor]], fake: FakeDriver, patched: pytest.MonkeyPatch
+) -> None:
+    """Everything between the ops and the driver, for each number of rows that the step says it serves."""
+    patched.setattr(ops, "_on_gpu", lambda _: True)
+    patched.setattr(gpu, "multiprocessors", lambda _: 132)
+    patched.setattr(gpu, "_kernel", cache(gpu._kernel.__wrapped__))
+    patched.setattr(gpu, "dynamic_map", lambda _: torch.empty(256, device="meta"))
+    patched.setattr(torch.Tensor, "get_device", lambda _: 0)
+    patched.setattr(launch, "check_parameters", lambda *_: None)
+    fake.sizes = []
+    step, served = FusedStep(found), 0
+    for rows in range(1, 17):
+        with pytest.MonkeyPatch.context() as there:
+            there.setattr(Structure, "device", torch.device("cuda"))
+            if not step.serves(rows):
+                continue
+        served, before, at = rows, len(fake.launches), torch.empty(rows, 1, dtype=torch.int64, device="meta")
+        step(at, at[0], at, [(k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1)) for k, v in memory])
+        assert len(fake.launches) - before >= 4 * len(found.layers) + 2
+    assert served >= 8
+    for seen in fake.launches:
+        assert seen.shared <= gpu._WHOLE
+        assert seen.block[0] <= 1024
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_a_driver_takes_every_launch(
+    name: str, fake: FakeDriver, compiled: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = decoder(name).to(torch.bfloat16)
+    if name == "gpt2":
+        onegpu.optimize(model, quantize="nf4")
+    steps_launches(*without_memory(read(model)), fake, monkeypatch)
+
+
+@pytest.mark.parametrize("form", ["16bit", "int8", "nf4"])
+@pytest.mark.parametrize("name", fused_structures._SHAPES)
+def test_a_driver_takes_every_launch_of_large_models(
+    name: str, form: str, fake: FakeDriver, compiled: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps_launches(*shapes(f"{name}, {form}"), fake, monkeypatch)
