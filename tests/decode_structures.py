@@ -22,14 +22,14 @@ def matrix(
     nested: bool = False,
     seed: int = 0,
 ) -> Matrix:
-    """Random, with a part for each of `rows`; form as in `Matrix`."""
+    """Random, with a part for each of `rows`; form as in `Matrix`, or "transposed"."""
     g = torch.Generator().manual_seed(seed)
     parts = []
     for n in rows:
         w = torch.randn(n, columns, generator=g) * columns**-0.5
         b = torch.randn(n, generator=g).mul(0.1).to(dtype) if bias else None
-        if form == "16bit":
-            parts.append(Part(n, w.to(dtype), b))
+        if form in ("16bit", "transposed"):
+            parts.append(Part(n, w.to(dtype) if form == "16bit" else w.to(dtype).t().contiguous(), b))
         elif form == "int8":
             codes, maxima, _ = functional.int8_vectorwise_quant(w.half())
             parts.append(Part(n, codes, b, maxima))
@@ -37,6 +37,8 @@ def matrix(
             packed, state = functional.quantize_4bit(w, quant_type=form, compress_statistics=nested, blocksize=64)
             stored = state.packed(packed)
             parts.append(Part(n, stored.weight, b, stored.absmax, stored.nested_absmax, stored.offset))
+    if form == "transposed":
+        return Matrix("16bit", columns, tuple(parts), transposed=True)
     return Matrix(form, columns, tuple(parts))
 
 

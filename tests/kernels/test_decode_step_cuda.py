@@ -10,7 +10,6 @@ from typing import ClassVar
 import pytest
 import torch
 
-import onegpu
 from benchmarks.case import Context
 from benchmarks.cases import fused_structures
 from onegpu.engine.fused_step import FusedStep
@@ -205,10 +204,7 @@ def steps_launches(
 def test_a_driver_takes_every_launch(
     name: str, fake: FakeDriver, compiled: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = decoder(name).to(torch.bfloat16)
-    if name == "gpt2":
-        onegpu.optimize(model, quantize="nf4")
-    steps_launches(*without_memory(read(model)), fake, monkeypatch)
+    steps_launches(*without_memory(read(decoder(name).to(torch.bfloat16))), fake, monkeypatch)
 
 
 @pytest.mark.parametrize("form", ["16bit", "int8", "nf4"])
