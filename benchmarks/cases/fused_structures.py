@@ -19,7 +19,7 @@ _SHAPES: dict[str, dict[str, Any]] = {
     "BLOOM-7B1": {"layers": 30, "width": 4096, "inner": 16384, "heads": (32, 32, 128), "vocabulary": 250880},
     "Gemma-2-9B": {"layers": 42, "width": 3584, "inner": 14336, "heads": (16, 8, 256), "vocabulary": 256000},
 }
-_TEST = "tests/engine/test_fused_models.py::test_the_kernels_are_the_definitions[cuda-{}-{}]"
+_TEST = "tests/engine/test_fused_models.py::test_the_kernels_are_the_definitions[{}-{}]"
 _LIKE = {"Falcon-7B": "falcon-7b", "BLOOM-7B1": "bloom", "Gemma-2-9B": "gemma2"}  # name -> what the test calls it
 _SOURCES = ("benchmarks/cases/fused_structures.py", *fused_step._SOURCES)
 

@@ -89,7 +89,7 @@ def test_products_that_are_added(device: str, form: str, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["int8", "nf4"])
 def test_products_over_columns_in_turn(device: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     m, x, h = made(form, (70,), 768, torch.bfloat16), random(2, 768).bfloat16(), random(2, 70)
     reference, other = h + m.multiply(x.float()), h.bfloat16() + reordered(x, m, torch.bfloat16)

@@ -127,22 +127,29 @@ class Compiled:
 KERNEL = gpu._kernel
 
 
-@needs_nvrtc
-@pytest.mark.parametrize(("form", "rows"), [("16bit", 2), ("int8", 1), ("nf4", 1)])
-def test_no_registers_spill_and_no_copy_is_encoded_wrongly(
-    form: str, rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ops, "_on_gpu", lambda _: True)
-    monkeypatch.setattr(gpu, "_kernel", Compiled)
-    monkeypatch.setattr(gpu, "multiprocessors", lambda _: 132)
-    monkeypatch.setattr(Compiled, "made", {})
-    found, at = structure(form, layers=1, nested=form == "nf4", norms=form == "nf4"), torch.tensor([3])
-    FusedStep(found)(torch.zeros(rows, 1, dtype=torch.int64), at, at, caches(found, rows, 64))
+def assert_compiled_well() -> None:
     assert len(Compiled.made) >= 6
     for constants, code in Compiled.made.items():
         attention = dict(constants).get("STAGES") is not None  # the cosine of a large angle has 28 bytes there
         assert machine_code.stack_bytes(code) <= 32 * attention, constants
         assert machine_code.copies_with_a_uniform_base(code) == 0, constants
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_on_gpu", lambda _: True)
+    monkeypatch.setattr(gpu, "_kernel", Compiled)
+    monkeypatch.setattr(gpu, "multiprocessors", lambda _: 132)
+    monkeypatch.setattr(Compiled, "made", {})
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(("form", "rows"), [("16bit", 2), ("int8", 1), ("nf4", 1)])
+@pytest.mark.usefixtures("made")
+def test_no_registers_spill_and_no_copy_is_encoded_wrongly(form: str, rows: int) -> None:
+    found, at = structure(form, layers=1, nested=form == "nf4", norms=form == "nf4"), torch.tensor([3])
+    FusedStep(found)(torch.zeros(rows, 1, dtype=torch.int64), at, at, caches(found, rows, 64))
+    assert_compiled_well()
 
 
 def shapes(what: str) -> tuple[Structure, list[tuple[torch.Tensor, torch.Tensor]]]:
@@ -160,18 +167,33 @@ def without_memory(found: Structure) -> tuple[Structure, list[tuple[torch.Tensor
 
 @needs_nvrtc
 @pytest.mark.parametrize("what", ["Falcon-7B, nf4", "Gemma-2-9B, 16bit"])
-def test_no_registers_spill_in_other_models(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_on_gpu", lambda _: True)
-    monkeypatch.setattr(gpu, "_kernel", Compiled)
-    monkeypatch.setattr(gpu, "multiprocessors", lambda _: 132)
-    monkeypatch.setattr(Compiled, "made", {})
+@pytest.mark.usefixtures("made")
+def test_no_registers_spill_in_other_models(what: str) -> None:
     (found, memory), at = shapes(what), torch.empty(1, dtype=torch.int64, device="meta")
     FusedStep(found)(at[:, None], at, at, memory)
-    assert len(Compiled.made) >= 6
-    for constants, code in Compiled.made.items():
-        attention = dict(constants).get("STAGES") is not None
-        assert machine_code.stack_bytes(code) <= 32 * attention, constants
-        assert machine_code.copies_with_a_uniform_base(code) == 0, constants
+    assert_compiled_well()
+
+
+@needs_nvrtc
+@pytest.mark.usefixtures("made")
+def test_no_registers_spill_over_weights_stored_by_columns() -> None:
+    """GPT-2 XL's up at 8 rows, and down of the small one at 16."""
+    for rows, columns, n, sink in ((8, 1600, 6400, "act"), (16, 3072, 768, "add")):
+        m = moved(matrix("transposed", (n,), columns, torch.bfloat16), "meta")
+        x = torch.empty(rows, columns, dtype=torch.bfloat16, device="meta")
+        norm = ops.Norm("layer", x[0], 1e-5, x[0])
+        entered = x if sink == "add" else ops.Stream(x.float(), x.dtype, norm)
+        ops.product(entered, m, sink, torch.empty(rows, n, device="meta"), act="gelu_tanh", following=m)
+    assert all(machine_code.stack_bytes(code) == 0 for code in Compiled.made.values())
+    assert len(Compiled.made) == 2
+
+
+def test_weights_stored_by_columns_that_do_not_fit() -> None:
+    m = moved(matrix("transposed", (1600,), 6400, torch.bfloat16), "meta")
+    assert gpu.fits(m, 8)
+    with pytest.raises(ArgumentError, match=r"rows=16.*shared memory"):
+        gpu.product(torch.empty(16, 6400, dtype=torch.bfloat16), m, "add", torch.empty(16, 1600))
+    assert not gpu.fits(moved(matrix("transposed", (48,), 64, torch.bfloat16), "meta"), 1)
 
 
 def steps_launches(
