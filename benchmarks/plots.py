@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import RESULTS, ROOT, read_rows
+from benchmarks.plots_ops import draw_few_rows, draw_sweep, few_rows_points, sweep_points
 
 IMAGES = ROOT / "docs" / "images"
 Points = list[list[Any]]
@@ -80,7 +81,8 @@ def decode_points(results: Path = RESULTS) -> Points:
                 eager = row["peers"]["transformers generate, bf16"]["ms"]["median"]
                 ms = [row[side]["ms"]["median"] for side in ("ours", "theirs")]
                 points.append([row["environment"]["device"], name, *ms, eager])
-    return points
+    # Rows stand in the order in which they were first measured.
+    return sorted(points, key=lambda point: (point[0], int(point[1].rpartition(" ")[2]), point[2]))
 
 
 def draw_decode(points: Points, figure: Any) -> None:
@@ -143,7 +145,7 @@ def draw_step(points: Points, figure: Any) -> None:
     axes.set_yticks(range(len(points)), [name for name, _ in points], fontsize=7)
     axes.invert_yaxis()
     axes.set(xlabel="µs of one decoding step, batch 1")
-    figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=7, ncols=4, loc="outside lower center")
+    figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=7, ncols=3, loc="outside lower center")
 
 
 def _attention_rows(results: Path) -> list[dict[str, Any]]:
@@ -177,7 +179,9 @@ def draw_attention(points: Points, figure: Any) -> None:
             line = [(at, speed) for at, other, speed in values if other == side]
             (handles[side],) = axes.plot(*zip(*line, strict=True), "o-", color=colors[side], markersize=3)
         axes.set_title(name, fontsize=6)
-        axes.set_ylim(0)
+        axes.set_ylim(0, 1.08 * max(speed for _, _, speed in values))
+        axes.set_xticks(sorted({at for at, _, _ in values}))
+        axes.margins(x=0.1)
         axes.set_xlabel("batch" if " n x " in name else "% padding", fontsize=7)
         axes.tick_params(labelsize=6)
     panels[0].set_ylabel("positions per ms, forward", fontsize=7)
@@ -218,6 +222,8 @@ PLOTS: dict[str, tuple[Callable[..., Points], Callable[[Points, Any], None]]] = 
     "fused_step": (fused_points, draw_step),
     "attention_models": (attention_points, draw_attention),
     "attention_memory": (attention_memory_points, draw_attention_memory),
+    "attention_sweep": (sweep_points, draw_sweep),
+    "few_rows": (few_rows_points, draw_few_rows),
 }
 
 

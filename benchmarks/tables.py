@@ -18,12 +18,21 @@ from typing import Any
 
 from benchmarks.environment import RESULTS, ROOT, read_rows
 from benchmarks.perplexity import FORMATS
-from benchmarks.plots import draw_all, stale
+from benchmarks.plots import PLOTS, draw_all, stale
 
 Row = dict[str, Any]
 _MARKED = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- /table -->)", re.DOTALL)
 _NONE = "*No run is stored yet.*\n"
-_FUSED = "\n![µs of one step by kind of kernel](images/fused_step.svg)\n"
+_ROWS = (1, 2, 4, 8, 16, 24, 48, 64, 128)  # what else was measured is in the plot
+# Table -> the plot below it, and what it shows.
+_PICTURES = {
+    "fused-budget": ("fused_step", "µs of one step by kind of kernel"),
+    "few-rows": ("few_rows", "Times as fast as cuBLAS over the rows of x"),
+    "attention-sweep": ("attention_sweep", "TFLOP/s over the length, forward and backward"),
+    "attention-models": ("attention_models", "Positions a millisecond over the batch and over the padding"),
+    "attention-memory": ("attention_memory", "Memory over the length"),
+    "model-step": ("model_step", "µs of one step by kind of kernel"),
+}
 
 
 def markdown(head: list[str], rows: Iterable[list[str]]) -> str:
@@ -198,6 +207,18 @@ def ops(rows: list[Row]) -> str:
     return markdown(head, lines) + f"\nPeer: {', '.join(peers)}. {_ceilings(rows)}. {measured_on(rows)}"
 
 
+def few_rows(rows: list[Row]) -> str:
+    """Products of few rows: a line for each format and matrix, a column for each number of rows of x."""
+    lines: dict[str, dict[int, str]] = {}
+    for row in rows:
+        cell = f"{row['ours']['us']['median']:.1f} ({row['ratio']['median']:.2f})"
+        lines.setdefault(row["case"].rpartition(" M=")[0], {})[row["shape"]["m"]] = cell
+    head = ["µs (ratio to the peer)", *(f"M = {m}" for m in _ROWS)]
+    table = markdown(head, ([name, *(cells.get(m, "–") for m in _ROWS)] for name, cells in lines.items()))
+    peers = dict.fromkeys(row["peer"] for row in rows)
+    return f"{table}\nPeer: {', '.join(peers)}. {_ceilings(rows)}. {measured_on(rows)}"
+
+
 def launches(rows: list[Row]) -> str:
     """Host microseconds of one launch."""
     lines = [
@@ -343,6 +364,22 @@ def two_gpus(rows: list[Row]) -> str:
     return markdown(head, lines) + f"\n{measured_on(rows)}"
 
 
+def _swept(row: Row) -> bool:
+    return row["case"].startswith(("sweep ", "batches "))
+
+
+def attention_sweep(rows: list[Row]) -> str:
+    """TFLOP/s of our own kernels and of torch's backends."""
+    backends = ("cuDNN", "FlashAttention-2", "memory-efficient")
+    lines, rows = [], [row for row in rows if _swept(row)]
+    for row in rows:
+        sides = [row["ours"], *(row["peers"].get(name) for name in backends)]
+        speeds = [f"{row['flops'] / side['us']['median'] / 1e6:.0f}" if side else "–" for side in sides]
+        lines.append([row["case"].partition(" ")[2], *speeds, _with_ratio(row["ratio"]), _share(row)])
+    head = ["TFLOP/s", "onegpu", *backends, "ratio of times", "share of the roofline"]
+    return markdown(head, lines) + f"\n{_ceilings(rows)}. {measured_on(rows)}" if lines else _NONE
+
+
 def attention_models(rows: list[Row]) -> str:
     """Milliseconds of a forward of whole models, and the most memory that it takes."""
     lines = []
@@ -358,8 +395,7 @@ def attention_models(rows: list[Row]) -> str:
         )
         lines.append([*cells, peaks])
     head = ["ms of a forward, bf16", "onegpu", "sdpa", "eager", "speed", "GB at most, ours / theirs"]
-    picture = "![speed over batch and padding](images/attention_models.svg)\n"
-    return markdown(head, lines) + f"\n{measured_on(rows)}\n{picture}" if lines else _NONE
+    return markdown(head, lines) + f"\n{measured_on(rows)}" if lines else _NONE
 
 
 def attention_memory(rows: list[Row]) -> str:
@@ -372,8 +408,7 @@ def attention_memory(rows: list[Row]) -> str:
             cells += [f"{ours:.1f}", f"{theirs:.0f}", f"{theirs / ours:.0f} ×"]
         lines.append(cells)
     head = ["length", "forward, MiB", "eager", "", "and backward, MiB", "eager", ""]
-    picture = "![memory over length](images/attention_memory.svg)\n"
-    return markdown(head, lines) + f"\n{measured_on(rows)}\n{picture}" if lines else _NONE
+    return markdown(head, lines) + f"\n{measured_on(rows)}" if lines else _NONE
 
 
 # Name in the pages -> results file, and how it reads. A device with no such file has no table.
@@ -386,8 +421,9 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "bnb_suite": ("bnb_suite", bnb_suite),
     "launch": ("launch", launches),
     "linear": ("linear", ops),
-    "few-rows": ("few_rows", ops),
-    "attention": ("attention", ops),
+    "few-rows": ("few_rows", few_rows),
+    "attention": ("attention", lambda rows: ops(left) if (left := [row for row in rows if not _swept(row)]) else _NONE),
+    "attention-sweep": ("attention", attention_sweep),
     "decode-attention": ("decode_attention", ops),
     "model-decode": ("model", model_decode),
     "model-host": ("model", model_host),
@@ -397,7 +433,7 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "model-step": ("model", step),
     "fused-step": ("fused_step", lambda rows: ops([row for row in rows if "work" not in row])),
     "fused-structures": ("fused_structures", ops),
-    "fused-budget": ("fused_step", lambda rows: (made := step(rows)) + _FUSED * (made != _NONE)),
+    "fused-budget": ("fused_step", step),
     "attention-models": ("attention_model", attention_models),
     "attention-memory": ("attention_model", attention_memory),
     "two-gpus": ("two_gpus", two_gpus),
@@ -405,7 +441,7 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
 
 
 def render(name: str, results: Path = RESULTS) -> str:
-    """The table, once for each device that has rows for it, the CPU last.
+    """The table, once for each device that has rows for it, the CPU last; then its plot, if there is one.
 
     Raises:
         ValueError: there is no table of that name.
@@ -415,7 +451,9 @@ def render(name: str, results: Path = RESULTS) -> str:
     benchmark, make = TABLES[name]
     files = sorted(results.glob(f"*/{benchmark}.jsonl"), key=lambda file: (file.parent.name == "cpu", file))
     made = [make(rows) for file in files if (rows := read_rows(file))]
-    return "\n".join(table for table in made if table != _NONE) or _NONE
+    table = "\n".join(table for table in made if table != _NONE) or _NONE
+    picture, shows = _PICTURES.get(name, ("", ""))
+    return table + (f"\n![{shows}](images/{picture}.svg)\n" if picture and PLOTS[picture][0](results) else "")
 
 
 def fill(text: str, results: Path = RESULTS) -> str:

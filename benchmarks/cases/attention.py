@@ -26,20 +26,21 @@ BACKWARD = {
     (4, 64, 4096, 64, False): (1.05, 1.1),
 }
 DISPATCHED = [(4, 64, 4096, 64, True), (4, 64, 4096, 64, False), (16, 32, 512, 128, True)]  # what cuDNN may serve
+DISPATCHED_BACKWARD = [(4, 64, 4096, 64, True), (4, 64, 4096, 64, False), (1, 32, 16384, 128, True)]
 DIMS = (72, 80, 96, 192, 256)  # floor 1.3 times FlashAttention-2
 BACKWARD_DIMS = (72, 96, 192, 256)  # 72 and 96 in boxes of 128 columns, 192 and 256 by the portable kernels
 IN_TURNS = [(4, 32, 4096, 128, True), (4, 32, 4096, 128, False), (4, 64, 4096, 64, True), (4, 64, 4096, 64, False)]
-LENGTHS = (512, 1024, 2048, 8192, 32768)
 HALF = (*[2048] * 8, *[1024] * 8, *[512] * 16)  # 32 rows of 2048 of which half is padding
 _FILES = ("attention", "attention_definition", "attention_dispatch", "attention_triton", "attention_triton_backward",
           "attention_hopper", "attention_sm90", "attention_sm90_parts", "attention_sm90_backward",
           "attention_sm90_rows", "hopper")  # fmt: skip
-_SOURCES = ("benchmarks/cases/attention.py", *(f"onegpu/kernels/{name}.py" for name in _FILES))
-_TESTS = ("tests/kernels/test_attention.py::test_padded_and_packed_are_unpadded_on_gpu",)
+KERNELS = tuple(f"onegpu/kernels/{name}.py" for name in _FILES)
+_SOURCES = ("benchmarks/cases/attention.py", *KERNELS)
+TESTS = ("tests/kernels/test_attention.py::test_padded_and_packed_are_unpadded_on_gpu",)
 
 
 def cases() -> Iterator[Case]:
-    make = partial(Case, "attention", sources=_SOURCES, tests=_TESTS, ceiling="read", seconds=2)
+    make = partial(Case, "attention", sources=_SOURCES, tests=TESTS, ceiling="read", seconds=2)
     for shape, (floor, goal) in FORWARD.items():
         prepare = partial(_dense, shape, "cuDNN", own=True)
         yield make(f"forward {_name(*shape)}", prepare=prepare, bound=1 / floor, goal=1 / goal)
@@ -54,15 +55,12 @@ def cases() -> Iterator[Case]:
             yield make(f"backward {_name(*shape)}", prepare=partial(_dense_backward, shape))
     for shape in DISPATCHED:
         yield make(f"dispatch forward {_name(*shape)}", prepare=partial(_dense, shape, "cuDNN"), bound=1.0)
+    for shape in DISPATCHED_BACKWARD:
+        yield make(f"dispatch backward {_name(*shape)}", prepare=partial(_dense_backward, shape), bound=1.0)
     for d in DIMS:
         for causal in (True, False):
             shape = (4, 4096 // d, 4096, d, causal)
             yield make(f"forward {_name(*shape)}", prepare=partial(_dense, shape, "FlashAttention-2"), bound=1 / 1.3)
-    for length in LENGTHS:
-        for d, heads in ((128, 16), (64, 32)):
-            shape = (max(1, 16384 // length), heads, length, d, True)
-            yield make(f"sweep forward {_name(*shape)}", prepare=partial(_dense, shape, "cuDNN"))
-            yield make(f"sweep backward {_name(*shape)}", prepare=partial(_dense_backward, shape))
     yield make("window 1024 of 16384", prepare=_window, bound=1 / 0.85, goal=1 / 0.95)
     yield make("packed, lengths 512 and 2048", prepare=_packed, bound=1 / 0.85, goal=1 / 0.95)
     yield make("half padding, 32 x 2048", prepare=_padded, bound=1.15, goal=1.05)
@@ -82,7 +80,7 @@ def _small(context: Context, shape: tuple[int, int, int, int, bool]) -> tuple[in
     return (1, 2, 64, shape[3], shape[4]) if context.tiny else shape
 
 
-def _peers(context: Context) -> dict[str, Any]:
+def backends(context: Context) -> dict[str, Any]:
     """Torch's backends by name; on a CPU there is one."""
     from torch.nn.attention import SDPBackend
 
@@ -99,7 +97,7 @@ def _torch(backend: Any, q: Any, k: Any, v: Any, causal: bool) -> Any:
         return scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=causal)
 
 
-def _serves(call: Callable[[], Any]) -> bool:
+def serves(call: Callable[[], Any]) -> bool:
     try:
         call()
     except RuntimeError as error:  # cuDNN, for some head dims and releases
@@ -108,7 +106,7 @@ def _serves(call: Callable[[], Any]) -> bool:
     return True
 
 
-def _implementation(own: bool, context: Context) -> str | None:
+def implementation(own: bool, context: Context) -> str | None:
     """Our own kernels by name on Hopper, where "auto" may call cuDNN."""
     import torch
 
@@ -123,11 +121,11 @@ def _dense(shape: tuple[int, int, int, int, bool], first: str, context: Context,
     moved, flops = cost(batch, length, length, heads, heads, d, d, 2, causal=causal)
     sets = [_inputs(context, batch, length, heads, d) for _ in range(min(context.copies(moved), 4))]
     peers = {}
-    for name, backend in sorted(_peers(context).items(), key=lambda item: item[0] != first):
+    for name, backend in sorted(backends(context).items(), key=lambda item: item[0] != first):
         calls = [partial(_torch, backend, *tensors, causal) for tensors in sets]
-        if _serves(calls[0]):
+        if serves(calls[0]):
             peers[name] = calls
-    how = _implementation(own, context)
+    how = implementation(own, context)
     ours = [partial(attention, *tensors, causal=causal, implementation=how) for tensors in sets]
     sizes = {"batch": batch, "heads": heads, "length": length, "d": d, "causal": causal}
     return Sides(ours, peers, moved, flops, shape=sizes)
@@ -140,18 +138,18 @@ def _dense_backward(shape: tuple[int, int, int, int, bool], context: Context, ow
 
     batch, heads, length, d, causal = _small(context, shape)
     moved, flops = cost(batch, length, length, heads, heads, d, d, 2, causal=causal, backward=True)
-    given, ours = _own_backward(context, batch, heads, length, d, causal, _implementation(own, context) or "auto")
+    given, ours = _own_backward(context, batch, heads, length, d, causal, implementation(own, context) or "auto")
     grad, _, q, k, v = given[:5]
     turned = [x.transpose(1, 2) for x in (q, k, v)]
     aten, up = torch.ops.aten, grad.transpose(1, 2)
     if context.device == "cuda":
         peers = {}
         flash = aten._scaled_dot_product_flash_attention(*turned, 0.0, causal)
-        if _serves(partial(aten._scaled_dot_product_cudnn_attention, *turned, None, True, 0.0, causal)):
+        if serves(partial(aten._scaled_dot_product_cudnn_attention, *turned, None, True, 0.0, causal)):
             cudnn = aten._scaled_dot_product_cudnn_attention(*turned, None, True, 0.0, causal)
             given = up, *turned, *cudnn[:2], *cudnn[6:8], None, *cudnn[2:6], 0.0, causal
             theirs = partial(aten._scaled_dot_product_cudnn_attention_backward, *given)
-            peers |= {"cuDNN": [theirs]} if _serves(theirs) else {}
+            peers |= {"cuDNN": [theirs]} if serves(theirs) else {}
         given = up, *turned, *flash[:6], 0.0, causal, *flash[6:8]
         peers["FlashAttention-2"] = [partial(aten._scaled_dot_product_flash_attention_backward, *given)]
     else:
@@ -183,7 +181,7 @@ def _in_turns(shape: tuple[int, int, int, int, bool], context: Context) -> Sides
 
     batch, heads, length, d, causal = _small(context, shape)
     moved, flops = cost(batch, length, length, heads, heads, d, d, 2, causal=causal, backward=True)
-    given, free = _own_backward(context, batch, heads, length, d, causal, _implementation(True, context) or "auto")
+    given, free = _own_backward(context, batch, heads, length, d, causal, implementation(True, context) or "auto")
     given[7] = True
     ours = partial(torch.ops.onegpu.attention_backward, *given)
     sizes = {"batch": batch, "heads": heads, "length": length, "d": d, "causal": causal}

@@ -163,6 +163,54 @@ def test_tables_and_plots_of_attention_in_models(tmp_path: Path):
     assert len(names) == 2 and plots.draw_all(names, tmp_path, tmp_path) and plots.stale(tmp_path, tmp_path) == []
 
 
+def test_plots_over_lengths_and_over_rows(tmp_path: Path):
+    def attention(case: str, length: int, us: float, **peers: float) -> dict[str, object]:
+        sides = {name: {"us": spread(time)} for name, time in peers.items()}
+        fields = {"ours": {"us": spread(us), "host_us": 9.0}, "theirs": None, "peers": sides}
+        return speed_row("attention", case, shape={"length": length}, flops=5e9, **fields)
+
+    def product(kind: str, m: int, faster: float, **fields: object) -> dict[str, object]:
+        us = {"us": spread(9.0), "host_us": 9.0}
+        case = f"{kind} gate+up M={m}"
+        row = speed_row("few_rows", case, ours=us, theirs=us, shape={"m": m, "n": 22016, "k": 4096})
+        return {**row, "peer": "cuBLAS bf16", "ratio": spread(1 / faster), **fields}
+
+    rows = [
+        attention("sweep forward D128 causal B16 H16 S1024", 1024, 10.0, cuDNN=20.0),
+        attention("sweep forward D128 causal B32 H16 S512", 512, 5.0, cuDNN=4.0),
+        attention("sweep backward D64 full B32 H16 S512", 512, 50.0, cuDNN=25.0),
+        attention("forward D128 causal B4 H32 S4096", 4096, 1.0, cuDNN=1.0),
+    ]
+    store_rows(tmp_path / "gpu" / "attention.jsonl", rows)
+    assert plots.sweep_points(tmp_path) == [
+        [
+            "forward D128 causal H16\nA GPU",
+            [[512, "cuDNN", 1250.0], [512, "onegpu", 1000.0], [1024, "cuDNN", 250.0], [1024, "onegpu", 500.0]],
+        ],
+        ["backward D64 full H16\nA GPU", [[512, "cuDNN", 200.0], [512, "onegpu", 100.0]]],
+    ]
+    assert (
+        "sweep" not in (table := tables.render("attention", tmp_path))
+        and "| forward D128 causal B4 H32 S4096 |" in table
+    )
+    table = tables.render("attention-sweep", tmp_path)
+    assert "| forward D128 causal B16 H16 S1024 | 500 | 250 | – | – | 0.50 (0.45–0.55) | 87% |" in table
+    assert table.endswith("images/attention_sweep.svg)\n") and "S4096" not in table
+    store_rows(tmp_path / "gpu" / "few_rows.jsonl", [product("nf4", m, 2.0) for m in (1, 2, 4, 8)])
+    assert plots.few_rows_points(tmp_path) == [] and ".svg" not in tables.render("few-rows", tmp_path)
+    more = [product("int8", 16, 0.5), product("fp4", 16, 1.0), product("nested", 17, 1.0, peer="nf4")]
+    store_rows(tmp_path / "gpu" / "few_rows.jsonl", more)
+    lines = [[m, "nf4", 2.0] for m in (1, 2, 4, 8)] + [[16, "int8", 0.5]]
+    assert plots.few_rows_points(tmp_path) == [["gate+up, 22016 x 4096\nA GPU", lines]]
+    assert (table := tables.render("few-rows", tmp_path)).endswith("images/few_rows.svg)\n")
+    nf4 = "9.0 (0.50) | 9.0 (0.50) | 9.0 (0.50) | 9.0 (0.50) | – | – | – | – | –"
+    assert f"| nf4 gate+up | {nf4} |" in table and "| int8 gate+up | – | – | – | – | 9.0 (2.00) |" in table
+    assert "Peer: cuBLAS bf16, nf4." in table
+    pytest.importorskip("matplotlib")
+    names = plots.stale(tmp_path, tmp_path)
+    assert len(names) == 2 and plots.draw_all(names, tmp_path, tmp_path) and plots.stale(tmp_path, tmp_path) == []
+
+
 def test_the_fused_steps_rows_make_two_tables_and_a_plot(tmp_path: Path):
     work = [{"what": "norm, head", "launches": 1, "us": 90.0, "share": 0.9}]
     fields = {"work": work, "idle_us": 5.0, "launches": 2, "ours": {"us": spread(95.0)}}

@@ -341,3 +341,21 @@ def test_dropout_in_training_is_pytorchs():
     assert torch.equal(model(**batch).logits, model(**batch).logits)
     model.train()
     assert not torch.equal(model(**batch).logits[real], model(**batch).logits[real])
+
+
+def test_continuous_batching_is_refused_by_transformers_and_works_with_another_attention():
+    """Its paged cache is not served here: nobody may get an answer from an attention that does not read that cache."""
+    model = tiny_model("llama", attn_implementation="sdpa")
+    model._supports_flash_attn = False  # where the flash-attn package is installed, transformers would turn to that
+    settings = transformers.GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    prompt = [5, 6, 7, 8]
+    expected = model.generate(torch.tensor([prompt]), generation_config=settings)[0, len(prompt) :].tolist()
+    small = transformers.ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=8)  # else as much as memory holds
+    options = {"generation_config": settings, "continuous_batching_config": small, "progress_bar": False}
+    onegpu.optimize(model)
+    with pytest.raises(ValueError, match=r"onegpu.* is not supported"):
+        model.generate_batch([prompt], **options)
+    assert model.config._attn_implementation == "onegpu"
+    model.set_attn_implementation("sdpa")
+    (answer,) = model.generate_batch([prompt], **options).values()
+    assert answer.generated_tokens == expected
