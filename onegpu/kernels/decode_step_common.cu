@@ -12,14 +12,7 @@ DEVICE void transposed(u32 (&b)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3]) : "r"(saddr(row)) : "memory");
 }
 // A barrier in shared memory, of 8 bytes: a phase ends when all have arrived and all bytes that were expected have come.
-DEVICE void barrier_init(void* b, int arrivals) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(saddr(b)), "r"(arrivals) : "memory"); }
-DEVICE void barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }   // bulk copies see them
-DEVICE void arrive(void* b) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(saddr(b)) : "memory"); }
-DEVICE void arrive_and_expect(void* b, int bytes) { asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(saddr(b)), "r"(bytes) : "memory"); }
 DEVICE void arrive_after_copies(void* b) { asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" :: "r"(saddr(b)) : "memory"); }
-DEVICE void wait_for(void* b, int parity) {
-  asm volatile("{ .reg .pred p;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@!p bra again;\n}" :: "r"(saddr(b)), "r"(parity) : "memory");
-}
 DEVICE void bulk_copy(void* to, const void* from, int bytes, void* b, u64 policy) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" :: "r"(saddr(to)), "l"(from), "r"(bytes), "r"(saddr(b)), "l"(policy) : "memory");
 }

@@ -48,6 +48,7 @@ DEVICE void let_next_kernel_start() {
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
+DEVICE void send_for(const void* p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }  // into L2: always coherent
 DEVICE int cluster_rank() {
   u32 r = 0;
   if (CL > 1) asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
@@ -71,53 +72,87 @@ template <int B> DEVICE void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, 
   else asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 // Hopper: c[64 rows of W, 8 NT rows of x] += a[64, 16] x[8 NT, 16]. A warp holds 16 of the 64 rows, as for mma. x: a tile of 64
-// columns in shared memory, 128 bytes a row, 16-byte units swizzled (unit ^ row & 7); `step`: which 16 of the 64 columns.
+// columns in shared memory, 128 bytes a row, 16-byte units swizzled (unit ^ row & 7); `step`: which 16 of the 64 columns. ADD 0: c =.
 DEVICE u64 x_tile(const u8* x, int step) { return (u64)(((saddr(x) & 0x3ffff) >> 4) + 2 * step) | 1ull << 16 | 64ull << 32 | 1ull << 62; }
 #define A4(i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
-#define WGMMA_TEXT(N, T, C, A, B) "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." T "." T " {" C "}, {" A "}, " B ", 1, 1, 1, 0;"
-template <int B> DEVICE void wgmma(float (&c)[1][4], u32 a0, u32 a1, u32 a2, u32 a3, const u8* x, int step) {
+#define WGMMA_TEXT(N, T, C, A, B, D) "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." T "." T " {" C "}, {" A "}, " B ", " D ", 1, 1, 0;"
+template <int B, int ADD = 1> DEVICE void wgmma(float (&c)[1][4], u32 a0, u32 a1, u32 a2, u32 a3, const u8* x, int step) {
   const u64 b = x_tile(x, step);
-  if (B) asm volatile(WGMMA_TEXT("8", "bf16", "%0,%1,%2,%3", "%4, %5, %6, %7", "%8") : A4(0) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
-  else asm volatile(WGMMA_TEXT("8", "f16", "%0,%1,%2,%3", "%4, %5, %6, %7", "%8") : A4(0) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
+  if (B) asm volatile(WGMMA_TEXT("8", "bf16", "%0,%1,%2,%3", "%4, %5, %6, %7", "%8", "%9") : A4(0) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "n"(ADD));
+  else asm volatile(WGMMA_TEXT("8", "f16", "%0,%1,%2,%3", "%4, %5, %6, %7", "%8", "%9") : A4(0) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "n"(ADD));
 }
-template <int B> DEVICE void wgmma(float (&c)[2][4], u32 a0, u32 a1, u32 a2, u32 a3, const u8* x, int step) {
+template <int B, int ADD = 1> DEVICE void wgmma(float (&c)[2][4], u32 a0, u32 a1, u32 a2, u32 a3, const u8* x, int step) {
   const u64 b = x_tile(x, step);
-  if (B) asm volatile(WGMMA_TEXT("16", "bf16", "%0,%1,%2,%3,%4,%5,%6,%7", "%8, %9, %10, %11", "%12") : A4(0), A4(1) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
-  else asm volatile(WGMMA_TEXT("16", "f16", "%0,%1,%2,%3,%4,%5,%6,%7", "%8, %9, %10, %11", "%12") : A4(0), A4(1) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
+  if (B) asm volatile(WGMMA_TEXT("16", "bf16", "%0,%1,%2,%3,%4,%5,%6,%7", "%8, %9, %10, %11", "%12", "%13") : A4(0), A4(1) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "n"(ADD));
+  else asm volatile(WGMMA_TEXT("16", "f16", "%0,%1,%2,%3,%4,%5,%6,%7", "%8, %9, %10, %11", "%12", "%13") : A4(0), A4(1) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "n"(ADD));
 }
-template <int B> DEVICE void wgmma(float (&c)[4][4], u32 a0, u32 a1, u32 a2, u32 a3, const u8* x, int step) {
+template <int B, int ADD = 1> DEVICE void wgmma(float (&c)[4][4], u32 a0, u32 a1, u32 a2, u32 a3, const u8* x, int step) {
   const u64 b = x_tile(x, step);
-  if (B) asm volatile(WGMMA_TEXT("32", "bf16", "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15", "%16, %17, %18, %19", "%20") : A4(0), A4(1), A4(2), A4(3) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
-  else asm volatile(WGMMA_TEXT("32", "f16", "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15", "%16, %17, %18, %19", "%20") : A4(0), A4(1), A4(2), A4(3) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
+  if (B) asm volatile(WGMMA_TEXT("32", "bf16", "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15", "%16, %17, %18, %19", "%20", "%21") : A4(0), A4(1), A4(2), A4(3) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "n"(ADD));
+  else asm volatile(WGMMA_TEXT("32", "f16", "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15", "%16, %17, %18, %19", "%20", "%21") : A4(0), A4(1), A4(2), A4(3) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "n"(ADD));
 }
-template <int B> DEVICE void wgmma(float (&c)[8][4], u32 a0, u32 a1, u32 a2, u32 a3, const u8* x, int step) {
+template <int B, int ADD = 1> DEVICE void wgmma(float (&c)[8][4], u32 a0, u32 a1, u32 a2, u32 a3, const u8* x, int step) {
   const u64 b = x_tile(x, step);
-  if (B) asm volatile(WGMMA_TEXT("64", "bf16", "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31", "%32, %33, %34, %35", "%36") : A4(0), A4(1), A4(2), A4(3), A4(4), A4(5), A4(6), A4(7) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
-  else asm volatile(WGMMA_TEXT("64", "f16", "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31", "%32, %33, %34, %35", "%36") : A4(0), A4(1), A4(2), A4(3), A4(4), A4(5), A4(6), A4(7) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
+  if (B) asm volatile(WGMMA_TEXT("64", "bf16", "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31", "%32, %33, %34, %35", "%36", "%37") : A4(0), A4(1), A4(2), A4(3), A4(4), A4(5), A4(6), A4(7) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "n"(ADD));
+  else asm volatile(WGMMA_TEXT("64", "f16", "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31", "%32, %33, %34, %35", "%36", "%37") : A4(0), A4(1), A4(2), A4(3), A4(4), A4(5), A4(6), A4(7) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "n"(ADD));
 }
-template <int B> DEVICE void wgmma(float (&c)[16][4], u32 a0, u32 a1, u32 a2, u32 a3, const u8* x, int step) {
+template <int B, int ADD = 1> DEVICE void wgmma(float (&c)[16][4], u32 a0, u32 a1, u32 a2, u32 a3, const u8* x, int step) {
   const u64 b = x_tile(x, step);
-  if (B) asm volatile(WGMMA_TEXT("128", "bf16", "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63", "%64, %65, %66, %67", "%68") : A4(0), A4(1), A4(2), A4(3), A4(4), A4(5), A4(6), A4(7), A4(8), A4(9), A4(10), A4(11), A4(12), A4(13), A4(14), A4(15) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
-  else asm volatile(WGMMA_TEXT("128", "f16", "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63", "%64, %65, %66, %67", "%68") : A4(0), A4(1), A4(2), A4(3), A4(4), A4(5), A4(6), A4(7), A4(8), A4(9), A4(10), A4(11), A4(12), A4(13), A4(14), A4(15) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
+  if (B) asm volatile(WGMMA_TEXT("128", "bf16", "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63", "%64, %65, %66, %67", "%68", "%69") : A4(0), A4(1), A4(2), A4(3), A4(4), A4(5), A4(6), A4(7), A4(8), A4(9), A4(10), A4(11), A4(12), A4(13), A4(14), A4(15) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "n"(ADD));
+  else asm volatile(WGMMA_TEXT("128", "f16", "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63", "%64, %65, %66, %67", "%68", "%69") : A4(0), A4(1), A4(2), A4(3), A4(4), A4(5), A4(6), A4(7), A4(8), A4(9), A4(10), A4(11), A4(12), A4(13), A4(14), A4(15) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "n"(ADD));
 }
 DEVICE void before_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void close_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int N> DEVICE void products_left() { asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(N) : "memory"); }
-// None left, and `c` may be read: what the compiler does not see to change here it copies in front of the wait.
-template <int EIGHTS> DEVICE void sums_ready(float (&c)[EIGHTS][4]) {
-  products_left<0>();
+// N groups left, and `c` may be read: what the compiler does not see to change here it copies in front of the wait.
+template <int N, int EIGHTS> DEVICE void sums_ready(float (&c)[EIGHTS][4]) {
+  products_left<N>();
 #pragma unroll
   for (int i = 0; i < EIGHTS; i++) asm volatile("" : A4(i) :: "memory");
+}
+// Barriers in shared memory, which count what arrives: threads, and bytes of copies by the bulk engine.
+DEVICE void barrier_init(void* b, int arrivals) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(saddr(b)), "r"(arrivals) : "memory"); }
+DEVICE void barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }   // bulk copies see them
+DEVICE void arrive(void* b) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(saddr(b)) : "memory"); }
+DEVICE void arrive_and_expect(void* b, int bytes) { asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(saddr(b)), "r"(bytes) : "memory"); }
+DEVICE void wait_for(void* b, int parity) {
+  asm volatile("{ .reg .pred p;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@!p bra again;\n}" :: "r"(saddr(b)), "r"(parity) : "memory");
+}
+// The box of ROWS rows and 64 columns of x from column `col` on, placed as x_tile reads it; zeros outside of x.
+struct alignas(64) XMap { u8 bytes[128]; };
+DEVICE void copy_x(void* to, const XMap* map, int col, void* b) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" :: "r"(saddr(to)), "l"(map), "r"(saddr(b)), "r"(col), "r"(0) : "memory");
 }
 DEVICE void copies_seen_by_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 DEVICE int of_warp(int v) { return __shfl_sync(~0u, v, 0); }           // the compiler then knows that it is one value
 DEVICE u32 warp_max(u32 v) { return __reduce_max_sync(~0u, v); }
+DEVICE u32 max_of_8(u32 v) {                                             // of eight lanes in a row
+#pragma unroll
+  for (int o = 1; o < 8; o *= 2) v = max(v, __shfl_xor_sync(~0u, v, o));
+  return v;
+}
 #endif
 
+#ifndef EARLY
+#define EARLY 0
+#endif
 DEVICE float lo_b(u32 v) { return __uint_as_float(v << 16); }
 DEVICE float hi_b(u32 v) { return __uint_as_float(v & 0xffff0000u); }
 DEVICE float value(u16 v) { return BF16 ? __uint_as_float((u32)v << 16) : h2f(v); }
 DEVICE u32 pack(float lo, float hi) { return BF16 ? pack_b(lo, hi) : pack_h(lo, hi); }
+// bf16 x as fp16, exactly up to a power of two a row: the largest |x| of the row (`top`, as bits) comes to lie below 2^15.
+DEVICE u32 largest(uint4 q) {
+  const u32 p[4] = {q.x, q.y, q.z, q.w}; u32 most = 0;
+#pragma unroll
+  for (int i = 0; i < 4; i++) most = max(most, max(p[i] & 0x7fffu, p[i] >> 16 & 0x7fffu));
+  return most;
+}
+DEVICE float x_scale(u32 top) { return __uint_as_float((u32)min(141 - (int)(top >> 7) + 127, 253) << 23); }
+DEVICE float x_unscale(u32 top) { return __uint_as_float((u32)(127 - min(141 - (int)(top >> 7), 126)) << 23); }
+DEVICE uint4 to_fp16(uint4 q, float scale) {
+  return make_uint4(pack_h(lo_b(q.x) * scale, hi_b(q.x) * scale), pack_h(lo_b(q.y) * scale, hi_b(q.y) * scale),
+                    pack_h(lo_b(q.z) * scale, hi_b(q.z) * scale), pack_h(lo_b(q.w) * scale, hi_b(q.w) * scale));
+}
 
 // What the epilogue adds: y = sum * row scale (int8: SCB / 127) + bias.
 struct Output {
@@ -172,6 +207,13 @@ DEVICE void build_table(u8* table, int threads) {
   __syncthreads();
   for (int i = threadIdx.x; i < 2048; i += threads) {
     u32 p = pack_h(code[i >> 7], code[i >> 3 & 15]);
+    *(uint4*)(table + (i >> 3 << TABLE_SHIFT) + (i & 7) * 16) = make_uint4(p, p, p, p);
+  }
+}
+// Without an array of its own in shared memory, so that what follows is aligned as wgmma wants it.
+DEVICE void build_plain_table(u8* table, int threads) {
+  for (int i = threadIdx.x; i < 2048; i += threads) {
+    u32 p = pack_h(CODE[i >> 7], CODE[i >> 3 & 15]);
     *(uint4*)(table + (i >> 3 << TABLE_SHIFT) + (i & 7) * 16) = make_uint4(p, p, p, p);
   }
 }

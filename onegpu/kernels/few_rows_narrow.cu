@@ -7,7 +7,8 @@
 //
 // 4-bit: looked-up fp16 pairs are the operand, the sum over each 64 columns is scaled in float32. bf16 x becomes fp16,
 // exactly up to a factor: each row is scaled by a power of two (its largest value below 2^15; sums are float32).
-// Filled in: MP, WARPS, SLOTS, CB, TG.
+// Filled in: MP, WARPS, SLOTS, CB, TG, EARLY (0: weights may be read at once; else the kernel in front may be writing them, and
+// so many pieces of each warp are only sent for, into L2, until it has ended).
 constexpr int NT = MP > 8 ? 2 : 1, THREADS = WARPS * 32;
 constexpr int KB = FMT == 0 ? CB / 2 : FMT == 1 ? CB : 2 * CB;         // columns of a piece
 constexpr int GROUP = FMT == 0 ? 32 : 64, GROUPS = KB / GROUP;         // columns that the four lanes of a row take together
@@ -71,38 +72,53 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
     commit();
   };
 
-  let_next_kernel_start();
+  auto fill = [&]() {
 #pragma unroll
-  for (int i = 0; i < SLOTS - 1; i++) fetch();
+    for (int i = 0; i < SLOTS - 1; i++) fetch();
+  };
+
+  let_next_kernel_start();
+  if (EARLY) {                                                           // may not read weights yet, but may send for them
+    Walk walk = here;
+    for (int i = 0; i < EARLY && walk.tile < tiles; i++, walk.next()) {
+      const int row = r0 + walk.tile * 16 + (lane & 15), at = (p0 + walk.piece) * CB;
+      if (lane < 16 && row < r1 && at < row_bytes) send_for(w + (i64)row * row_bytes + at);
+    }
+  } else fill();
   if (threadIdx.x < 16) top[threadIdx.x] = 0;
   if (NESTED) for (int i = threadIdx.x; i < 256; i += THREADS) map_[i] = map[i];
   build_table(table, THREADS);
   wait_before_reading_x();
+  if (EARLY) fill();
   if (TO_FP16) __syncthreads();
-  const int vectors = share * KB / 8;
-  for (int r = 0; r < MP; r++) {
-    u32 biggest = 0;
-    for (int v = threadIdx.x; v < vectors; v += THREADS) {
-      int col = p0 * KB + v * 8; uint4 q = make_uint4(0, 0, 0, 0);
-      if (r < m && col < k) q = *(const uint4*)(x + (i64)r * k + col);
-      *(uint4*)(xs + r * pitch + v * 16) = q;
-      if (TO_FP16) {
-        const u32 p[4] = {q.x, q.y, q.z, q.w};
+  // A warp takes 32 vectors of one row at a time, and several before it uses the first: one trip to memory, not one a row.
+  const int vectors = share * KB / 8, chunks = (vectors + 31) / 32;
+  constexpr int BATCH = 8;
+  for (int u0 = warp; u0 < MP * chunks; u0 += BATCH * WARPS) {
+    uint4 q[BATCH];
 #pragma unroll
-        for (int i = 0; i < 4; i++) biggest = max(biggest, max(p[i] & 0x7fffu, p[i] >> 16 & 0x7fffu));
+    for (int j = 0; j < BATCH; j++) {
+      const int u = u0 + j * WARPS, r = u % MP, v = u / MP * 32 + lane, col = p0 * KB + v * 8;
+      q[j] = make_uint4(0, 0, 0, 0);
+      if (u < MP * chunks && v < vectors && r < m && col < k) q[j] = *(const uint4*)(x + (i64)r * k + col);
+    }
+#pragma unroll
+    for (int j = 0; j < BATCH; j++) {
+      const int u = u0 + j * WARPS, r = u % MP, v = u / MP * 32 + lane;
+      if (u >= MP * chunks) break;
+      if (v < vectors) *(uint4*)(xs + r * pitch + v * 16) = q[j];
+      if (TO_FP16) {
+        const u32 biggest = warp_max(largest(q[j]));
+        if (lane == 0) atomicMax(&top[r], biggest);
       }
     }
-    if (TO_FP16) { biggest = warp_max(biggest); if (lane == 0) atomicMax(&top[r], biggest); }
   }
   __syncthreads();
   if (TO_FP16) {
-    for (int r = 0; r < MP; r++) {
-      const float scale = __uint_as_float((u32)min(141 - (int)(top[r] >> 7) + 127, 253) << 23);
-      for (int v = threadIdx.x; v < vectors; v += THREADS) {
-        uint4* p = (uint4*)(xs + r * pitch + v * 16); uint4 q = *p;
-        *p = make_uint4(pack_h(lo_b(q.x) * scale, hi_b(q.x) * scale), pack_h(lo_b(q.y) * scale, hi_b(q.y) * scale),
-                        pack_h(lo_b(q.z) * scale, hi_b(q.z) * scale), pack_h(lo_b(q.w) * scale, hi_b(q.w) * scale));
-      }
+#pragma unroll 4
+    for (int u = warp; u < MP * chunks; u += WARPS) {                    // what this thread wrote
+      const int r = u % MP, v = u / MP * 32 + lane;
+      if (v < vectors) { uint4* p = (uint4*)(xs + r * pitch + v * 16); *p = to_fp16(*p, x_scale(top[r])); }
     }
     __syncthreads();
   }
@@ -205,7 +221,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
       float sum = 0.f;
 #pragma unroll
       for (int j = 0; j < WARPS; j++) sum += *sum_at(first + j * 16 * MP);
-      if (TO_FP16) sum *= __uint_as_float((u32)(127 - min(141 - (int)(top[r] >> 7), 126)) << 23);
+      if (TO_FP16) sum *= x_unscale(top[r]);
       if (CL > 1) part[q0 * 16 * MP + i] = sum;
       else if (r < m && row < r1) out.put(r, row, sum);
     }

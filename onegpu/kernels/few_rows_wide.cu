@@ -6,7 +6,12 @@
 // the 16-row operand; x is read from shared memory in the order in which the stored bytes give the columns.
 // WGMMA (Hopper): four warps in a row of WN multiply together, x read from shared memory once for their 64 rows; columns stay in
 // their order, so a lane picks its byte of every word. The products run while the next weights are expanded.
-// Filled in: NT, RT, WN, WK, KC, STAGES, WGMMA, HALF_BLOCK (a scale for 32 columns).
+// XT (with WGMMA): the bulk engine brings x, one copy for 64 columns.
+// Filled in: NT, RT, WN, WK, KC, STAGES, WGMMA, HALF_BLOCK (a scale for 32 columns), XT,
+// EARLY (stages that are sent for into L2 before the kernel in front has ended; 0: weights may be read at once).
+#ifndef XT
+#define XT 0
+#endif
 constexpr int THREADS = WN * WK * 32, BN = WN * RT * 16, ROWS = 8 * NT;
 constexpr int CB = FMT == 1 ? KC : KC / 2, GROUPS = KC / 64 / WK;
 constexpr int SPAN = HALF_BLOCK ? 32 : 64, SCALES = FMT == 2 ? KC / SPAN : 0, PER_ROW = SCALES ? SCALES : 1;
@@ -15,17 +20,10 @@ constexpr int ALIGN = WGMMA ? 1024 : 16, STAGE = (W_BYTES + X_BYTES + BN * SCALE
 constexpr int E_PITCH = BN + 4, DIRECT = WGMMA && WK == 1 && CL == 1;      // DIRECT: no sums meet
 constexpr int SUMS = DIRECT ? 0 : (ROWS * E_PITCH * 4 + ALIGN - 1) / ALIGN * ALIGN;
 static_assert(!WGMMA || (RT == 1 && WN % 4 == 0), "a warpgroup multiplies 64 rows");
-static_assert(GROUPS * WK * 64 == KC && (CB == 64 || CB == 128), "a warp takes whole groups of 64 columns");
+static_assert(GROUPS * WK * 64 == KC && (CB == 64 || CB == 128 || (WGMMA && CB == 256)), "a warp takes whole groups of 64 columns");
 
-// Without an array of its own in shared memory, so that the ring is aligned as wgmma wants it.
-DEVICE void build_plain_table(u8* table) {
-  for (int i = threadIdx.x; i < 2048; i += THREADS) {
-    u32 p = pack_h(CODE[i >> 7], CODE[i >> 3 & 15]);
-    *(uint4*)(table + (i >> 3 << TABLE_SHIFT) + (i & 7) * 16) = make_uint4(p, p, p, p);
-  }
-}
 // wgmma: units of 16 bytes of W change places so that eight rows, the same unit of each, spread over the banks.
-DEVICE int spread(int row, int unit) { return unit ^ (CB == 128 ? row & 7 : row >> 1 & 3); }
+DEVICE int spread(int row, int unit) { return unit ^ (CB >= 128 ? row & 7 : row >> 1 & 3); }
 // The pair of weights in the lane's byte of w (`pick` chooses it and the lane's column of the table), scaled, in the type of x.
 DEVICE u32 own_weights(const u8* table, u32 w, u32 lane4, u32 pick, float scale) {
   u32 at = TABLE_SHIFT == 8 ? __byte_perm(w, lane4, pick) : __byte_perm(w, lane4 * 2, pick) >> 1, v = *(const u32*)(table + at);
@@ -40,7 +38,11 @@ template <int B> DEVICE u32 weights(const u8* table, u32 w, u32 lane, float scal
 ENTRY __global__ void __launch_bounds__(THREADS, 1)
 few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ y, const u16* __restrict__ bias,
          const void* __restrict__ absmax, const float* __restrict__ nested, const float* __restrict__ map,
-         const float* __restrict__ offset, int m, int n, int k, int shift, int nested_shift) {
+         const float* __restrict__ offset, int m, int n, int k, int shift, int nested_shift
+#if XT
+         , const __grid_constant__ XMap x_map
+#endif
+         ) {
   SHARED(smem);
   const int lane = threadIdx.x & 31, warp = of_warp(threadIdx.x >> 5), g = lane >> 2, t = lane & 3, rank = cluster_rank();
   const int wn = warp % WN, wk = warp / WN, cluster = blockIdx.x / CL, clusters = gridDim.x / CL;
@@ -73,7 +75,16 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
       scales.fetch_both(at.to + W_BYTES + X_BYTES + e * 4, BN * SCALES * 4, row * nb + b, row < r1 && b < nb);
     }
   };
+  u8* bars = ring + STAGES * STAGE;                                      // XT: of each stage, that its x is there
   auto fetch_x = [&](const Cursor& at) {
+#if XT
+    if (threadIdx.x == 0) {
+      u8* to = ring + at.stage * STAGE + W_BYTES;
+      arrive_and_expect(bars + at.stage * 8, X_BYTES);
+      for (int b = 0; b < KC / 64; b++) copy_x(to + b * ROWS * 128, &x_map, (p0 + at.piece) * KC + b * 64, bars + at.stage * 8);
+    }
+    return;
+#endif
 #pragma unroll
     for (int u = threadIdx.x; u < ROWS * KC / 8; u += THREADS) {
       int row = u / (KC / 8), unit = u % (KC / 8), col = (p0 + at.piece) * KC + unit * 8;
@@ -86,16 +97,26 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   let_next_kernel_start();
   Cursor f = {r0, 0, 0, shared(ring)}, c = f;
 #pragma unroll
-  for (int i = 0; i < STAGES - 1; i++) { if (i < items) fetch_w(f); f.next(pieces); }
+  for (int i = 0; i < STAGES - 1; i++) { if (i < items && !EARLY) fetch_w(f); f.next(pieces); }
+  if (EARLY) {
+    f = c;
+    for (int i = 0; i < EARLY && i < items; i++, f.next(pieces))
+      for (int r = threadIdx.x; r < BN; r += THREADS)
+        if (f.row0 + r < r1 && (p0 + f.piece) * CB < row_bytes) send_for(w + (i64)(f.row0 + r) * row_bytes + (p0 + f.piece) * CB);
+  }
+  if (XT && threadIdx.x == 0) {
+    for (int i = 0; i < STAGES; i++) barrier_init(bars + 8 * i, 1);
+    barriers_ready();
+  }
   if (NESTED) for (int i = threadIdx.x; i < 256; i += THREADS) map_[i] = map[i];
   if (FMT == 2) {
-    if (WGMMA) build_plain_table(table);
+    if (WGMMA) build_plain_table(table, THREADS);
     else build_table(table, THREADS);
   }
   wait_before_reading_x();
   f = c;
 #pragma unroll
-  for (int i = 0; i < STAGES - 1; i++) { if (i < items) fetch_x(f); f.next(pieces); commit(); }
+  for (int i = 0; i < STAGES - 1; i++) { if (i < items) { if (EARLY) fetch_w(f); fetch_x(f); } f.next(pieces); commit(); }
 
   float acc[RT][NT][4];
 #pragma unroll
@@ -144,11 +165,13 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
 
   for (int item = 0; item < items; item++, c.next(pieces)) {
     copies_left<STAGES - 2>();
-    if (WGMMA) { products_left<0>(); copies_seen_by_wgmma(); }
+    if (WGMMA) products_left<0>();
+    if (WGMMA && !XT) copies_seen_by_wgmma();
     __syncthreads();
     if (item + STAGES - 1 < items) { fetch_w(f); fetch_x(f); f.next(pieces); }
     commit();
     const u8* stage = ring + c.stage * STAGE;
+    if (XT) wait_for(bars + c.stage * 8, item / STAGES & 1);
     if (WGMMA && c.row0 + (wn >> 2) * 64 < r1) {                         // for whole warpgroups
 #pragma unroll
       for (int b = 0; b < GROUPS; b++) {
@@ -233,6 +256,6 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
           for (int r = 0; r < RT; r++) mma<BF16>(acc[r][i], a[r][4 * s], a[r][4 * s + 1], a[r][4 * s + 2], a[r][4 * s + 3], xb[2 * s], xb[2 * s + 1]);
       }
     }
-    if (c.piece == pieces - 1) { if (WGMMA) sums_ready(acc[0]); finish(c.row0); }
+    if (c.piece == pieces - 1) { if (WGMMA) sums_ready<0>(acc[0]); finish(c.row0); }
   }
 }

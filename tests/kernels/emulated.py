@@ -21,7 +21,7 @@ extern "C" void emulate(int grid, long shared, const u8* w, const u16* x, u16* y
                         const float* nested, const float* map, const float* offset, int m, int n, int k, int shift,
                         int nested_shift) {
   run_grid(grid, THREADS, CL, shared,
-           [=] { few_rows(w, x, y, bias, absmax, nested, map, offset, m, n, k, shift, nested_shift); });
+           [=] { few_rows(w, x, y, bias, absmax, nested, map, offset, m, n, k, shift, nested_shift X_MAP); });
 }
 """
 
@@ -31,7 +31,8 @@ def _library(source: str, constants: tuple[tuple[str, int], ...]) -> ctypes.CDLL
     text = "".join(f"#define {name} {value}\n" for name, value in constants)
     text += (Path(__file__).parent / "emulator.h").read_text() + source_text("few_rows_common.cu") + source_text(source)
     folder = Path(tempfile.mkdtemp())
-    (folder / "kernel.cpp").write_text(text + _CALL)
+    x_map = ", XMap{x, ROWS, m, k}" if dict(constants).get("XT") else ""
+    (folder / "kernel.cpp").write_text(text + _CALL.replace(" X_MAP", x_map))
     command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-o", "kernel.so", "kernel.cpp"]
     subprocess.run(command, check=True, cwd=folder)
     library = ctypes.CDLL(str(folder / "kernel.so"))
@@ -40,7 +41,7 @@ def _library(source: str, constants: tuple[tuple[str, int], ...]) -> ctypes.CDLL
 
 
 def product(
-    config: few_rows.Narrow | few_rows.Wide,
+    config: few_rows.Config,
     fmt: str,
     x: torch.Tensor,
     weight: torch.Tensor,

@@ -12,6 +12,7 @@ using std::max; using std::min;
 #define DEVICE inline
 #define CONSTANT static const
 #define __global__
+#define __grid_constant__
 #define __launch_bounds__(...)
 struct uint2 { uint32_t x, y; }; struct uint4 { uint32_t x, y, z, w; };
 struct float2 { float x, y; }; struct float4 { float x, y, z, w; };
@@ -75,6 +76,7 @@ template <int N> void copies_left() {
     now->groups.erase(now->groups.begin());
   }
 }
+inline void send_for(const void*) {}
 inline void wait_before_reading_x() {}
 inline void let_next_kernel_start() {}
 inline int cluster_rank() { return now->block; }
@@ -84,6 +86,12 @@ inline int of_warp(int v) { return v; }
 inline uint32_t warp_max(uint32_t v) {
   Warp& w = warp_(); w.v[now->thread % 32] = v; __syncwarp();
   for (uint32_t o : w.v) v = max(v, o);
+  __syncwarp();
+  return v;
+}
+inline uint32_t max_of_8(uint32_t v) {
+  Warp& w = warp_(); int lane = now->thread % 32; w.v[lane] = v; __syncwarp();
+  for (int i = 0; i < 8; i++) v = max(v, w.v[lane / 8 * 8 + i]);
   __syncwarp();
   return v;
 }
@@ -99,10 +107,11 @@ template <int B> void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, 
   __syncwarp();
 }
 // A warp's part of wgmma: x as the hardware finds it, in tiles of 128 bytes a row with swizzled units.
-template <int B, int EIGHTS> void wgmma(float (&c)[EIGHTS][4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, const uint8_t* x, int step) {
+template <int B, int ADD = 1, int EIGHTS> void wgmma(float (&c)[EIGHTS][4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, const uint8_t* x, int step) {
   if ((uint64_t)x % 1024) abort();
   int lane = now->thread % 32, g = lane / 4, t = lane % 4;
   for (int i = 0; i < EIGHTS; i++) {
+    if (!ADD) c[i][0] = c[i][1] = c[i][2] = c[i][3] = 0.f;
     uint32_t b[2];
     for (int h = 0; h < 2; h++) memcpy(&b[h], x + (8 * i + g) * 128 + ((2 * step + h) ^ g) * 16 + 4 * t, 4);
     mma<B>(c[i], a0, a1, a2, a3, b[0], b[1]);
@@ -111,8 +120,51 @@ template <int B, int EIGHTS> void wgmma(float (&c)[EIGHTS][4], uint32_t a0, uint
 inline void before_products() {}
 inline void close_products() {}
 template <int N> void products_left() {}
-template <int EIGHTS> void sums_ready(float (&)[EIGHTS][4]) {}
+template <int N, int EIGHTS> void sums_ready(float (&)[EIGHTS][4]) {}
 inline void copies_seen_by_wgmma() {}
+// Barriers: bulk copies arrive when somebody waits for them. Their state is in the 8 bytes themselves.
+struct Barrier { uint16_t expected, left; uint8_t phase, ready; int16_t kilo; };
+static_assert(sizeof(Barrier) == 8);
+struct Bulk { void* to; const void* from; int bytes; void* barrier; };
+static std::vector<Bulk> bulks; static std::vector<std::pair<void*, long>> owed;
+inline Barrier* at_(void* b) { if ((uint64_t)b % 8) abort(); return (Barrier*)b; }
+inline long& owed_(void* b) { for (auto& o : owed) if (o.first == b) return o.second; owed.push_back({b, 0}); return owed.back().second; }
+inline void settle(void* b) {
+  Barrier* x = at_(b);
+  if (x->left == 0 && owed_(b) == 0) { x->phase ^= 1; x->left = x->expected; }
+}
+inline void barrier_init(void* b, int arrivals) { *at_(b) = {(uint16_t)arrivals, (uint16_t)arrivals, 0, 1, 0}; owed_(b) = 0; }
+inline void barriers_ready() {}
+inline void arrive(void* b) { Barrier* x = at_(b); if (x->left == 0 || x->ready != 1) abort(); x->left--; settle(b); }
+inline void arrive_and_expect(void* b, int bytes) { owed_(b) += bytes; arrive(b); }
+inline void arrive_after_copies(void* b) {
+  commit(); copies_left<0>(); arrive(b);
+}
+inline void bulk_copy(void* to, const void* from, int bytes, void* b, uint64_t = 0) {
+  if ((uint64_t)to % 16 || (uint64_t)from % 16 || bytes % 16 || bytes <= 0) abort();
+  bulks.push_back({to, from, bytes, b});
+}
+inline void wait_for(void* b, int parity) {
+  for (int turns = 0; at_(b)->phase == (parity & 1); turns++) {
+    if (turns > 100000) abort();
+    for (size_t i = 0; i < bulks.size();) {
+      if (bulks[i].barrier != b) { i++; continue; }
+      Bulk c = bulks[i]; bulks.erase(bulks.begin() + i);
+      memcpy(c.to, c.from, c.bytes); owed_(b) -= c.bytes;
+    }
+    settle(b);
+    if (at_(b)->phase == (parity & 1)) pause_();
+  }
+}
+struct XMap { const uint16_t* x; int rows, m, k; };
+inline void copy_x(uint8_t* to, const XMap* map, int col, void* b) {
+  static const uint16_t zeros[8] = {};
+  for (int row = 0; row < map->rows; row++)
+    for (int unit = 0; unit < 8; unit++) {
+      int at = col + unit * 8;
+      bulks.push_back({to + row * 128 + ((unit ^ row) & 7) * 16, row < map->m && at < map->k ? map->x + (int64_t)row * map->k + at : zeros, 16, b});
+    }
+}
 static void run_grid(int grid, int threads, int cluster, size_t smem_bytes, std::function<void()> f) {
   body = f; gridDim.x = grid;
   for (cluster_first = 0; cluster_first < grid; cluster_first += cluster) {

@@ -26,40 +26,6 @@ inline void transposed(uint32_t (&b)[4], const void* row) {
   }
   __syncwarp();
 }
-// Barriers: bulk copies arrive when somebody waits for them. Their state is in the 8 bytes themselves.
-struct Barrier { uint16_t expected, left; uint8_t phase, ready; int16_t kilo; };
-static_assert(sizeof(Barrier) == 8);
-struct Bulk { void* to; const void* from; int bytes; void* barrier; };
-static std::vector<Bulk> bulks; static std::vector<std::pair<void*, long>> owed;
-inline Barrier* at_(void* b) { if ((uint64_t)b % 8) abort(); return (Barrier*)b; }
-inline long& owed_(void* b) { for (auto& o : owed) if (o.first == b) return o.second; owed.push_back({b, 0}); return owed.back().second; }
-inline void settle(void* b) {
-  Barrier* x = at_(b);
-  if (x->left == 0 && owed_(b) == 0) { x->phase ^= 1; x->left = x->expected; }
-}
-inline void barrier_init(void* b, int arrivals) { *at_(b) = {(uint16_t)arrivals, (uint16_t)arrivals, 0, 1, 0}; owed_(b) = 0; }
-inline void barriers_ready() {}
-inline void arrive(void* b) { Barrier* x = at_(b); if (x->left == 0 || x->ready != 1) abort(); x->left--; settle(b); }
-inline void arrive_and_expect(void* b, int bytes) { owed_(b) += bytes; arrive(b); }
-inline void arrive_after_copies(void* b) {
-  commit(); copies_left<0>(); arrive(b);
-}
-inline void bulk_copy(void* to, const void* from, int bytes, void* b, uint64_t = 0) {
-  if ((uint64_t)to % 16 || (uint64_t)from % 16 || bytes % 16 || bytes <= 0) abort();
-  bulks.push_back({to, from, bytes, b});
-}
-inline void wait_for(void* b, int parity) {
-  for (int turns = 0; at_(b)->phase == (parity & 1); turns++) {
-    if (turns > 100000) abort();
-    for (size_t i = 0; i < bulks.size();) {
-      if (bulks[i].barrier != b) { i++; continue; }
-      Bulk c = bulks[i]; bulks.erase(bulks.begin() + i);
-      memcpy(c.to, c.from, c.bytes); owed_(b) -= c.bytes;
-    }
-    settle(b);
-    if (at_(b)->phase == (parity & 1)) pause_();
-  }
-}
 inline void prefetch_to_l2(const void* from, int bytes) { static volatile uint8_t seen; if ((uint64_t)from % 16 || bytes % 16) abort(); seen = ((const uint8_t*)from)[0] ^ ((const uint8_t*)from)[bytes - 1]; }
 template <int THREADS_> void meet_threads() {
   static Meeting meetings[64]; meetings[now->block].expected = THREADS_;

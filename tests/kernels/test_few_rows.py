@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from onegpu import functional
 from onegpu.kernels import few_rows
-from onegpu.kernels.few_rows import Narrow, Wide
+from onegpu.kernels.few_rows import Narrow, Resident, Wide
 from onegpu.kernels.linear_4bit import Packed4bit, linear_4bit
 from onegpu.kernels.linear_int8 import linear_int8
 from tests.compare import assert_close, assert_same_nonfinite
@@ -77,6 +77,11 @@ FOUR_BIT = [
     (Wide(1, 1, 2, 2, 128, 3, cluster=2, table_shift=7), "fp4", True, 32, 5, 70, 704, torch.float16),
     (Wide(2, 1, 4, 1, 128, 3, wgmma=True), "nf4", True, 64, 13, 150, 704, torch.bfloat16),
     (Wide(1, 1, 4, 2, 128, 3, cluster=2, wgmma=True), "fp4", True, 32, 5, 70, 704, torch.float16),
+    (Wide(2, 1, 4, 2, 128, 3, cluster=2, wgmma=True, bulk=True, early=2), "nf4", True, 64, 13, 75, 704, torch.float16),
+    (Narrow(16, 4, 3, 64, 1, cluster=2, early=2), "nf4", True, 64, 11, 70, 704, torch.bfloat16),
+    (Resident(2, 1, 2, 128, 3, early=2), "nf4", False, 64, 13, 150, 704, torch.bfloat16),
+    (Resident(4, 1, 1, 64, 2, cluster=2, table_shift=7), "fp4", True, 128, 29, 70, 704, torch.float16),
+    (Resident(1, 2, 1, 128, 2), "nf4", True, 64, 7, 150, 704, torch.bfloat16),
 ]
 
 
@@ -109,10 +114,12 @@ def test_4_bit_kernels_on_the_cpu(case: tuple) -> None:
         Narrow(16, 4, 2, 128, 1, cluster=2),
         Wide(2, 1, 2, 1, 64, 3),
         Wide(2, 1, 4, 1, 128, 2, cluster=2, wgmma=True),
+        Wide(1, 1, 4, 2, 256, 2, wgmma=True, bulk=True),
+        Resident(2, 1, 2, 128, 2, cluster=2),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_int8_kernels_on_the_cpu(config: Narrow | Wide, dtype: torch.dtype) -> None:
+def test_int8_kernels_on_the_cpu(config: few_rows.Config, dtype: torch.dtype) -> None:
     n, k, m = 70, 752, min(config.rows, 9)
     weight = torch.randint(-128, 128, (n, k), dtype=torch.int8, generator=torch.Generator().manual_seed(1))
     SCB = torch.rand(n, generator=torch.Generator().manual_seed(2)) + 0.1
