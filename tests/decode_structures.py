@@ -87,13 +87,20 @@ def caches(found: Structure, rows: int, length: int) -> list[tuple[torch.Tensor,
     return [(make(), make()) for _ in found.layers]
 
 
-def moved(value: Any, device: str) -> Any:
-    """A structure, or whatever it is made of, on another device."""
+def moved(value: Any, device: str, made: dict[int, Any] | None = None) -> Any:
+    """A structure, or whatever it is made of, on another device; what is one object stays one."""
+    made = {} if made is None else made
+    if id(value) not in made:
+        made[id(value)] = _moved(value, device, made)
+    return made[id(value)]
+
+
+def _moved(value: Any, device: str, made: dict[int, Any]) -> Any:
     if isinstance(value, torch.Tensor):
         return value.to(device)
     if isinstance(value, tuple):
-        items = [moved(item, device) for item in value]
+        items = [moved(item, device, made) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     if hasattr(value, "__dataclass_fields__"):
-        return type(value)(**{name: moved(getattr(value, name), device) for name in value.__dataclass_fields__})
+        return type(value)(**{name: moved(getattr(value, name), device, made) for name in value.__dataclass_fields__})
     return value

@@ -226,7 +226,9 @@ def steps_launches(
 def test_a_driver_takes_every_launch(
     name: str, fake: FakeDriver, compiled: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps_launches(*without_memory(read(decoder(name).to(torch.bfloat16))), fake, monkeypatch)
+    found = read(decoder(name).to(torch.bfloat16))
+    assert (found.layers[0].both is not None) == (name == "falcon-7b")
+    steps_launches(*without_memory(found), fake, monkeypatch)
 
 
 @pytest.mark.parametrize("form", ["16bit", "int8", "nf4"])
