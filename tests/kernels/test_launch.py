@@ -26,6 +26,9 @@ def test_a_the_device_of_the_first_tensor_is_current(fake: FakeDriver, compiled:
     assert fake.current == 0 and fake.on_device == [1, 0]
     with pytest.raises(KernelError, match=r"scale: a tensor of \(4,\) is on .*, the first one on cuda:1"):
         kernel((1,), 32, 0, there, here, 1, 1.0)
+    kernel((1,), 32, 0, None, there, 1, 1.0)
+    assert fake.launches[-1].device == 1
+    assert int.from_bytes(fake.launches[-1].arguments[0], "little") == 0
 
 
 def test_b_one_kernel_for_each_architecture_source_and_constants(fake: FakeDriver, compiled: list[Any]) -> None:
