@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -52,6 +54,36 @@ def test_nothing_happens_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     prepare.begin_attention(model)
     onegpu.optimize(model)
     prepare.begin(model, 1, 5, 128)
+
+
+def test_what_a_first_short_request_needs_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    def jobs(rows: Any, shapes: Any, device: Any, dtype: Any) -> list[Any]:
+        assert device == torch.device("cuda:0") and dtype == torch.bfloat16
+        return [(kind, sizes.get("padded"), row) for kind, sizes in shapes for row in rows]
+
+    started: list[Any] = []
+    monkeypatch.setattr(prepare, "_device", lambda model: torch.device("cuda:0"))
+    monkeypatch.setattr(prepare, "plan", lambda model: "not here")
+    monkeypatch.setattr(warmup, "jobs", jobs)
+    monkeypatch.setattr(ahead, "start", started.extend)
+    model = _llama()
+    prepare.begin_attention(model)
+    assert started == [("attention", False, 128), ("attention", False, 1)]
+    monkeypatch.undo()
+    onegpu.optimize(model)
+    monkeypatch.setattr(prepare, "_device", lambda model: torch.device("cuda:0"))
+    monkeypatch.setattr(prepare, "plan", lambda model: "not here")
+    monkeypatch.setattr(warmup, "jobs", jobs)
+    found: list[Any] = []
+    monkeypatch.setattr(ahead, "start", found.extend)
+    prepare.begin(model)
+    assert found[:2] == started and found[-1] == ("attention", False, 1024)
+    assert {kind for kind, _, _ in found[2:-1]} == {"next_token", "rms_norm", "gated_mlp"}
+    found.clear()
+    prepare.begin(model, 4, 300, 512)  # padding is likely in a batch, but not certain
+    assert found[:2] == [("attention", False, 300), ("attention", False, 1)]
+    assert found[-2:] == [("attention", True, 300), ("attention", True, 1)]
+    assert ("decode_attention", None, 4) in found
 
 
 @pytest.mark.gpu
