@@ -22,14 +22,14 @@ def matrix(
     nested: bool = False,
     seed: int = 0,
 ) -> Matrix:
-    """Random, with a part for each of `rows`; form as in `Matrix`."""
+    """Random, with a part for each of `rows`; form as in `Matrix`, or "transposed"."""
     g = torch.Generator().manual_seed(seed)
     parts = []
     for n in rows:
         w = torch.randn(n, columns, generator=g) * columns**-0.5
         b = torch.randn(n, generator=g).mul(0.1).to(dtype) if bias else None
-        if form == "16bit":
-            parts.append(Part(n, w.to(dtype), b))
+        if form in ("16bit", "transposed"):
+            parts.append(Part(n, w.to(dtype) if form == "16bit" else w.to(dtype).t().contiguous(), b))
         elif form == "int8":
             codes, maxima, _ = functional.int8_vectorwise_quant(w.half())
             parts.append(Part(n, codes, b, maxima))
@@ -37,6 +37,8 @@ def matrix(
             packed, state = functional.quantize_4bit(w, quant_type=form, compress_statistics=nested, blocksize=64)
             stored = state.packed(packed)
             parts.append(Part(n, stored.weight, b, stored.absmax, stored.nested_absmax, stored.offset))
+    if form == "transposed":
+        return Matrix("16bit", columns, tuple(parts), transposed=True)
     return Matrix(form, columns, tuple(parts))
 
 
@@ -85,13 +87,20 @@ def caches(found: Structure, rows: int, length: int) -> list[tuple[torch.Tensor,
     return [(make(), make()) for _ in found.layers]
 
 
-def moved(value: Any, device: str) -> Any:
-    """A structure, or whatever it is made of, on another device."""
+def moved(value: Any, device: str, made: dict[int, Any] | None = None) -> Any:
+    """A structure, or whatever it is made of, on another device; what is one object stays one."""
+    made = {} if made is None else made
+    if id(value) not in made:
+        made[id(value)] = _moved(value, device, made)
+    return made[id(value)]
+
+
+def _moved(value: Any, device: str, made: dict[int, Any]) -> Any:
     if isinstance(value, torch.Tensor):
         return value.to(device)
     if isinstance(value, tuple):
-        items = [moved(item, device) for item in value]
+        items = [moved(item, device, made) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     if hasattr(value, "__dataclass_fields__"):
-        return type(value)(**{name: moved(getattr(value, name), device) for name in value.__dataclass_fields__})
+        return type(value)(**{name: moved(getattr(value, name), device, made) for name in value.__dataclass_fields__})
     return value

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 from torch import nn
 
 from onegpu.convert.report import Change, Report
 from onegpu.convert.swap import swap_module
-from onegpu.nn.gated_mlp import GatedMLP, activation_of, is_gated
+from onegpu.nn.gated_mlp import CHILDREN, GatedMLP, activation_of, is_gated
 from onegpu.nn.norm import LayerNorm, RMSNorm, form_of, is_rms_like
 from onegpu.nn.stand_in import bare
 
 _OURS = (RMSNorm, LayerNorm, GatedMLP)
+_INTERNAL = nn.Module().__dict__.keys() - {"training"}  # of every module; tensors and children are looked at by name
+_PLAIN = (bool, int, float, str, type(None))
+_Answers = dict[Hashable, tuple[nn.Module, tuple["str | None", str]]]
 
 
 class UseKernels:
@@ -21,10 +24,11 @@ class UseKernels:
 
     def apply(self, model: Any, settings: Any, state: Any, keep_original: bool, report: Report) -> None:
         """See :class:`onegpu.convert.rules.Rule`."""
+        answers: _Answers = {}
         for name, module in list(model.named_modules()):
             if not name or isinstance(module, _OURS):
                 continue
-            found = _replacement(module)
+            found = _replacement(module, answers)
             if found is None:
                 continue
             new, reason = found
@@ -46,24 +50,47 @@ class UseKernels:
             report.changes.append(Change(name, f"onegpu {type(module).__name__}", type(old).__name__, "as it was"))
 
 
-def _replacement(module: nn.Module) -> tuple[nn.Module | None, str] | None:
+def _replacement(module: nn.Module, answers: _Answers) -> tuple[nn.Module | None, str] | None:
     """Ours, or None where the module only looks like it, and why; None for anything else."""
     if type(module) is nn.LayerNorm:
         if len(module.normalized_shape) != 1 or not bare(module):
             return None, "hooks or a shape of more than one dimension"
         return LayerNorm(module), "layer norm"
     if is_rms_like(module):
-        style, why = _asked(form_of, module)
+        style, why = _asked(form_of, module, answers)
         return (RMSNorm(module, style), f"RMS norm, {style}") if style else (None, f"a norm of another form{why}")
     if is_gated(module):
-        kind, why = _asked(activation_of, module)
+        kind, why = _asked(activation_of, module, answers)
         return (GatedMLP(module, kind), f"gate, up, {kind}") if kind else (None, f"a gated MLP of another form{why}")
     return None
 
 
-def _asked(probe: Callable[[Any], str | None], module: nn.Module) -> tuple[str | None, str]:
-    """What the probe found, and why nothing: what runs is the module's own code, which may want anything."""
+def _asked(probe: Callable[[Any], str | None], module: nn.Module, answers: _Answers) -> tuple[str | None, str]:
+    """What the probe found, and why nothing: what runs is the module's own code, which may want anything.
+
+    Layers that differ in tensors alone are asked once: a hundred probes of a model take seconds where cores are busy.
+    """
+    key = probe, _settings(module)
+    if key in answers and bare(module):
+        return answers[key][1]
     try:
-        return probe(module), ""
+        found = probe(module), ""
     except Exception as error:
-        return None, f": a small copy fails with {type(error).__name__}"
+        found = None, f": a small copy fails with {type(error).__name__}"
+    if bare(module):
+        answers[key] = module, found  # the module is kept so that an id in the key stays its own
+    return found
+
+
+def _settings(module: nn.Module) -> Hashable:
+    """All that a module's answer depends on; equal for modules that compute the same function of their tensors."""
+    own = module.__dict__.items()
+    values = [(k, type(v), v if type(v) in _PLAIN else id(v)) for k, v in own if k not in _INTERNAL]
+    names = (*module._parameters, *module._buffers)
+    parts: list[Hashable] = []
+    for name, child in module._modules.items():
+        simple = child is not None and bare(child) and not (child._parameters or child._buffers or child._modules)
+        parts.append(
+            (name, None if name in CHILDREN else _settings(child) if simple and child is not None else id(child))
+        )
+    return type(module), tuple(values), names, tuple(parts)

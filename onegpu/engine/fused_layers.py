@@ -54,7 +54,7 @@ class Layer:
         alike = one._replace(parts=()) == two._replace(parts=()) and len(one.parts) == len(two.parts) == 1
         alike = alike and (one.parts[0].nested is None) == (two.parts[0].nested is None)
         same = self.order == PARALLEL and self.norms[0] is self.norms[2] and not self.gated
-        return one._replace(parts=one.parts + two.parts) if alike and same else None
+        return one._replace(parts=one.parts + two.parts) if alike and same and not one.transposed else None
 
 
 class Order(NamedTuple):
@@ -309,8 +309,8 @@ class Layers:
 def _halves(matrix: Matrix) -> tuple[Part, Part]:
     """Gate and up of one stored matrix: views."""
     (part,) = matrix.parts
-    if part.nested is not None:
-        raise Declined("gate and up in one matrix with quantised scales")
+    if part.nested is not None or matrix.transposed:
+        raise Declined("gate and up in one matrix that is transposed or has quantised scales")
 
     def half(tensor: torch.Tensor | None, index: int) -> torch.Tensor | None:
         return None if tensor is None else tensor.chunk(2)[index]

@@ -101,12 +101,15 @@ class Modules:
 
     def below(self, *read: Matrix) -> Matrix:
         """Matrices below one another."""
-        if len({(m.format, m.columns, m.blocksize, m.parts[0].nested is None) for m in read}) != 1:
+        kinds = {(m.format, m.columns, m.blocksize, m.parts[0].nested is None, m.transposed) for m in read}
+        if len(kinds) != 1 or (read[0].transposed and len(read) > 1):
             raise Declined("projections of several formats, which run as one product")
         return read[0]._replace(parts=tuple(part for m in read for part in m.parts))
 
     def _linear(self, module: Any) -> Matrix:
         self._leaf(module)
+        from transformers.pytorch_utils import Conv1D
+
         rows, columns = getattr(module, "out_features", 0), getattr(module, "in_features", 0)
         bias = None if getattr(module, "bias", None) is None else self.tensor(module.bias)
         if isinstance(module, Linear8bitLt):
@@ -132,8 +135,9 @@ class Modules:
             return Matrix(packed.quant_type, columns, (part,), packed.blocksize)
         if isinstance(module, nn.Linear) and self._multiplies(module):
             return Matrix("16bit", columns, (Part(rows, self.tensor(module.weight), bias),))
-        if type(module).__name__ == "Conv1D":
-            raise Declined("16-bit weights stored [in, out] (Conv1D); quantised they are not")
+        if type(module) is Conv1D:
+            columns, rows = module.weight.shape
+            return Matrix("16bit", columns, (Part(rows, self.tensor(module.weight), bias),), transposed=True)
         raise Declined(f"{type(module).__name__} where a linear layer is expected")
 
     def _multiplies(self, module: nn.Linear) -> bool:

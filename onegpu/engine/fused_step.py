@@ -63,15 +63,12 @@ class FusedStep:
             return True
         from onegpu.kernels import decode_step_cuda as gpu
 
-        def fits(matrix: Matrix, cut: bool = False) -> bool:
-            asked = matrix.format, rows, matrix.columns, matrix.parts[0].nested is not None
-            return bool(gpu.windows(*asked)) if cut else gpu.shape(*asked) is not None
-
         downs = [layer.down for layer in found.layers]
         whole = [m for m in found.matrices() if not any(m is down for down in downs)]
         layers = [m for layer in found.layers for m in (layer.qkv, layer.out, layer.up, layer.down)]
         most = min(MAX_ROWS[m.format] for m in layers)  # the head is of 16 bits beside any
-        return rows <= most and all(map(fits, whole)) and all(fits(down, True) for down in downs)
+        fits = all(gpu.fits(m, rows) for m in whole) and all(gpu.fits(down, rows, True) for down in downs)
+        return rows <= most and fits
 
     def __call__(
         self,
@@ -315,7 +312,9 @@ def _check_gpu(found: Structure) -> None:
             dynamic_map(found.device)  # now, because it is copied from the host, which the step itself may not do
         if matrix.format in ("nf4", "fp4") and (matrix.blocksize < 64 or matrix.columns % matrix.blocksize):
             raise Declined(f"4-bit blocks of {matrix.blocksize} in rows of {matrix.columns}")
-        if gpu.shape(matrix.format, 1, matrix.columns, matrix.parts[0].nested is not None) is None:
+        if matrix.transposed and matrix.rows % 32:
+            raise Declined(f"weights stored [in, out] with {matrix.rows} columns, no multiple of 32")
+        if not gpu.fits(matrix, 1):
             raise Declined(f"a product over {matrix.columns} columns, more than shared memory holds")
     for layer in found.layers:
         heads = layer.heads

@@ -147,6 +147,12 @@ def _custom(
     )
 
 
+def begin(model: Any) -> None:
+    """Start compiling what ``attach`` would begin with, before the model is converted."""
+    if _never(model) is None:
+        prepare.begin_attention(model)
+
+
 def attach(model: Any) -> str | None:
     """Give ``model`` our ``generate``; returns why not where transformers' stays."""
     reason = _never(model)

@@ -7,7 +7,7 @@ from typing import Any
 from onegpu.convert import Report
 from onegpu.convert import optimize as convert
 from onegpu.convert import restore as convert_back
-from onegpu.engine.generate import attach, detach
+from onegpu.engine.generate import attach, begin, detach
 
 
 def optimize(
@@ -34,6 +34,7 @@ def optimize(
         ArgumentError: unknown format, a model that is quantised already, one with nothing to quantise, or weights that
             are not finite. The model is as it was.
     """
+    begin(model)
     report = convert(model, quantize, double_quant=double_quant, skip_modules=skip_modules, keep_original=keep_original)
     reason = attach(model)
     if reason is None:

@@ -7,6 +7,7 @@ rest, beside its prefill. What is guessed wrong here is compiled when it is laun
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -16,9 +17,9 @@ from onegpu.engine.fused_step import FusedStep, plan
 from onegpu.kernels import ahead, attention, decode_attention, next_token, warmup  # noqa: F401 (they register)
 from onegpu.kernels.guard import architecture
 
-# Queries: attention has a kernel for a single one (in the step that a captured one is compared with), one for few tiles
-# and one for many.
-_QUERIES = (1, 128, 1024)
+# Queries: attention has a kernel for few tiles, one for a single query (in the step that a captured one is compared
+# with) and one for many tiles.
+_QUERIES = (128, 1, 1024)
 _MOST = 4096  # tokens of all prompts; more run the same kernels
 _MOST_ROWS = 1024  # of products
 _IMPLEMENTATION = "onegpu"  # of attention, as transformers knows it
@@ -33,37 +34,68 @@ def begin(model: Any, batch: int = 1, prompt: int | None = None, keys: int | Non
         batch: rows of a step, padded. prompt: tokens of a prompt, None for any. keys: positions of the cache. With both
             known, what depends on them is compiled too, quantised products among it.
     """
+    device = _device(model)
+    if device is not None:
+        # Where there is no memory to try an op in, the first call compiles what it needs.
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):
+            ahead.start(_jobs(model, device, batch, prompt, keys))
+
+
+def begin_attention(model: Any) -> None:
+    """Start compiling what takes longest before a model is converted. If it then keeps its own attention, the seconds
+    of a thread are lost."""
+    device = _device(model)
+    if device is not None and model.dtype != torch.float32 and (sizes := _heads(model)):
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):
+            shapes = [("attention", {**sizes, "padded": False})]
+            ahead.start(warmup.jobs(rows=_QUERIES[:2], shapes=shapes, device=device, dtype=model.dtype))
+
+
+def _device(model: Any) -> torch.device | None:
+    """The one GPU that a model is on, in a dtype that kernels take."""
     devices = {parameter.device for parameter in model.parameters()}
-    if len(devices) != 1 or model.dtype not in _FLOATS or (device := devices.pop()).type != "cuda":
-        return
-    # Where there is no memory to try an op in, the first call compiles what it needs.
-    with contextlib.suppress(torch.cuda.OutOfMemoryError):
-        _begin(model, device, batch, prompt, keys)
+    if len(devices) != 1 or model.dtype not in _FLOATS:
+        return None
+    device = devices.pop()
+    return device if device.type == "cuda" else None
 
 
-def _begin(model: Any, device: torch.device, batch: int, prompt: int | None, keys: int | None) -> None:
+def _jobs(model: Any, device: torch.device, batch: int, prompt: int | None, keys: int | None) -> list[ahead.Job]:
+    """What is compiled, in this order: what the first short request needs, then what others do."""
     dtype = model.dtype
-    lengths = _QUERIES if prompt is None else (1, max(1, min(prompt, _MOST // batch)))
+
+    def jobs(rows: tuple[int, ...], shapes: Iterable[warmup.Shape]) -> list[ahead.Job]:
+        return warmup.jobs(rows=rows, shapes=shapes, device=device, dtype=dtype)
+
+    lengths = _QUERIES if prompt is None else (max(1, min(prompt, _MOST // batch)), 1)
+    found: list[ahead.Job] = []
+    later: list[ahead.Job] = []
     for kind, sizes, rows in _shapes(model, batch):  # attention takes longest: first
-        warmup.begin(rows=lengths if rows is None else (rows,), shapes=[(kind, sizes)], device=device, dtype=dtype)
+        if rows is None:
+            sizes = sizes | {"padded": False}
+            found += jobs(lengths[:2], [(kind, sizes)])
+            later += jobs(lengths[2:], [(kind, sizes)])
+            if batch > 1:
+                later += jobs(lengths[:2], [(kind, sizes | {"padded": True})])
+        else:
+            found += jobs((rows,), [(kind, sizes)])
     step = plan(model)
     fused = isinstance(step, FusedStep) and step.serves(batch)
     if keys is None:  # products are tried on memory of their size: not before the model is used
         small = {(k, *sorted(s.items())): (k, s) for k, s in _of_modules(model) if k.endswith(("_norm", "_mlp"))}
-        warmup.begin(rows=(1,), shapes=small.values(), device=device, dtype=dtype)
+        found += jobs((1,), small.values())
     else:
-        many = min(batch * lengths[-1], _MOST_ROWS)
-        warmup.begin(rows=(batch, many), shapes=_of_modules(model), device=device, dtype=dtype)
+        found += jobs((batch, min(batch * lengths[0], _MOST_ROWS)), _of_modules(model))
         sizes = _attention(model)
         if sizes and not fused:
             window = getattr(model.config.get_text_config(decoder=True), "sliding_window", None) or 0
-            sizes |= {"keys": keys, "window": window}
-            warmup.begin(rows=(batch,), shapes=[("decode_attention", sizes)], device=device, dtype=dtype)
+            found += jobs((batch,), [("decode_attention", sizes | {"keys": keys, "window": window})])
     if isinstance(step, FusedStep) and fused:
         heads = step.structure.layers[0].heads
         cache = torch.empty(batch, heads.kv, 128, heads.size, dtype=dtype, device=device)
         target = architecture(cache.get_device())
-        ahead.start(partial(kernel.compile_ahead, target) for kernel in step.kernels(batch, (cache, cache)))
+        found += [partial(kernel.compile_ahead, target) for kernel in step.kernels(batch, (cache, cache))]
+    return found + later
 
 
 def ops(model: Any) -> list[warmup.Shape]:
@@ -79,20 +111,27 @@ def _shapes(model: Any, batch: int) -> list[tuple[str, dict[str, Any], int | Non
     """Ops, their sizes, and their rows (None: of a prompt)."""
     vocab = model.config.get_text_config(decoder=True).vocab_size
     found: list[tuple[str, dict[str, Any], int | None]] = []
-    if sizes := _attention(model):
-        kv = sizes.pop("kv_heads")
-        found.append(("attention", {**sizes, "heads_kv": kv, "d_v": sizes["d"], "batch": batch}, None))
+    if _attention(model):
+        found.append(("attention", _heads(model) | {"batch": batch}, None))
     return [*found, *(("next_token", {"vocab": vocab, "pads": pads}, batch) for pads in (False, True))]
 
 
 def _attention(model: Any) -> dict[str, Any]:
     """Heads and their size, where attention goes through transformers' interface to ours; else nothing."""
+    sizes, config = _heads(model), model.config.get_text_config(decoder=True)
+    if not sizes or getattr(config, "_attn_implementation", None) != _IMPLEMENTATION:
+        return {}
+    return {"heads": sizes["heads"], "kv_heads": sizes["heads_kv"], "d": sizes["d"]}
+
+
+def _heads(model: Any) -> dict[str, Any]:
+    """Heads and their size, where a config tells them."""
     config = model.config.get_text_config(decoder=True)
     heads, width = (getattr(config, name, None) for name in ("num_attention_heads", "hidden_size"))
-    if not heads or not width or getattr(config, "_attn_implementation", None) != _IMPLEMENTATION:
+    if not isinstance(heads, int) or not isinstance(width, int) or heads < 1:
         return {}
-    return {
-        "heads": heads,
-        "kv_heads": getattr(config, "num_key_value_heads", None) or heads,
-        "d": getattr(config, "head_dim", None) or width // heads,
-    }
+    kv = getattr(config, "num_key_value_heads", None) or heads
+    d = getattr(config, "head_dim", None) or width // heads
+    if not isinstance(kv, int) or heads % kv or not isinstance(d, int) or d < 1:
+        return {}
+    return {"heads": heads, "heads_kv": kv, "d": d, "d_v": d}

@@ -174,8 +174,10 @@ def _check(
 def _warm(
     device: torch.device, dtype: torch.dtype, rows: int, heads: int, heads_kv: int, d: int, d_v: int, batch: int = 1,
     causal: bool = True, window: int | None = None, scale: float | None = None, backward: bool = False,
+    padded: bool = True,
 ) -> None:  # fmt: skip
-    """So many sequences of so many rows, as they are and with padding; window: keys that a query sees, its own too."""
+    """So many sequences of so many rows, as they are and, if padded, with padding; window: keys that a query sees, its
+    own too."""
     shapes = (batch, rows, heads, d), (batch, rows, heads_kv, d), (batch, rows, heads_kv, d_v)
     q, k, v = (torch.zeros(shape, dtype=dtype, device=device, requires_grad=backward) for shape in shapes)
     real = torch.tensor([[0, rows]] * batch, dtype=torch.int32, device=device)
@@ -183,7 +185,7 @@ def _warm(
     options: dict[str, Any] = {"causal": causal and rows > 1, "scale": scale}
     options["window"] = None if window is None else (window - 1, -1)
     with torch.set_grad_enabled(backward):
-        for ranges in (None, real):
+        for ranges in (None, real) if padded else (None,):
             out = attention(q, k, v, q_range=ranges, k_range=ranges, **options)
             if backward:
                 torch.autograd.grad(out, (q, k, v), torch.zeros_like(out))  # type: ignore[arg-type]

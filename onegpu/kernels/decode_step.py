@@ -38,9 +38,10 @@ ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
 class Part(NamedTuple):
     """Rows of a matrix as they are stored.
 
-    weight: 16-bit or float32 ``[N, K]``, int8 ``[N, K]``, or packed codes ``[N * K / 2, 1]``. scales: None; the row
-    maxima float32 ``[N]``; float32 ``[N * K / blocksize]``, or uint8 codes of them if `nested` (float32, one per 256)
-    and `offset` (float32 scalar) are set. bias: ``[N]`` in the activations' dtype.
+    weight: 16-bit or float32 ``[N, K]`` (``[K, N]`` in a transposed matrix), int8 ``[N, K]``, or packed codes
+    ``[N * K / 2, 1]``. scales: None; the row maxima float32 ``[N]``; float32 ``[N * K / blocksize]``, or uint8 codes of
+    them if `nested` (float32, one per 256) and `offset` (float32 scalar) are set. bias: ``[N]`` in the activations'
+    dtype.
     """
 
     rows: int
@@ -52,12 +53,16 @@ class Part(NamedTuple):
 
 
 class Matrix(NamedTuple):
-    """Up to three parts below one another, which share K and the format: "16bit", "int8", "nf4" or "fp4"."""
+    """Up to three parts below one another, which share K and the format: "16bit", "int8", "nf4" or "fp4".
+
+    transposed: one part of 16 bits that is stored as ``[K, N]``.
+    """
 
     format: str
     columns: int
     parts: tuple[Part, ...]
     blocksize: int = 64
+    transposed: bool = False
 
     @property
     def rows(self) -> int:
@@ -75,7 +80,7 @@ class Matrix(NamedTuple):
 
     def _dense(self, part: Part) -> torch.Tensor:
         if self.format == "16bit":
-            return part.weight.float()
+            return part.weight.float().t() if self.transposed else part.weight.float()
         assert part.scales is not None
         if self.format == "int8":
             return dequantize_rows(part.weight, part.scales, torch.float32)

@@ -1,4 +1,4 @@
-"""Launches the kernels of decode_step_{input, product, attention, embed}.cu; the ops are in decode_step.py.
+"""Launches the kernels of decode_step_{input, product, transposed, attention, embed}.cu; the ops are in decode_step.py.
 
 A block an SM, in every kernel of the chain, and more than half of an SM's shared memory for each: where two blocks fit,
 blocks of a kernel that starts early gather on the SMs that are free first, and the others idle (measured on an H100:
@@ -82,14 +82,8 @@ _FEWEST = 3  # slots
 def shape(form: str, rows: int, columns: int, nested: bool) -> Shape | None:
     """The layout for a product; None if x does not fit into shared memory."""
     best = LAYOUTS[form]
-    tried = []
-    if rows <= OWN_ROWS and form in OWN:
-        own = OWN[form]
-        tried = [
-            own._replace(slots=slots, table_shift=shift)
-            for shift in range(own.table_shift, 6, -1)
-            for slots in range(own.slots, 1, -1)
-        ]
+    own = OWN.get(form) if rows <= OWN_ROWS else None
+    tried = [own, own._replace(slots=2, table_shift=7)] if own else []
     tried += [best._replace(slots=slots) for slots in range(best.slots, _FEWEST - 1, -1)]
     for warps, width in ((16, 1024), (16, 512), (8, 512), (8, 256)):
         if width < best.width:
@@ -107,6 +101,23 @@ def windows(form: str, rows: int, columns: int, nested: bool) -> tuple[tuple[int
         if all(size and shape(form, rows, size, nested) is not None for _, size in found):
             return found
     return ()
+
+
+def fits(matrix: Matrix, rows: int, cut: bool = False) -> bool:
+    """Whether a product has room for x in shared memory. cut: it may take a window of x after the other."""
+    if matrix.transposed:
+        return len(matrix.parts) == 1 and matrix.rows % _STRIP == 0 and _room(rows, matrix.columns) <= _WHOLE
+    asked = matrix.format, rows, matrix.columns, matrix.parts[0].nested is not None
+    return bool(windows(*asked)) if cut else shape(*asked) is not None
+
+
+_STRIP, _WARPS = 32, 16  # of decode_step_transposed.cu
+
+
+def _room(rows: int, columns: int) -> int:
+    """Bytes of shared memory of decode_step_transposed.cu: x, sums, shares of the norm."""
+    pitch = -(-columns * 2 // 128) * 128 + 64
+    return rows * pitch + 4 * (_WARPS * _STRIP * rows + (5 * rows + 1) * _WARPS + rows)
 
 
 def product(
@@ -127,6 +138,14 @@ def product(
     following: the matrix whose first rows are sent for when all of this one's have been.
     """
     rows, columns = len(out), matrix.columns
+    too_many = bad_argument(
+        "rows", rows, f"is too many: x of {columns} columns does not fit into shared memory", "Use fewer rows"
+    )
+    if matrix.transposed:
+        if not fits(matrix, rows):
+            raise too_many
+        _transposed(x, matrix, sink, out, act, pdl, following)
+        return
     nested = matrix.parts[0].nested is not None
     whole = not isinstance(x, torch.Tensor) or sink not in ("add", "store") or cap or fixed
     cut = ((0, columns),) if whole else windows(matrix.format, rows, columns, nested)
@@ -138,9 +157,7 @@ def product(
         coming = following if sum(window) == columns else None
         _product(found, window, x, matrix, sink if window[0] == 0 else "add", out, act, also, cap, pdl, coming)
     if not cut:
-        raise bad_argument(
-            "rows", rows, f"is too many: x of {columns} columns does not fit into shared memory", "Use fewer rows"
-        )
+        raise too_many
 
 
 def _product(
@@ -156,23 +173,16 @@ def _product(
     pdl: bool,
     following: Matrix | None,
 ) -> None:
-    stream, attended = (x if isinstance(x, Stream) else None), (x if isinstance(x, Attended) else None)
-    read = x.h if isinstance(x, Stream) else x.values if isinstance(x, Attended) else x
-    rows, columns = len(read), matrix.columns
+    read = _read(x)
+    rows, columns = len(out), matrix.columns
     nested = matrix.parts[0].nested is not None
-    dtype = stream.dtype if stream else read.dtype
-    inner, outer, added, to = (stream.norm, stream.outer, stream.added, stream.to) if stream else (None,) * 4
-    splits, size = (attended.sums.shape[2], attended.values.shape[3]) if attended else (1, 64)
     bulk = _FORMATS[matrix.format] == 2 and not nested and matrix.blocksize == 64 and columns % 256 == 0
     bulk = bulk and not any(part.scales.data_ptr() % 16 for part in matrix.parts if part.scales is not None)
     kernel = _kernel("product").variant(
         None, **_COMMON | {"NESTED": int(nested), "FP4": int(matrix.format == "fp4"), "TABLE_SHIFT": found.table_shift},
-        FMT=_FORMATS[matrix.format], BF16=int(dtype == torch.bfloat16), M=rows, K=window[1], KS=columns,
-        WARPS=found.all_warps, SLOTS=found.slots, CB=found.width, TG=found.group(rows), OWN=int(found.own),
-        BULK=int(bulk and not found.own),
-        SOURCE=0 if stream else 1 if attended else 2, NORM=_kind(inner),
-        OUTER=0 if outer is None else 1 if added is None else 2, OUTER_NORM=_kind(outer),
-        SINK=_SINKS[sink], SPLITS=splits, HD=size, ACT=ACTIVATIONS.index(act),
+        FMT=_FORMATS[matrix.format], M=rows, K=window[1], KS=columns, WARPS=found.all_warps, SLOTS=found.slots,
+        CB=found.width, TG=found.group(rows), OWN=int(found.own), BULK=int(bulk and not found.own),
+        SINK=_SINKS[sink], ACT=ACTIVATIONS.index(act), **read.constants,
     )  # fmt: skip
     if _collected(kernel):
         return
@@ -189,13 +199,58 @@ def _product(
     counts = [0 if part is None else part.rows for part in parts]
     blocks = matrix.blocksize.bit_length() - 7  # log2 of how many 64 columns share a scale
     shared = max(found.shared(matrix.format, rows, window[1], nested), _ALONE)
-    norms = [(0.0, 0.0) if norm is None else (norm.eps, norm.one) for norm in (inner, outer)]
     weights, numbers = _following(following, AHEAD)
     kernel(
-        (multiprocessors(out.get_device()),), 32 * found.all_warps, shared,
-        *pointers, table, *_weights(inner), *_weights(outer), read, attended.sums if attended else None, added, to, out,
-        also, *weights, *counts, blocks, window[0], *numbers, *norms[0], *norms[1], cap, pdl=pdl,
+        (multiprocessors(out.get_device()),), 32 * found.all_warps, shared, *pointers, table, *read.tensors, out, also,
+        *weights, *counts, blocks, window[0], *numbers, *read.numbers, cap, pdl=pdl,
     )  # fmt: skip
+
+
+def _transposed(
+    x: Stream | Attended | torch.Tensor,
+    matrix: Matrix,
+    sink: str,
+    out: torch.Tensor,
+    act: str,
+    pdl: bool,
+    following: Matrix | None,
+) -> None:
+    """One launch of decode_step_transposed.cu."""
+    read, rows, columns = _read(x), len(out), matrix.columns
+    kernel = _kernel("transposed").variant(
+        None, **_COMMON, FMT=0, CB=64, M=rows, K=columns, KS=columns, WARPS=_WARPS, SINK=_SINKS[sink],
+        ACT=ACTIVATIONS.index(act), **read.constants,
+    )  # fmt: skip
+    if _collected(kernel):
+        return
+    weights, numbers = _following(following, AHEAD)
+    kernel(
+        (multiprocessors(out.get_device()),), 32 * _WARPS, max(_room(rows, columns), _ALONE), matrix.parts[0].weight,
+        matrix.parts[0].bias, *read.tensors, out, *weights, matrix.rows, *numbers, *read.numbers, pdl=pdl,
+    )  # fmt: skip
+
+
+class _Read(NamedTuple):
+    """What decode_step_input.cu is told of x: macros, pointers, and of each norm the epsilon and what gains lack."""
+
+    constants: dict[str, int]
+    tensors: tuple[torch.Tensor | None, ...]
+    numbers: tuple[float, ...]
+
+
+def _read(x: Stream | Attended | torch.Tensor) -> _Read:
+    if isinstance(x, Stream):
+        outer = 0 if x.outer is None else 1 if x.added is None else 2
+        constants = {"SOURCE": 0, "NORM": _kind(x.norm), "OUTER": outer, "OUTER_NORM": _kind(x.outer)}
+        norms = [(0.0, 0.0) if norm is None else (norm.eps, norm.one) for norm in (x.norm, x.outer)]
+        numbers, bf16 = (*norms[0], *norms[1]), x.dtype == torch.bfloat16
+        tensors = (*_weights(x.norm), *_weights(x.outer), x.h, None, x.added, x.to)
+        return _Read(constants | {"SPLITS": 1, "HD": 64, "BF16": int(bf16)}, tensors, numbers)
+    values, sums = (x.values, x.sums) if isinstance(x, Attended) else (x, None)
+    splits, size = (x.sums.shape[2], x.values.shape[3]) if isinstance(x, Attended) else (1, 64)
+    constants = {"SOURCE": 2 if sums is None else 1, "NORM": 0, "OUTER": 0, "OUTER_NORM": 0, "SPLITS": splits}
+    constants |= {"HD": size, "BF16": int(values.dtype == torch.bfloat16)}
+    return _Read(constants, (None,) * 4 + (values, sums, None, None), (0.0,) * 4)
 
 
 def _kind(norm: Norm | None) -> int:
@@ -326,6 +381,7 @@ def _collected(kernel: CudaKernel) -> bool:
 
 _KERNELS = {
     "product": ("product", "P" * 29 + "i" * 11 + "fffff"),
+    "transposed": ("transposed_product", "P" * 14 + "i" * 7 + "ffff"),
     "attention": ("attend", "P" * 15 + "i" * 11 + "ffffff"),
     "embed": ("embed", "PPPPPPPqqiiifff"),
 }
@@ -333,7 +389,7 @@ _KERNELS = {
 
 def source(kind: str) -> str:
     """The whole text of a kernel of `_KERNELS`."""
-    files = ["decode_step_input.cu"] * (kind == "product") + [f"decode_step_{kind}.cu"]
+    files = ["decode_step_input.cu"] * (kind in ("product", "transposed")) + [f"decode_step_{kind}.cu"]
     return "".join(map(source_text, ["few_rows_common.cu", "decode_step_common.cu", *files]))
 
 

@@ -17,6 +17,12 @@ constexpr int BATCH = PER >= LIVE ? 1 : M < LIVE / PER ? M : LIVE / PER;  // row
 constexpr int SHARES = 5 * M * WARPS + WARPS;                          // five values a row and warp; a warp's largest bias
 
 DEVICE float tanh_(float x) { return 1.f - 2.f / (exp2_(2.f * LOG2E * x) + 1.f); }
+DEVICE float activated(float x) {
+  if (ACT == 0) return x / (1.f + exp2_(-LOG2E * x));
+  if (ACT == 3) return x < 0.f ? 0.f : x;                                // NaN stays
+  if (ACT == 1) { float z = 0.7978845608028654f * fmaf(0.044715f * x * x, x, x); return x / (1.f + exp2_(-2.f * LOG2E * z)); }
+  return 0.5f * x * (1.f + erff(x * 0.7071067811865476f));
+}
 DEVICE float4 four(float2 p) {
   u32 a = __float_as_uint(p.x), b = __float_as_uint(p.y);
   return make_float4(value((u16)a), value((u16)(a >> 16)), value((u16)b), value((u16)(b >> 16)));

@@ -29,13 +29,6 @@ static_assert(TG * 16 * M <= CONSUMERS * 32, "a thread finishes one sum");
 
 struct Part { const u8* w; const void* absmax; const float *nested, *offset; const u16* bias; };
 
-DEVICE float activated(float x) {
-  if (ACT == 0) return x / (1.f + exp2_(-LOG2E * x));
-  if (ACT == 3) return x < 0.f ? 0.f : x;                                // NaN stays
-  if (ACT == 1) { float z = 0.7978845608028654f * fmaf(0.044715f * x * x, x, x); return x / (1.f + exp2_(-2.f * LOG2E * z)); }
-  return 0.5f * x * (1.f + erff(x * 0.7071067811865476f));
-}
-
 __global__ void __launch_bounds__(THREADS, 1)
 product(const u8* w0, const u8* w1, const u8* w2, const void* absmax0, const void* absmax1, const void* absmax2,
         const float* nested0, const float* nested1, const float* nested2, const float* offset0, const float* offset1, const float* offset2,

@@ -99,7 +99,12 @@ class CudaKernel:
             pdl: programmatic dependent launch: the kernel may start before the one in front of it has ended, and must
                 wait for it itself (``griddepcontrol.wait``).
         """
-        device = args[self._first].get_device()
+        first = args[self._first]
+        if first is None:
+            first = next(
+                arg for arg, is_tensor in zip(args, self._tensors, strict=False) if is_tensor and arg is not None
+            )
+        device = first.get_device()
         if device != current_device():
             if device < 0:
                 raise not_on_cuda(self.op)

@@ -6,6 +6,8 @@ the machine; here a tuple of what matters is the key, and the driver is called d
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -24,6 +26,9 @@ _KIND = {
 }  # fmt: skip
 _CONSTANT = "constexpr"
 _TF32 = 11  # CU_TENSOR_MAP_DATA_TYPE_TFLOAT32
+# Held while Triton hashes its own files and the kernel's, and while its front end runs: that is Python, and where many
+# threads want its lock, the program's own thread gets a turn of microseconds for each of milliseconds of theirs.
+_TURN = threading.Lock()
 
 
 _TENSORS: set[type] = {torch.Tensor, torch.nn.Parameter}  # and subclasses that were met: isinstance is slow for those
@@ -295,8 +300,17 @@ class TritonKernel:
         known = vars(make_backend(target).parse_options(dict(options)))
         if not options.keys() <= known.keys():
             raise KernelError(f"{self.op} has no constant or option {', '.join(options.keys() - known.keys())}")
-        source = source_kind(self.function, signature, fixed, hints)
-        return compile(source, target=target, options=options), kept
+        with contextlib.ExitStack() as turn:
+            turn.enter_context(_TURN)
+
+            class Source(source_kind):  # type: ignore[misc]
+                def make_ir(self, *args: Any, **kwargs: Any) -> Any:
+                    try:
+                        return super().make_ir(*args, **kwargs)
+                    finally:
+                        turn.close()  # what follows is not Python
+
+            return compile(Source(self.function, signature, fixed, hints), target=target, options=options), kept
 
 
 def _capability(device: int) -> int:

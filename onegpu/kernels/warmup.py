@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import torch
@@ -68,7 +67,7 @@ def warmup(
     """
     runs = _runs(model, rows, shapes, device, dtype)
     start = time.perf_counter()
-    for done in _begin(runs):
+    for done in ahead.start(_jobs(runs)):
         done.result()
     seconds = {"compiling, in threads": time.perf_counter() - start} if runs else {}
     for name, place, run in runs:
@@ -91,17 +90,29 @@ def begin(
 
     The first call of each kind then waits for what is still under way.
     """
-    _begin(_runs(model, rows, shapes, device, dtype))
+    ahead.start(jobs(model, rows=rows, shapes=shapes, device=device, dtype=dtype))
+
+
+def jobs(
+    model: torch.nn.Module | None = None,
+    *,
+    rows: Sequence[int] = (1,),
+    shapes: Iterable[Shape] = (),
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> list[ahead.Job]:
+    """What `begin` would hand to `ahead.start`."""
+    return _jobs(_runs(model, rows, shapes, device, dtype))
 
 
 _Run = tuple[str, torch.device, Callable[[], None]]
 
 
-def _begin(runs: list[_Run]) -> list[Future[Any]]:
-    with ahead.collecting() as jobs:
+def _jobs(runs: list[_Run]) -> list[ahead.Job]:
+    with ahead.collecting() as found:
         for _, _, run in runs:
             run()
-    return ahead.start(jobs)
+    return found
 
 
 def _runs(

@@ -10,7 +10,7 @@ from torch import nn
 from onegpu.kernels.gated_mlp import ACTIVATIONS, gated_mlp
 from onegpu.nn.stand_in import bare, stand_in
 
-_CHILDREN = {"gate_proj", "up_proj", "down_proj"}
+CHILDREN = {"gate_proj", "up_proj", "down_proj"}
 
 
 class GatedMLP(nn.Module):
@@ -50,7 +50,7 @@ class GatedMLP(nn.Module):
 
 def is_gated(module: nn.Module) -> bool:
     """Gate, up and down, and a function between them."""
-    return module._modules.keys() >= _CHILDREN and callable(getattr(module, "act_fn", None))
+    return module._modules.keys() >= CHILDREN and callable(getattr(module, "act_fn", None))
 
 
 def activation_of(module: Any) -> str | None:
@@ -58,7 +58,7 @@ def activation_of(module: Any) -> str | None:
 
     Whatever the sizes, devices and kinds of its layers: a copy with small ones is run on the CPU.
     """
-    if not bare(module) or module._modules.keys() - {"act_fn"} != _CHILDREN or module._parameters or module._buffers:
+    if not bare(module) or module._modules.keys() - {"act_fn"} != CHILDREN or module._parameters or module._buffers:
         return None
     names = list(ACTIVATIONS)
     for dtype in (torch.float32, torch.bfloat16):

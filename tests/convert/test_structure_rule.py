@@ -102,6 +102,30 @@ def test_what_was_left_and_why():
     ]
 
 
+def test_layers_that_differ_in_more_than_tensors_are_asked_each(monkeypatch):
+    from onegpu.convert import structure_rule
+
+    asked = []
+    for name in ("form_of", "activation_of"):
+        probe = getattr(structure_rule, name)
+        monkeypatch.setattr(structure_rule, name, lambda m, probe=probe: asked.append(m) or probe(m))
+    model = model_of("llama")
+    first, second = model.model.layers
+    optimize(model)
+    assert len(asked) == 2
+    restore(model)
+    asked.clear()
+    second.input_layernorm.variance_epsilon = 0.5  # another number, another function, another method
+    first.mlp.act_fn = nn.GELU(approximate="tanh")
+    first.post_attention_layernorm.forward = lambda x: x
+    optimize(model)
+    assert len(asked) == 5
+    assert second.input_layernorm.eps == 0.5
+    assert (first.mlp.activation, second.mlp.activation) == ("gelu_tanh", "silu")
+    assert not isinstance(first.post_attention_layernorm, RMSNorm)
+    assert isinstance(second.post_attention_layernorm, RMSNorm)
+
+
 def test_applying_twice_changes_nothing_more():
     model = tiny_model("llama")
     assert apply(model).swapped and not apply(model).changes

@@ -86,8 +86,14 @@ def test_linear_layers() -> None:
     assert part.weight.data_ptr() == falcon.weight.data_ptr()
     three = Modules(TABLE).matrix(nn.Linear(32, 8), nn.Linear(32, 16, bias=False), nn.Linear(32, 8))
     assert (three.rows, three.columns, [part.rows for part in three.parts]) == (32, 32, [8, 16, 8])
+    conv = transformers.pytorch_utils.Conv1D(8, 32)
+    found, x = Modules(TABLE).matrix(conv), torch.randn(3, 32)
+    assert (found.rows, found.columns, found.transposed) == (8, 32, True)
+    torch.testing.assert_close(found.multiply(x), conv(x))
+    with pytest.raises(Declined, match="one product"):
+        Modules(TABLE).matrix(conv, conv)
     for other, reason in (
-        (Twice(32, 8), "Twice"), (transformers.pytorch_utils.Conv1D(8, 32), "Conv1D"), (nn.Bilinear(2, 3, 4), "linear"),
+        (Twice(32, 8), "Twice"), (nn.Bilinear(2, 3, 4), "linear"),
         (nn.Linear(32, 8).double(), "dtypes"), (LinearNF4(32, 8), "not quantised"),
     ):  # fmt: skip
         with pytest.raises(Declined, match=reason):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -37,11 +39,51 @@ def test_other_attention_is_not_compiled() -> None:
     assert [kind for kind, _, _ in prepare._shapes(_llama(), 1)] == ["next_token", "next_token"]
 
 
+def test_heads_are_taken_from_configs_that_tell_them() -> None:
+    model = _llama()
+    assert prepare._heads(model) == {"heads": 5, "heads_kv": 5, "d": 64, "d_v": 64}
+    for name, value in (("num_attention_heads", [5, 5]), ("num_key_value_heads", 2), ("head_dim", [64])):
+        other = _llama()
+        other.config.__dict__[name] = value
+        assert prepare._heads(other) == {}
+
+
 def test_nothing_happens_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ahead, "start", lambda jobs: pytest.fail("started"))
     model = _llama()
+    prepare.begin_attention(model)
     onegpu.optimize(model)
     prepare.begin(model, 1, 5, 128)
+
+
+def test_what_a_first_short_request_needs_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    def jobs(rows: Any, shapes: Any, device: Any, dtype: Any) -> list[Any]:
+        assert device == torch.device("cuda:0") and dtype == torch.bfloat16
+        return [(kind, sizes.get("padded"), row) for kind, sizes in shapes for row in rows]
+
+    started: list[Any] = []
+    monkeypatch.setattr(prepare, "_device", lambda model: torch.device("cuda:0"))
+    monkeypatch.setattr(prepare, "plan", lambda model: "not here")
+    monkeypatch.setattr(warmup, "jobs", jobs)
+    monkeypatch.setattr(ahead, "start", started.extend)
+    model = _llama()
+    prepare.begin_attention(model)
+    assert started == [("attention", False, 128), ("attention", False, 1)]
+    monkeypatch.undo()
+    onegpu.optimize(model)
+    monkeypatch.setattr(prepare, "_device", lambda model: torch.device("cuda:0"))
+    monkeypatch.setattr(prepare, "plan", lambda model: "not here")
+    monkeypatch.setattr(warmup, "jobs", jobs)
+    found: list[Any] = []
+    monkeypatch.setattr(ahead, "start", found.extend)
+    prepare.begin(model)
+    assert found[:2] == started and found[-1] == ("attention", False, 1024)
+    assert {kind for kind, _, _ in found[2:-1]} == {"next_token", "rms_norm", "gated_mlp"}
+    found.clear()
+    prepare.begin(model, 4, 300, 512)  # padding is likely in a batch, but not certain
+    assert found[:2] == [("attention", False, 300), ("attention", False, 1)]
+    assert found[-2:] == [("attention", True, 300), ("attention", True, 1)]
+    assert ("decode_attention", None, 4) in found
 
 
 @pytest.mark.gpu
@@ -61,7 +103,8 @@ def test_what_is_begun_is_what_is_launched(quantize: str | None) -> None:
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
     assert out.shape == (1, 148) and model.generate.report.loop == "captured"
     assert model.generate.report.compile_s > 0 and len(model.generate.engine.prepared) == 1
-    # All was guessed right, but that of two choices of a token, with padding and without, one was taken.
+    # All was guessed right, what was begun before the conversion too, but that of two choices of a token, with padding
+    # and without, one was taken.
     assert {op for op, _ in begun() - before} <= {"take_kernel"}
     again = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
     assert torch.equal(again, out) and model.generate.report.compile_s == 0

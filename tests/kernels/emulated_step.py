@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import re
 import shutil
@@ -50,31 +51,34 @@ class Emulated:
         _library(self.kind, self.constants).emulate(grid[0], block, ctypes.c_long(shared), *values)
 
 
+_COMPILE = ("g++", "-std=c++20", "-O1", "-w", "-fPIC")
+
+
+@cache
+def _header() -> Path:
+    """The emulator, compiled once for all kernels."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    made = folder / "emulator.h"
+    made.write_text(f'#include "{Path(__file__).parent}/emulator_step.h"\n')
+    subprocess.run([*_COMPILE, "-x", "c++-header", "-o", f"{made}.gch", made], check=True)
+    return made
+
+
 @cache
 def _library(kind: str, constants: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
     name = decode_step_cuda._KERNELS[kind][0]
-    folder, here = Path(tempfile.mkdtemp()), Path(__file__).parent
+    folder = Path(tempfile.mkdtemp())
     text = decode_step_cuda.source(kind)
     found = re.search(rf"\n{name}\(([^)]*)\)", text)
     assert found is not None
     names = ", ".join(re.findall(r"(\w+)(?:,|$)", found[1]))
     head = "".join(f"#define {key} {value}\n" for key, value in constants)
-    whole = f'#include "{here}/emulator_step.h"\n{head}' + text
+    whole = f'#include "{_header()}"\n{head}' + text
     whole += f'extern "C" void emulate(int grid, int block, long shared, {found[1]}) '
     whole += f"{{ run_grid(grid, block, 1, shared, [=] {{ {name}({names}); }}); }}"
     (folder / "kernel.cpp").write_text(whole)
-    command = [
-        "g++",
-        "-std=c++20",
-        "-O1",
-        "-w",
-        "-shared",
-        "-fPIC",
-        "-o",
-        f"{folder}/kernel.so",
-        f"{folder}/kernel.cpp",
-    ]
-    subprocess.run(command, check=True)
+    subprocess.run([*_COMPILE, "-shared", "-o", folder / "kernel.so", folder / "kernel.cpp"], check=True)
     library = ctypes.CDLL(f"{folder}/kernel.so")
     shutil.rmtree(folder)
     return library

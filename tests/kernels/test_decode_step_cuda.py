@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,11 +13,14 @@ import torch
 from benchmarks.case import Context
 from benchmarks.cases import fused_structures
 from onegpu.engine.fused_step import FusedStep
+from onegpu.engine.fused_structure import Structure, read
 from onegpu.errors import ArgumentError, KernelError
 from onegpu.kernels import decode_step as ops
 from onegpu.kernels import decode_step_cuda as gpu
 from onegpu.kernels import driver, launch, nvrtc
-from tests.decode_structures import caches, matrix, structure
+from tests.decode_models import STRUCTURES, decoder
+from tests.decode_structures import caches, matrix, moved, structure
+from tests.fake_driver import FakeDriver
 from tests.kernels import machine_code
 from tests.kernels.emulated_step import emulate
 from tests.nvrtc_tools import needs_nvrtc
@@ -128,17 +132,7 @@ class Compiled:
 KERNEL = gpu._kernel
 
 
-@needs_nvrtc
-@pytest.mark.parametrize(("form", "rows"), [("16bit", 2), ("int8", 1), ("nf4", 1)])
-def test_no_registers_spill_and_no_copy_is_encoded_wrongly(
-    form: str, rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ops, "_on_gpu", lambda _: True)
-    monkeypatch.setattr(gpu, "_kernel", Compiled)
-    monkeypatch.setattr(gpu, "multiprocessors", lambda _: 132)
-    monkeypatch.setattr(Compiled, "made", {})
-    found, at = structure(form, layers=1, nested=form == "nf4", norms=form == "nf4"), torch.tensor([3])
-    FusedStep(found)(torch.zeros(rows, 1, dtype=torch.int64), at, at, caches(found, rows, 64))
+def assert_compiled_well() -> None:
     assert len(Compiled.made) >= 6
     for constants, code in Compiled.made.items():
         attention = dict(constants).get("STAGES") is not None  # the cosine of a large angle has 28 bytes there
@@ -147,26 +141,105 @@ def test_no_registers_spill_and_no_copy_is_encoded_wrongly(
         assert machine_code.static_shared(code) - 1024 <= 232448 - gpu._WHOLE, constants  # 1 KiB is the system's
 
 
-@needs_nvrtc
-@pytest.mark.parametrize("what", ["Falcon-7B, nf4", "Gemma-2-9B, 16bit"])
-def test_no_registers_spill_in_other_models(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "_on_gpu", lambda _: True)
     monkeypatch.setattr(gpu, "_kernel", Compiled)
     monkeypatch.setattr(gpu, "multiprocessors", lambda _: 132)
     monkeypatch.setattr(Compiled, "made", {})
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(("form", "rows"), [("16bit", 2), ("int8", 1), ("nf4", 1)])
+@pytest.mark.usefixtures("made")
+def test_no_registers_spill_and_no_copy_is_encoded_wrongly(form: str, rows: int) -> None:
+    found, at = structure(form, layers=1, nested=form == "nf4", norms=form == "nf4"), torch.tensor([3])
+    FusedStep(found)(torch.zeros(rows, 1, dtype=torch.int64), at, at, caches(found, rows, 64))
+    assert_compiled_well()
+
+
+def shapes(what: str) -> tuple[Structure, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Two layers of a benchmark's model, without memory, and their caches for one row."""
     name, form = what.split(", ")
-    found, at = (
-        fused_structures._structure(name, form, Context("meta")),
-        torch.empty(1, dtype=torch.int64, device="meta"),
-    )
-    found = dataclasses.replace(found, layers=found.layers[:2])
-    memory = [
-        (torch.empty(1, layer.heads.kv, 64, layer.heads.size, dtype=found.dtype, device="meta"),) * 2
-        for layer in found.layers
-    ]
+    found = fused_structures._structure(name, form, Context("meta"))
+    return without_memory(dataclasses.replace(found, layers=found.layers[:2]))
+
+
+def without_memory(found: Structure) -> tuple[Structure, list[tuple[torch.Tensor, torch.Tensor]]]:
+    found = moved(found, "meta")
+    sizes = [(layer.heads.kv, 64, layer.heads.size) for layer in found.layers]
+    return found, [(torch.empty(1, *size, dtype=found.dtype, device="meta"),) * 2 for size in sizes]
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("what", ["Falcon-7B, nf4", "Gemma-2-9B, 16bit"])
+@pytest.mark.usefixtures("made")
+def test_no_registers_spill_in_other_models(what: str) -> None:
+    (found, memory), at = shapes(what), torch.empty(1, dtype=torch.int64, device="meta")
     FusedStep(found)(at[:, None], at, at, memory)
-    assert len(Compiled.made) >= 6
-    for constants, code in Compiled.made.items():
-        attention = dict(constants).get("STAGES") is not None
-        assert machine_code.stack_bytes(code) <= 32 * attention, constants
-        assert machine_code.copies_with_a_uniform_base(code) == 0, constants
+    assert_compiled_well()
+
+
+@needs_nvrtc
+@pytest.mark.usefixtures("made")
+def test_no_registers_spill_over_weights_stored_by_columns() -> None:
+    """GPT-2 XL's up at 8 rows, and down of the small one at 16."""
+    for rows, columns, n, sink in ((8, 1600, 6400, "act"), (16, 3072, 768, "add")):
+        m = moved(matrix("transposed", (n,), columns, torch.bfloat16), "meta")
+        x = torch.empty(rows, columns, dtype=torch.bfloat16, device="meta")
+        norm = ops.Norm("layer", x[0], 1e-5, x[0])
+        entered = x if sink == "add" else ops.Stream(x.float(), x.dtype, norm)
+        ops.product(entered, m, sink, torch.empty(rows, n, device="meta"), act="gelu_tanh", following=m)
+    assert all(machine_code.stack_bytes(code) == 0 for code in Compiled.made.values())
+    assert len(Compiled.made) == 2
+
+
+def test_weights_stored_by_columns_that_do_not_fit() -> None:
+    m = moved(matrix("transposed", (1600,), 6400, torch.bfloat16), "meta")
+    assert gpu.fits(m, 8)
+    with pytest.raises(ArgumentError, match=r"rows=16.*shared memory"):
+        gpu.product(torch.empty(16, 6400, dtype=torch.bfloat16), m, "add", torch.empty(16, 1600))
+    assert not gpu.fits(moved(matrix("transposed", (48,), 64, torch.bfloat16), "meta"), 1)
+
+
+def steps_launches(
+    found: Structure, memory: list[tuple[torch.Tensor, torch.Tensor]], fake: FakeDriver, patched: pytest.MonkeyPatch
+) -> None:
+    """Everything between the ops and the driver, for each number of rows that the step says it serves."""
+    patched.setattr(ops, "_on_gpu", lambda _: True)
+    patched.setattr(gpu, "multiprocessors", lambda _: 132)
+    patched.setattr(gpu, "_kernel", cache(gpu._kernel.__wrapped__))
+    patched.setattr(gpu, "dynamic_map", lambda _: torch.empty(256, device="meta"))
+    patched.setattr(torch.Tensor, "get_device", lambda _: 0)
+    patched.setattr(launch, "check_parameters", lambda *_: None)
+    fake.sizes = []
+    step, served = FusedStep(found), 0
+    for rows in range(1, 17):
+        with pytest.MonkeyPatch.context() as there:
+            there.setattr(Structure, "device", torch.device("cuda"))
+            if not step.serves(rows):
+                continue
+        served, before, at = rows, len(fake.launches), torch.empty(rows, 1, dtype=torch.int64, device="meta")
+        step(at, at[0], at, [(k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1)) for k, v in memory])
+        assert len(fake.launches) - before >= 4 * len(found.layers) + 2
+    assert served >= 8
+    for seen in fake.launches:
+        assert seen.shared <= gpu._WHOLE
+        assert seen.block[0] <= 1024
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_a_driver_takes_every_launch(
+    name: str, fake: FakeDriver, compiled: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = read(decoder(name).to(torch.bfloat16))
+    assert (found.layers[0].both is not None) == (name == "falcon-7b")
+    steps_launches(*without_memory(found), fake, monkeypatch)
+
+
+@pytest.mark.parametrize("form", ["16bit", "int8", "nf4"])
+@pytest.mark.parametrize("name", fused_structures._SHAPES)
+def test_a_driver_takes_every_launch_of_large_models(
+    name: str, form: str, fake: FakeDriver, compiled: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps_launches(*shapes(f"{name}, {form}"), fake, monkeypatch)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 import struct
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from onegpu.errors import KernelError
-from onegpu.kernels import launch
+from onegpu.kernels import launch, triton_kernel
 from onegpu.kernels.driver import KINDS
 from onegpu.kernels.launch import triton_bind, triton_launch
 from tests.fake_driver import FakeDriver, on_gpu
@@ -146,6 +147,43 @@ def test_what_is_written_is_what_the_compiled_kernel_takes(fake: FakeDriver, cpu
         written = [KINDS[kind][1] for kind in made.packer.kinds]
         assert written == ptx_parameter_bytes(made.compiled.asm["ptx"]), made.packer.kinds
     assert not fake.launches
+
+
+@needs_triton
+def test_the_front_end_has_a_turn_and_the_rest_runs_beside_others(
+    fake: FakeDriver, cpu_compiled: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import triton
+    from triton.backends.nvidia.compiler import CUDABackend
+    from triton.compiler import ASTSource
+
+    held: dict[str, bool] = {}
+
+    def note(where: type, name: str) -> None:
+        old = getattr(where, name)
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            held[name] = triton_kernel._TURN.locked()
+            return old(*args, **kwargs)
+
+        monkeypatch.setattr(where, name, noted)
+
+    note(ASTSource, "hash")
+    note(ASTSource, "make_ir")
+    note(CUDABackend, "make_llir")
+    x = on_gpu(torch.zeros(4))
+    with triton.knobs.cache.scope():
+        triton.knobs.cache.dir = str(tmp_path)
+        triton_launch(cpu_compiled.scale, (1,), x, x, None, 4, 1.0, 1, BIAS=False)
+        assert held == {"hash": True, "make_ir": True, "make_llir": False}
+        assert not triton_kernel._TURN.locked()
+        launch._TRITON.clear()
+        held.clear()
+        triton_launch(cpu_compiled.scale, (1,), x, x, None, 4, 1.0, 1, BIAS=False)  # from disk
+        assert held == {"hash": True} and not triton_kernel._TURN.locked()
+        with pytest.raises(KernelError):
+            triton_launch(cpu_compiled.scale, (1,), x, x, None, 4, 1.0, 1, BIAS=False, num_warp=4)
+        assert not triton_kernel._TURN.locked()
 
 
 @needs_triton
