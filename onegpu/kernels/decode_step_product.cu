@@ -10,9 +10,8 @@
 //
 // A block takes a range of rows of W in tiles of 16 (SINK 2: 8 of gate, 8 of up), a tile in pieces of CB bytes of each row. The
 // last warp fetches pieces into a ring, a bulk copy a row: memory then sees long reads, which it serves faster than what many
-// warps ask for in bits. The others share the columns of each piece. Where rows are short in bytes, what a bulk copy costs is more
-// than it gains (int8 2955 instead of 2880 us a step, nf4 2127 instead of 2030): OWN lets the pieces go round the warps, each of
-// which streams its own through a ring of its own, 16 bytes a thread, without a barrier. The ring is filled before the kernel waits for the one in
+// warps ask for in bits. The others share the columns of each piece. The shorter a row's part,
+// the more a bulk copy's own cost weighs: OWN lets the pieces go round the warps instead, each of which streams its own through a ring of its own, 16 bytes a thread, without a barrier. The ring is filled before the kernel waits for the one in
 // front of it: weights do not change during a step. A block has an SM for itself; the next kernel's comes as soon as it has left,
 // and finds its first rows in the L2 cache, where this one's last warp has sent for them when it had nothing left to fetch.
 // W is the 16-row operand of the mma, x the 8-column one; the contraction runs in the order in which bytes are stored.
