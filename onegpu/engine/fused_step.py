@@ -25,8 +25,11 @@ from onegpu.kernels.decode_step import Attended, Matrix, Norm, Stream
 if TYPE_CHECKING:
     from onegpu.kernels.launch import CudaKernel
 
-# What was compared with the definition on a device (docs/fused_step.md); the kernels themselves take more.
-MAX_ROWS, HEAD_SIZES = 16, (64, 80, 96, 128, 256)
+# What was compared with the definition on a device (docs/fused_step.md).
+HEAD_SIZES = (64, 80, 96, 128, 256)
+# The kernels take 16 rows. Up to how many the step is taken, by the format of the layers: for 16 it was slower than the
+# model's own forward, captured; between these and 16 nobody has compared the two (docs/worklog.md).
+MAX_ROWS = {"16bit": 4, "int8": 4, "nf4": 8, "fp4": 8}
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -43,7 +46,7 @@ def plan(model: Any) -> FusedStep | str:
 
 @dataclass
 class FusedStep:
-    """One token for each of up to 16 sequences (on a CPU, any number).
+    """One token for each of several sequences, up to 16 (on a CPU, any number).
 
     Attributes:
         pdl: whether kernels may start before the one in front has ended; off only to measure what that gives.
@@ -54,7 +57,7 @@ class FusedStep:
     _compiled: set[int] = field(default_factory=set, init=False, repr=False)  # for which numbers of rows
 
     def serves(self, rows: int) -> bool:
-        """Whether so many sequences fit."""
+        """Whether so many sequences fit, and are faster this way than through the model's own modules."""
         found = self.structure
         if found.device.type != "cuda":
             return True
@@ -62,8 +65,10 @@ class FusedStep:
 
         downs = [layer.down for layer in found.layers]
         whole = [m for m in found.matrices() if not any(m is down for down in downs)]
+        layers = [m for layer in found.layers for m in (layer.qkv, layer.out, layer.up, layer.down)]
+        most = min(MAX_ROWS[m.format] for m in layers)  # the head is of 16 bits beside any
         fits = all(gpu.fits(m, rows) for m in whole) and all(gpu.fits(down, rows, True) for down in downs)
-        return rows <= MAX_ROWS and fits
+        return rows <= most and fits
 
     def __call__(
         self,

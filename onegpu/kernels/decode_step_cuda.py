@@ -25,7 +25,7 @@ MAX_ROWS, MAX_GROUP, MAX_SPLITS = 16, 8, 8
 _FORMATS = {"16bit": 0, "int8": 1, "nf4": 2, "fp4": 2}
 _SINKS = {"store": 0, "add": 1, "gated": 2, "act": 3, "both": 3}
 _NORMS = {None: 0, "rms": 1, "layer": 2}
-_WHOLE = 232448 - 64  # bytes of shared memory that a block may have on Hopper, less what a 4-bit kernel declares
+_WHOLE = 232448 - 1024  # bytes of shared memory of a block on Hopper, less what the kernels' static arrays take
 _ALONE = 116736  # of a Hopper SM's 228 KiB, less 1 KiB a block: no second block fits beside one that has this
 _COMMON = {"NESTED": 0, "TABLE_SHIFT": 7, "CL": 1, "CLUSTERED": 0, "FP4": 0}
 
@@ -33,7 +33,8 @@ _COMMON = {"NESTED": 0, "TABLE_SHIFT": 7, "CL": 1, "CLUSTERED": 0, "FP4": 0}
 class Shape(NamedTuple):
     """How a product is laid out on an SM.
 
-    warps: of a block that multiply; one more fetches. width: bytes of a row of W in a piece. slots: pieces in the ring.
+    warps: of a block that multiply; one more fetches, unless each fetches for itself (own). width: bytes of a row of W
+    in a piece, at most 512 if own. slots: pieces in the ring, or in a warp's own.
     table_shift: 8 makes the look-up table of 4-bit products twice as large and a look-up one instruction shorter.
     tiles: of 16 rows between two sums over the warps, for one row of x.
     """
@@ -43,6 +44,12 @@ class Shape(NamedTuple):
     slots: int
     table_shift: int = 7
     tiles: int = 8
+    own: bool = False
+
+    @property
+    def all_warps(self) -> int:
+        """Of a block."""
+        return self.warps + (not self.own)
 
     def group(self, rows: int) -> int:
         """Tiles between two sums."""
@@ -54,15 +61,20 @@ class Shape(NamedTuple):
         pitch = -(-columns * 2 // 128) * 128 + (16 if fmt else 64)
         table = (256 << self.table_shift) + 1024 * nested if fmt == 2 else 0
         sums = 2 * self.group(rows) * self.warps * 16 * rows * 4
-        shares = ((5 * rows + 1) * (self.warps + 1) + rows + 3) // 4 * 16
-        slot = 16 * (self.width + 32) + 64 * (self.width // 32 + 4) if fmt == 2 else 16 * (self.width + 64)
-        return table + rows * pitch + sums + shares + -(-16 * self.slots // 128) * 128 + self.slots * slot
+        shares = ((5 * rows + 1) * self.all_warps + rows + 3) // 4 * 16
+        scales = 64 * (self.width // 32 + (1 if self.own else 4))
+        slot = 16 * (self.width + 32) + scales if fmt == 2 else 16 * (self.width + 64)
+        ring = self.warps * self.slots * slot if self.own else -(-16 * self.slots // 128) * 128 + self.slots * slot
+        return table + rows * pitch + sums + shares + ring
 
 
 # The layout of each format: what measured best for Llama-2-7B's products on an H100 (docs/worklog.md). Fewer slots are
-# taken where the rows of x leave no room, then smaller pieces.
+# taken where the rows of x leave no room, then smaller pieces. OWN comes before it for up to OWN_ROWS rows, if it fits.
 LAYOUTS = {"16bit": Shape(16, 2048, 6), "int8": Shape(16, 1024, 11), "nf4": Shape(16, 1024, 7),
            "fp4": Shape(16, 1024, 7)}  # fmt: skip
+OWN = {"int8": Shape(16, 128, 3, own=True), "nf4": Shape(16, 128, 2, 8, own=True),
+       "fp4": Shape(16, 128, 2, 8, own=True)}  # fmt: skip
+OWN_ROWS = 4
 _FEWEST = 3  # slots
 
 
@@ -70,7 +82,9 @@ _FEWEST = 3  # slots
 def shape(form: str, rows: int, columns: int, nested: bool) -> Shape | None:
     """The layout for a product; None if x does not fit into shared memory."""
     best = LAYOUTS[form]
-    tried = [best._replace(slots=slots) for slots in range(best.slots, _FEWEST - 1, -1)]
+    own = OWN.get(form) if rows <= OWN_ROWS else None
+    tried = [own, own._replace(slots=2, table_shift=7)] if own else []
+    tried += [best._replace(slots=slots) for slots in range(best.slots, _FEWEST - 1, -1)]
     for warps, width in ((16, 1024), (16, 512), (8, 512), (8, 256)):
         if width < best.width:
             smaller = best._replace(warps=warps, width=width, tiles=1)
@@ -166,9 +180,9 @@ def _product(
     bulk = bulk and not any(part.scales.data_ptr() % 16 for part in matrix.parts if part.scales is not None)
     kernel = _kernel("product").variant(
         None, **_COMMON | {"NESTED": int(nested), "FP4": int(matrix.format == "fp4"), "TABLE_SHIFT": found.table_shift},
-        FMT=_FORMATS[matrix.format], M=rows, K=window[1], KS=columns, WARPS=found.warps + 1, SLOTS=found.slots,
-        CB=found.width, TG=found.group(rows), BULK=int(bulk), SINK=_SINKS[sink], ACT=ACTIVATIONS.index(act),
-        **read.constants,
+        FMT=_FORMATS[matrix.format], M=rows, K=window[1], KS=columns, WARPS=found.all_warps, SLOTS=found.slots,
+        CB=found.width, TG=found.group(rows), OWN=int(found.own), BULK=int(bulk and not found.own),
+        SINK=_SINKS[sink], ACT=ACTIVATIONS.index(act), **read.constants,
     )  # fmt: skip
     if _collected(kernel):
         return
@@ -187,7 +201,7 @@ def _product(
     shared = max(found.shared(matrix.format, rows, window[1], nested), _ALONE)
     weights, numbers = _following(following, AHEAD)
     kernel(
-        (multiprocessors(out.get_device()),), 32 * found.warps + 32, shared, *pointers, table, *read.tensors, out, also,
+        (multiprocessors(out.get_device()),), 32 * found.all_warps, shared, *pointers, table, *read.tensors, out, also,
         *weights, *counts, blocks, window[0], *numbers, *read.numbers, cap, pdl=pdl,
     )  # fmt: skip
 
@@ -247,9 +261,9 @@ def _weights(norm: Norm | None) -> tuple[torch.Tensor | None, torch.Tensor | Non
     return (None, None) if norm is None else (norm.gain, norm.bias)
 
 
-# Bytes that a block sends for, of the matrix that follows: by a product at its end, by the attention, which leaves the
-# memory more time, at its beginning.
-AHEAD, AHEAD_OF_ATTENTION = 65536, 131072
+# Bytes that a block sends for, of the matrix that follows: by a product at its end, by the attention at its beginning.
+# None: in 16 bits that was faster by 1.7 % on an H100 (docs/worklog.md).
+AHEAD, AHEAD_OF_ATTENTION = 0, 0
 
 
 def _following(matrix: Matrix | None, ahead: int) -> tuple[list[torch.Tensor | None], list[int]]:

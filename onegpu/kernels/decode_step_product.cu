@@ -6,18 +6,20 @@
 //         2  act(gate) * up, 16-bit [M, N]; W is two matrices (gate, up)
 //         3  y of the first matrix (which may have no rows), float32 [M, n0], and act(y) of the second, 16-bit [M, n1], into `also`
 // Filled in: M, K (columns taken, of KS that a row has), WARPS, SLOTS, CB (bytes of a row in a piece), TG (tiles between two sums),
-// BULK (scales are copied in bulk too), SOURCE, SINK, SPLITS, HD, ACT, and what decode_step_input.cu names.
+// OWN (each warp fetches for itself), BULK (scales are copied in bulk too), SOURCE, SINK, SPLITS, HD, ACT, and what decode_step_input.cu names.
 //
 // A block takes a range of rows of W in tiles of 16 (SINK 2: 8 of gate, 8 of up), a tile in pieces of CB bytes of each row. The
 // last warp fetches pieces into a ring, a bulk copy a row: memory then sees long reads, which it serves faster than what many
-// warps ask for in bits. The others share the columns of each piece. The ring is filled before the kernel waits for the one in
+// warps ask for in bits. The others share the columns of each piece. Where rows are short in bytes, what a bulk copy costs is more
+// than it gains (int8 2955 instead of 2880 us a step, nf4 2127 instead of 2030): OWN lets the pieces go round the warps, each of
+// which streams its own through a ring of its own, 16 bytes a thread, without a barrier. The ring is filled before the kernel waits for the one in
 // front of it: weights do not change during a step. A block has an SM for itself; the next kernel's comes as soon as it has left,
 // and finds its first rows in the L2 cache, where this one's last warp has sent for them when it had nothing left to fetch.
 // W is the 16-row operand of the mma, x the 8-column one; the contraction runs in the order in which bytes are stored.
-constexpr int CONSUMERS = WARPS - 1;
+constexpr int CONSUMERS = OWN ? WARPS : WARPS - 1, EACH = OWN ? 1 : WARPS - 1;  // a warp takes every EACH-th group of a piece
 constexpr int GROUP = FMT == 0 ? 32 : 64, GROUPS = KB / GROUP;         // columns that the four lanes of a row take together
 constexpr int LINE = CB + (FMT == 2 ? 32 : 64), PIECE = 16 * LINE;      // so that the rows of a fragment spread over the banks
-constexpr int S_LINE = FMT == 2 ? GROUPS + 4 : 0, SLOT = PIECE + 64 * S_LINE;   // scales of a row in a piece, as floats
+constexpr int S_LINE = FMT == 2 ? GROUPS + (OWN ? 1 : 4) : 0, SLOT = PIECE + 64 * S_LINE;   // scales of a row in a piece, as floats
 constexpr int EIGHTS = (M + 7) / 8, SUMS = TG * CONSUMERS * 16 * M;
 constexpr int MMA_BF16 = BF16 && FMT != 2, PIECES = (K + KB - 1) / KB;
 constexpr int TAKEN = FMT == 0 ? 2 * K : FMT == 1 ? K : K / 2, ROW_BYTES = FMT == 0 ? 2 * KS : FMT == 1 ? KS : KS / 2;
@@ -47,7 +49,7 @@ product(const u8* w0, const u8* w1, const u8* w2, const void* absmax0, const voi
   float* shares = red + 2 * SUMS;                                        // of the warps, see decode_step_input.cu
   float* unscale = shares + SHARES;                                      // what undoes each row's scale
   u8* bars = (u8*)(red + 2 * SUMS) + (SHARES + M + 3) / 4 * 16;          // of each slot: it is full, it is empty
-  u8* ring = bars + (16 * SLOTS + 127) / 128 * 128;
+  u8* ring = OWN ? bars + warp * SLOTS * SLOT : bars + (16 * SLOTS + 127) / 128 * 128;
   const u64 policy = evict_first();
   const int first_byte = FMT == 0 ? 2 * first : FMT == 1 ? first : first / 2, first_block = first / 64;
   if (SOURCE == 2) in = (const u16*)in + first;
@@ -89,9 +91,41 @@ product(const u8* w0, const u8* w1, const u8* w2, const void* absmax0, const voi
     }
   };
 
+  constexpr int UNITS = OWN ? CB / 16 : 32, STEP = 32 / UNITS;           // OWN: a warp copies STEP rows at once
+  const int f_line = lane / UNITS, f_unit = lane % UNITS;
+  const Shared first_slot = shared(ring + f_line * LINE + f_unit * 16);
+  Shared f_slot = first_slot;
+  int fetched = warp;                                                    // pieces are counted through all tiles
+  auto fetch_own = [&]() {
+    if (fetched < pieces) {
+      const int tile = fetched / PIECES, piece = fetched % PIECES, row0 = r0 + tile * TILE_ROWS + f_line, at = piece * CB + f_unit * 16;
+#pragma unroll
+      for (int j = 0; j < 16 / STEP; j++) {
+        const int row = row0 + j * STEP % TILE_ROWS; const u8* w = GATED && j * STEP >= 8 ? w1 : w0;
+        if (PARTS) w = row >= n0 + n1 ? w2 - (i64)(n0 + n1) * ROW_BYTES : row >= n0 ? w1 - (i64)n0 * ROW_BYTES : w0;
+        if (row < r1 && (K % KB == 0 || at < TAKEN)) copy16(f_slot + j * STEP * LINE, w + (i64)row * ROW_BYTES + first_byte + at, 16, policy);
+      }
+      if (FMT == 2) {
+#pragma unroll
+        for (int j = 0; j < (GROUPS + 1) / 2; j++) {
+          const int e = lane + 32 * j, r = e / GROUPS, b = e % GROUPS; int row;
+          if (GROUPS % 2 && r >= 16) break;
+          const Part p = part_of(tile, r, row); const Scales scales = {p.absmax, p.nested, map, p.offset, shift, 8};
+          scales.fetch(f_slot + (PIECE + (r * S_LINE + b) * 4 - f_line * LINE - f_unit * 16), (i64)row * (KS / 64) + first_block + piece * GROUPS + b, inside(tile, r) && piece * GROUPS + b < K / 64);
+        }
+      }
+      fetched += WARPS;
+    }
+    f_slot = f_slot == first_slot + (SLOTS - 1) * SLOT ? first_slot : f_slot + SLOT;
+    commit();
+  };
+
   // ---- what does not depend on the kernels before
   let_next_kernel_start();
-  if (warp == CONSUMERS) {
+  if (OWN) {
+#pragma unroll
+    for (int i = 0; i < SLOTS - 1; i++) fetch_own();
+  } else if (warp == CONSUMERS) {
     if (lane == 0) {
       for (int i = 0; i < SLOTS; i++) { barrier_init(bars + 16 * i, FMT == 2 && !BULK ? 33 : 1); barrier_init(bars + 16 * i + 8, CONSUMERS); }
       barriers_ready();
@@ -127,7 +161,7 @@ product(const u8* w0, const u8* w1, const u8* w2, const void* absmax0, const voi
   __syncthreads();
 
   // ---- rows of W times x
-  if (warp == CONSUMERS) {
+  if (!OWN && warp == CONSUMERS) {
     for (int i = SLOTS; i < pieces; i++) { wait_for(bars + i % SLOTS * 16 + 8, i / SLOTS - 1 & 1); fetch(i); }
     send_ahead({next0, next1, next2, next_n0, next_n1, next_n2, next_line, next_rows, next_pair}, lane, 32);
     return;
@@ -135,80 +169,100 @@ product(const u8* w0, const u8* w1, const u8* w2, const void* absmax0, const voi
   const u32 lane4 = lane * 4;
   const u8* x_lane = xs + t * (GROUP / 2);
   float acc[EIGHTS][4] = {};
-  int i = 0;
+  int i = 0, at = warp, slot_no = 0;
+  const int mine = OWN ? 0 : warp;
+  auto multiply = [&](const u8* slot, int tile, int piece) {
+    if (NESTED) {                                                    // of the groups that this warp takes
+      constexpr int MINE = (GROUPS + EACH - 1) / EACH;
+      for (int e = lane; e < 16 * MINE; e += 32) {
+        int r = e / MINE, b = e % MINE * EACH + mine, row;
+        Part p = part_of(tile, r, row); const Scales scales = {p.absmax, p.nested, map, p.offset, shift, 8};
+        float* s = (float*)(slot + PIECE) + r * S_LINE + b;
+        if (b < GROUPS && inside(tile, r) && piece * GROUPS + b < K / 64) *s = scales.decode(__float_as_uint(*s), (i64)row * (KS / 64) + first_block + piece * GROUPS + b, map_);
+      }
+      __syncwarp();
+    }
+#pragma unroll
+    for (int j = 0; j < (GROUPS + EACH - 1) / EACH; j++) {
+      const int b = mine + j * EACH, column = piece * KB + b * GROUP;
+      if (GROUPS % EACH && b >= GROUPS || K % KB && column >= K) break;
+      const u8* w = slot + g * LINE;
+      u32 xv[EIGHTS][8];
+#pragma unroll
+      for (int e = 0; e < EIGHTS; e++) {
+        const uint4* px = (const uint4*)(x_lane + (8 * e + g) % M * PITCH + column * 2); const uint4 xa = px[0], xb = FMT == 0 ? xa : px[1];
+        xv[e][0] = xa.x; xv[e][1] = xa.y; xv[e][2] = xa.z; xv[e][3] = xa.w; xv[e][4] = xb.x; xv[e][5] = xb.y; xv[e][6] = xb.z; xv[e][7] = xb.w;
+      }
+      if (FMT == 2) {
+        const uint2 u = *(const uint2*)(w + b * 32 + t * 8), v = *(const uint2*)(w + 8 * LINE + b * 32 + t * 8);
+        const float* s = (const float*)(slot + PIECE) + g * S_LINE + b; const float s0 = s[0], s1 = s[8 * S_LINE];
+        float c[EIGHTS][4] = {};
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          const u32 a = h ? u.y : u.x, d = h ? v.y : v.x;
+          const u32 a0 = look_up<0>(table, a, lane4), a1 = look_up<0>(table, d, lane4), a2 = look_up<1>(table, a, lane4), a3 = look_up<1>(table, d, lane4);
+          const u32 b0 = look_up<2>(table, a, lane4), b1 = look_up<2>(table, d, lane4), b2 = look_up<3>(table, a, lane4), b3 = look_up<3>(table, d, lane4);
+#pragma unroll
+          for (int e = 0; e < EIGHTS; e++) {
+            mma<0>(c[e], a0, a1, a2, a3, xv[e][4 * h], xv[e][4 * h + 1]);
+            mma<0>(c[e], b0, b1, b2, b3, xv[e][4 * h + 2], xv[e][4 * h + 3]);
+          }
+        }
+#pragma unroll
+        for (int e = 0; e < EIGHTS; e++) {
+          acc[e][0] = fmaf(c[e][0], s0, acc[e][0]); acc[e][1] = fmaf(c[e][1], s0, acc[e][1]);
+          acc[e][2] = fmaf(c[e][2], s1, acc[e][2]); acc[e][3] = fmaf(c[e][3], s1, acc[e][3]);
+        }
+      } else {
+        const uint4 u = *(const uint4*)(w + b * 64 + t * 16), v = *(const uint4*)(w + 8 * LINE + b * 64 + t * 16);
+        const u32 a[4] = {u.x, u.y, u.z, u.w}, d[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int s = 0; s < (FMT == 0 ? 2 : 4); s++) {
+          u32 a0, a1, a2, a3;
+          if (FMT == 0) { a0 = a[2 * s]; a1 = d[2 * s]; a2 = a[2 * s + 1]; a3 = d[2 * s + 1]; }
+          else { a0 = int8_pair<0>(a[s]); a1 = int8_pair<0>(d[s]); a2 = int8_pair<1>(a[s]); a3 = int8_pair<1>(d[s]); }
+#pragma unroll
+          for (int e = 0; e < EIGHTS; e++) mma<MMA_BF16>(acc[e], a0, a1, a2, a3, xv[e][2 * s], xv[e][2 * s + 1]);
+        }
+      }
+    }
+  };
+  auto put = [&](float* sums, int tile) {                                // of the group's tiles
+    float* s = sums + (tile * CONSUMERS + warp) * 16 * M + g * M;
+#pragma unroll
+    for (int e = 0; e < EIGHTS; e++) {
+      const int m = 8 * e + 2 * t;
+      if (m < M) { s[m] = acc[e][0]; s[8 * M + m] = acc[e][2]; }
+      if (m + 1 < M) { s[m + 1] = acc[e][1]; s[8 * M + m + 1] = acc[e][3]; }
+      acc[e][0] = acc[e][1] = acc[e][2] = acc[e][3] = 0.f;
+    }
+  };
   for (int q0 = 0, odd = 0; q0 < tiles; q0 += TG, odd ^= 1) {
     const int q1 = min(q0 + TG, tiles); float* sums = red + odd * SUMS;
     if (q0) prepare(q0);
     if (SINK == 1 && q0 && finishes && inside(q0 + f_tile, f_row)) rest = fresh((const float*)out + (i64)f_m * n + r0 + (q0 + f_tile) * 16 + f_row);
-    for (int tile = q0; tile < q1; tile++) {
+    if (OWN) {
+      int done = q0;
+      for (; at < q1 * PIECES; at += WARPS) {
+        const int tile = at / PIECES;
+        for (; done < tile; done++) put(sums, done - q0);
+        fetch_own();
+        copies_left<SLOTS - 1>();
+        __syncwarp();
+        multiply(ring + slot_no * SLOT, tile, at % PIECES);
+        if (++slot_no == SLOTS) slot_no = 0;
+        __syncwarp();
+      }
+      for (; done < q1; done++) put(sums, done - q0);
+    } else for (int tile = q0; tile < q1; tile++) {
       for (int piece = 0; piece < PIECES; piece++, i++) {
         const u8* slot = ring + i % SLOTS * SLOT;
         wait_for(bars + i % SLOTS * 16, i / SLOTS & 1);
-        if (NESTED) {                                                    // of the groups that this warp takes
-          constexpr int MINE = (GROUPS + CONSUMERS - 1) / CONSUMERS;
-          for (int e = lane; e < 16 * MINE; e += 32) {
-            int r = e / MINE, b = e % MINE * CONSUMERS + warp, row;
-            Part p = part_of(tile, r, row); const Scales scales = {p.absmax, p.nested, map, p.offset, shift, 8};
-            float* s = (float*)(slot + PIECE) + r * S_LINE + b;
-            if (b < GROUPS && inside(tile, r) && piece * GROUPS + b < K / 64) *s = scales.decode(__float_as_uint(*s), (i64)row * (KS / 64) + first_block + piece * GROUPS + b, map_);
-          }
-          __syncwarp();
-        }
-#pragma unroll
-        for (int j = 0; j < (GROUPS + CONSUMERS - 1) / CONSUMERS; j++) {
-          const int b = warp + j * CONSUMERS, column = piece * KB + b * GROUP;
-          if (GROUPS % CONSUMERS && b >= GROUPS || K % KB && column >= K) break;
-          const u8* w = slot + g * LINE;
-          u32 xv[EIGHTS][8];
-#pragma unroll
-          for (int e = 0; e < EIGHTS; e++) {
-            const uint4* px = (const uint4*)(x_lane + (8 * e + g) % M * PITCH + column * 2); const uint4 xa = px[0], xb = FMT == 0 ? xa : px[1];
-            xv[e][0] = xa.x; xv[e][1] = xa.y; xv[e][2] = xa.z; xv[e][3] = xa.w; xv[e][4] = xb.x; xv[e][5] = xb.y; xv[e][6] = xb.z; xv[e][7] = xb.w;
-          }
-          if (FMT == 2) {
-            const uint2 u = *(const uint2*)(w + b * 32 + t * 8), v = *(const uint2*)(w + 8 * LINE + b * 32 + t * 8);
-            const float* s = (const float*)(slot + PIECE) + g * S_LINE + b; const float s0 = s[0], s1 = s[8 * S_LINE];
-            float c[EIGHTS][4] = {};
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-              const u32 a = h ? u.y : u.x, d = h ? v.y : v.x;
-              const u32 a0 = look_up<0>(table, a, lane4), a1 = look_up<0>(table, d, lane4), a2 = look_up<1>(table, a, lane4), a3 = look_up<1>(table, d, lane4);
-              const u32 b0 = look_up<2>(table, a, lane4), b1 = look_up<2>(table, d, lane4), b2 = look_up<3>(table, a, lane4), b3 = look_up<3>(table, d, lane4);
-#pragma unroll
-              for (int e = 0; e < EIGHTS; e++) {
-                mma<0>(c[e], a0, a1, a2, a3, xv[e][4 * h], xv[e][4 * h + 1]);
-                mma<0>(c[e], b0, b1, b2, b3, xv[e][4 * h + 2], xv[e][4 * h + 3]);
-              }
-            }
-#pragma unroll
-            for (int e = 0; e < EIGHTS; e++) {
-              acc[e][0] = fmaf(c[e][0], s0, acc[e][0]); acc[e][1] = fmaf(c[e][1], s0, acc[e][1]);
-              acc[e][2] = fmaf(c[e][2], s1, acc[e][2]); acc[e][3] = fmaf(c[e][3], s1, acc[e][3]);
-            }
-          } else {
-            const uint4 u = *(const uint4*)(w + b * 64 + t * 16), v = *(const uint4*)(w + 8 * LINE + b * 64 + t * 16);
-            const u32 a[4] = {u.x, u.y, u.z, u.w}, d[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-            for (int s = 0; s < (FMT == 0 ? 2 : 4); s++) {
-              u32 a0, a1, a2, a3;
-              if (FMT == 0) { a0 = a[2 * s]; a1 = d[2 * s]; a2 = a[2 * s + 1]; a3 = d[2 * s + 1]; }
-              else { a0 = int8_pair<0>(a[s]); a1 = int8_pair<0>(d[s]); a2 = int8_pair<1>(a[s]); a3 = int8_pair<1>(d[s]); }
-#pragma unroll
-              for (int e = 0; e < EIGHTS; e++) mma<MMA_BF16>(acc[e], a0, a1, a2, a3, xv[e][2 * s], xv[e][2 * s + 1]);
-            }
-          }
-        }
+        multiply(slot, tile, piece);
         __syncwarp();
         if (lane == 0) arrive(bars + i % SLOTS * 16 + 8);
       }
-      float* s = sums + ((tile - q0) * CONSUMERS + warp) * 16 * M + g * M;
-#pragma unroll
-      for (int e = 0; e < EIGHTS; e++) {
-        const int m = 8 * e + 2 * t;
-        if (m < M) { s[m] = acc[e][0]; s[8 * M + m] = acc[e][2]; }
-        if (m + 1 < M) { s[m + 1] = acc[e][1]; s[8 * M + m + 1] = acc[e][3]; }
-        acc[e][0] = acc[e][1] = acc[e][2] = acc[e][3] = 0.f;
-      }
+      put(sums, tile - q0);
     }
     meet_threads<CONSUMERS * 32>();
     if (finishes && inside(q0 + f_tile, f_row)) {
@@ -226,4 +280,5 @@ product(const u8* w0, const u8* w1, const u8* w2, const void* absmax0, const voi
       else ((float*)out)[where] = sum + rest;
     }
   }
+  if (OWN) copies_left<0>();
 }

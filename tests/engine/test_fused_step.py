@@ -11,6 +11,7 @@ import transformers
 
 import onegpu
 from onegpu.engine.fused_step import Fused, FusedStep, left_padded, plan
+from onegpu.engine.fused_structure import Structure
 from onegpu.engine.generate import Generate
 from onegpu.engine.loop import Engine
 from onegpu.errors import KernelError
@@ -161,6 +162,14 @@ def test_llama_with_biases_and_scaled_rotary_embedding() -> None:
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     compare(model)
+
+
+def test_as_many_sequences_as_pay_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Structure, "device", property(lambda _: torch.device("cuda")))
+    most = {"16bit": 4, "int8": 4, "nf4": 8, "fp4": 8}
+    for form, rows in most.items():
+        step = FusedStep(structure(form))
+        assert [step.serves(n) for n in (1, rows, rows + 1, 16)] == [True, True, False, False]
 
 
 @pytest.mark.parametrize("model_type", TYPES)

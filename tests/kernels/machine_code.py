@@ -34,6 +34,11 @@ def stack_bytes(code: bytes) -> int:
     return largest
 
 
+def static_shared(code: bytes) -> int:
+    """Bytes of the kernels' arrays in shared memory whose size is fixed, with what the system reserves."""
+    return sum(len(data) for name, data in sections(code) if name.startswith(".nv.shared"))
+
+
 def copies_with_a_uniform_base(code: bytes) -> int:
     """Of the asynchronous copies. With a cache hint ptxas 13.0 encodes them as an illegal instruction."""
     found = 0

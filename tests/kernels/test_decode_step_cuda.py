@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.case import Context
 from benchmarks.cases import fused_structures
+from onegpu.engine import fused_step
 from onegpu.engine.fused_step import FusedStep
 from onegpu.engine.fused_structure import Structure, read
 from onegpu.errors import ArgumentError, KernelError
@@ -33,8 +34,9 @@ SIZES = [896, 2048, 4096, 4864, 8192, 11008, 14336]
 def test_one_row_takes_the_layout_of_its_format(form: str, columns: int) -> None:
     found = gpu.shape(form, 1, columns, True)
     assert found is not None
-    assert found._replace(slots=0) == gpu.LAYOUTS[form]._replace(slots=0)
-    assert found.slots >= 3
+    best = gpu.OWN.get(form, gpu.LAYOUTS[form])
+    assert found._replace(slots=0) == best._replace(slots=0)
+    assert found.slots >= (2 if found.own else 3)
     assert found.shared(form, 1, columns, True) <= gpu._WHOLE
 
 
@@ -75,10 +77,14 @@ def test_keys_are_cut_where_there_are_more_multiprocessors_than_heads(monkeypatc
     assert [gpu.splits(0, rows, kv) for rows, kv in ((1, 32), (1, 8), (1, 64), (8, 32), (4, 8))] == [4, 8, 2, 1, 4]
 
 
-@pytest.mark.parametrize("fixed", [gpu.Shape(3, 128, 2, 8, 2), gpu.Shape(2, 64, 3, 7, 1)])
+@pytest.mark.parametrize(
+    "fixed",
+    [gpu.Shape(3, 128, 2, 8, 2), gpu.Shape(2, 64, 3, 7, 1), gpu.Shape(3, 128, 2, 8, 2, own=True),
+     gpu.Shape(2, 64, 3, 7, 2, own=True)],
+)  # fmt: skip
 def test_any_layout_gives_the_product(fixed: gpu.Shape, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(1, 192, generator=torch.Generator().manual_seed(0)).bfloat16()
-    for form in ("16bit", "nf4"):
+    for form in ("16bit", "int8", "nf4"):
         m = matrix(form, (40,), 192, torch.bfloat16)
         with monkeypatch.context() as patched:
             emulate(patched)
@@ -133,6 +139,7 @@ def assert_compiled_well() -> None:
         attention = dict(constants).get("STAGES") is not None  # the cosine of a large angle has 28 bytes there
         assert machine_code.stack_bytes(code) <= 32 * attention, constants
         assert machine_code.copies_with_a_uniform_base(code) == 0, constants
+        assert machine_code.static_shared(code) - 1024 <= 232448 - gpu._WHOLE, constants  # 1 KiB is the system's
 
 
 @pytest.fixture
@@ -199,7 +206,8 @@ def test_weights_stored_by_columns_that_do_not_fit() -> None:
 def steps_launches(
     found: Structure, memory: list[tuple[torch.Tensor, torch.Tensor]], fake: FakeDriver, patched: pytest.MonkeyPatch
 ) -> None:
-    """Everything between the ops and the driver, for each number of rows that the step says it serves."""
+    """Everything between the ops and the driver, for each number of rows that the kernels have room for."""
+    patched.setattr(fused_step, "MAX_ROWS", dict.fromkeys(fused_step.MAX_ROWS, 16))
     patched.setattr(ops, "_on_gpu", lambda _: True)
     patched.setattr(gpu, "multiprocessors", lambda _: 132)
     patched.setattr(gpu, "_kernel", cache(gpu._kernel.__wrapped__))
