@@ -25,6 +25,7 @@ CUDNN: dict[tuple[bool, int, bool], tuple[int, ...]] = {
     (False, 64, False): (4096,),
     (False, 128, True): (512,),
     (False, 128, False): (512,),
+    (False, 192, True): (4096,),
 }
 
 _CUDNN_ELEMENTS = 1 << 25  # of q, in the smallest of those measurements; its 80 microseconds of host time are hidden

@@ -127,6 +127,23 @@ class Forward(NamedTuple):
         )
 
 
+def _dense(
+    wide: int, causal: bool, whole: bool, n_m: int, section: int, blocks: int
+) -> tuple[dict[str, Any], int]:  # fmt: skip
+    """Constants and heads of a section, for sequences of n_m tiles each (whole: exactly), as measured on an H100.
+
+    Up to 512 queries, tiles dealt out beforehand, with lengths mixed, beat drawn ones by 10 to 20 %.
+    """
+    if wide > 128 or not whole:
+        return {}, section
+    if n_m <= 4:
+        mixed = causal and n_m > 1
+        return {"DRAW": False, "ROTATE": int(mixed), "QS": 2}, max(1, blocks // n_m) if mixed else section
+    if n_m <= 8:
+        return {}, min(section, 16)
+    return ({"ST": 3} if wide == 64 else {}), section
+
+
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, scale: float, left: int,
     right: int, q_range: torch.Tensor | None, k_range: torch.Tensor | None, cu_seqlens_q: torch.Tensor | None,
@@ -141,21 +158,27 @@ def forward(
     k_rows, how_k = rows_of(k_range, cu_seqlens_k, lse)
     batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.numel() - 1
     alias = boxed(d) == boxed(d_v) == 256
+    aligned = right >= 0 and not how_q and not how_k and (s_k - s_q + right) % 64 == 0
+    # CROSS was wrong on an H100 where blocks are not aligned, the same without it right: it is not used.
     constants = {
-        "BN": 64 if max(d, d_v) > 128 else 128, "ST": 2, "NC": 2, "QS": 1 if max(d, d_v) > 128 else 2, "ROTATE": 0,
-        "CARRY": 0, "CROSS": not alias, "section": 0,
+        "BN": 64 if max(d, d_v) > 128 else 128, "ST": 2, "NC": 2, "QS": 1, "ROTATE": 0, "CARRY": 0, "CROSS": False,
+        "section": 0,
     } | options  # fmt: skip
-    bn, section, m = constants["BN"], constants.pop("section"), 64 * constants["NC"]
+    bn, section, m = constants["BN"], constants["section"], 64 * constants["NC"]
     n_m = triton.cdiv(s_q if cu_seqlens_q is None else max_seqlen_q, m)
     tiles = n_m * heads * batch
     blocks = min(tiles, processors(q.get_device()))
     group = heads // heads_kv
     section = section or max(1, min(batch * heads, _L2_BYTES // (s_k * (d + d_v) * 2) * group))
-    aligned = right >= 0 and not how_q and not how_k and (s_k - s_q + right) % 64 == 0
     constants = {
         "HEAD": d_v, "LEFT": left >= 0, "RIGHT": right >= 0, "ALIGNED": aligned, "WIDE": left >= bn + 128, "RQ": how_q,
         "RK": how_k, "DRAW": tiles > blocks, "ALIAS": alias,
     } | constants  # fmt: skip
+    if not how_q and not how_k and left < 0 and (aligned or right < 0) and tiles > blocks:
+        found, section = _dense(boxed(max(d, d_v)), right >= 0, s_q == s_k == n_m * m, n_m, section, blocks)
+        constants |= found | options
+        section = options.get("section") or section
+    del constants["section"]
     drawn = _counter(q.device) if constants["DRAW"] else lse
     launch = triton_bind(
         attention_sm90.forward_kernel, (blocks,), descriptor(q, 64), descriptor(k, bn), descriptor(v, bn),
