@@ -45,7 +45,6 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   float* part = (float*)(ring + (WARPS - warp) * SLOTS * SLOT);          // CL > 1: sums of this block, [tiles, 16, MP]
   SHARED_ARRAY(u32, top, 16);                                            // largest |x| of each row, as bits
   const Scales scales = {absmax, nested, map, offset, shift, nested_shift};
-  const float plus = NESTED ? *offset : 0.f;
   const Output out = {y, bias, (const float*)absmax, n};
   const u64 policy = evict_first();
 
@@ -86,9 +85,10 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
     }
   } else fill();
   if (threadIdx.x < 16) top[threadIdx.x] = 0;
-  if (NESTED) for (int i = threadIdx.x; i < 256; i += THREADS) map_[i] = map[i];
   build_table(table, THREADS);
   wait_before_reading_x();
+  if (NESTED) for (int i = threadIdx.x; i < 256; i += THREADS) map_[i] = map[i];
+  const float plus = NESTED ? *offset : 0.f;
   if (EARLY) fill();
   if (TO_FP16) __syncthreads();
   // A warp takes 32 vectors of one row at a time, and several before it uses the first: one trip to memory, not one a row.

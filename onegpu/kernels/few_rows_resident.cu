@@ -41,7 +41,6 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   u8* ring = (u8*)(red + SUMS) + warp * SLOTS * SLOT;
   auto sum_at = [&](int i) { return IN_TABLE ? (float*)(table + (i >> 5) * 256 + 128) + (i & 31) : red + i; };
   const Scales scales = {absmax, nested, map, offset, shift, nested_shift};
-  const float plus = NESTED ? *offset : 0.f;
   const Output out = {y, bias, (const float*)absmax, n};
   const u64 policy = evict_first();
 
@@ -81,9 +80,10 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
     }
   } else fill();
   if (threadIdx.x < 64) top[threadIdx.x] = 0;
-  if (NESTED) for (int i = threadIdx.x; i < 256; i += THREADS) map_[i] = map[i];
   if (FMT == 2) build_plain_table(table, THREADS);
   wait_before_reading_x();
+  if (NESTED) for (int i = threadIdx.x; i < 256; i += THREADS) map_[i] = map[i];
+  const float plus = NESTED ? *offset : 0.f;
   if (EARLY) fill();
   if (TO_FP16) __syncthreads();
 

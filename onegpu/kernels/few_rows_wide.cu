@@ -55,7 +55,6 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   float* sums = (float*)(smem + TABLE + (NESTED ? 1024 : 0));            // [ROWS, BN], one tile
   u8* ring = (u8*)sums + SUMS;
   const Scales scales = {absmax, nested, map, offset, shift, nested_shift};
-  const float plus = NESTED ? *offset : 0.f;
   const Output out = {y, bias, (const float*)absmax, n};
   const u64 policy = evict_first();
 
@@ -108,12 +107,13 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
     for (int i = 0; i < STAGES; i++) barrier_init(bars + 8 * i, 1);
     barriers_ready();
   }
-  if (NESTED) for (int i = threadIdx.x; i < 256; i += THREADS) map_[i] = map[i];
   if (FMT == 2) {
     if (WGMMA) build_plain_table(table, THREADS);
     else build_table(table, THREADS);
   }
   wait_before_reading_x();
+  if (NESTED) for (int i = threadIdx.x; i < 256; i += THREADS) map_[i] = map[i];
+  const float plus = NESTED ? *offset : 0.f;
   f = c;
 #pragma unroll
   for (int i = 0; i < STAGES - 1; i++) { if (i < items) { if (EARLY) fetch_w(f); fetch_x(f); } f.next(pieces); commit(); }

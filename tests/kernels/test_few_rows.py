@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from onegpu import functional
 from onegpu.kernels import few_rows
-from onegpu.kernels.few_rows import Narrow, Resident, Wide
+from onegpu.kernels.few_rows_table import Narrow, Resident, Wide
 from onegpu.kernels.linear_4bit import Packed4bit, linear_4bit
 from onegpu.kernels.linear_int8 import linear_int8
 from tests.compare import assert_close, assert_same_nonfinite
@@ -139,7 +139,7 @@ def test_16_bit_kernels_on_the_cpu(config: Narrow, dtype: torch.dtype) -> None:
 @needs_nvrtc
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90a"])
 def test_compiles(arch: str) -> None:
-    for fmt, configurations in few_rows._CONFIGURATIONS.items():
+    for fmt, configurations in few_rows.CONFIGURATIONS.items():
         able = [c for c in configurations if arch == "sm_90a" or (c.cluster == 1 and not getattr(c, "wgmma", False))]
         for config in able[:1] + able[-1:]:
             assert few_rows.kernel(config, fmt, True, False, fmt == "4bit", False).compile(arch).code
@@ -148,7 +148,7 @@ def test_compiles(arch: str) -> None:
 @needs_nvrtc
 @pytest.mark.parametrize("fmt", few_rows.FORMATS)
 def test_no_registers_spill_no_copy_is_encoded_wrongly_and_no_sum_is_read_early(fmt: str) -> None:
-    for config in few_rows._CONFIGURATIONS[fmt]:
+    for config in few_rows.CONFIGURATIONS[fmt]:
         if config.cluster == 1 and isinstance(config, Wide) and not config.wgmma:
             continue  # for GPUs before Hopper
         nested = fmt == "4bit"  # which needs more registers than plain scales: one of them two more than there are

@@ -1,0 +1,255 @@
+"""Configurations of the few-row kernels: what each needs, and which of them a sweep on an H100 found fastest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """Configuration of few_rows_narrow.cu.
+
+    rows: of x that fit. width: bytes of a row of W in a piece. slots: of a warp's ring. tiles: of 16 rows between two
+    meetings of the warps. cluster: blocks that share the columns. table_shift: 7 makes the look-up table of 4-bit
+    products half as large and its look-ups a little slower. prefetch: bytes around a copy that L2 reads along (0, 256).
+    early: pieces of each warp that are sent for into L2 before the kernel in front has ended (0: this one
+    starts when that has ended; compute capability 9.0). price: time of a row of a tile (filled or not), over that of
+    the others with as many rows.
+    """
+
+    rows: int
+    warps: int
+    slots: int
+    width: int
+    tiles: int
+    cluster: int = 1
+    table_shift: int = 8
+    prefetch: int = 0
+    early: int = 0
+    price: float = 1.0
+
+    source: ClassVar[str] = "few_rows_narrow.cu"
+    tile: ClassVar[int] = 16
+    depth: ClassVar[int] = 0
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps
+
+    def shorter(self) -> Narrow:
+        raise AssertionError("a ring of this depth is not shortened")
+
+    def piece(self, fmt: str) -> int:
+        """Columns of a piece, the unit that the blocks of a cluster share out."""
+        return self.width // 2 if fmt == "16bit" else self.width if fmt == "int8" else 2 * self.width
+
+    def shared(self, fmt: str, nested: bool, n: int, k: int, clusters: int, half: bool) -> int:
+        """Bytes of shared memory; the kernel lays it out in this order."""
+        columns, four = self.piece(fmt), fmt == "4bit"
+        share = ceil_div(ceil_div(k, columns), self.cluster)
+        pitch = ceil_div(share * columns * 2, 128) * 128 + (64 if fmt == "16bit" else 16)
+        sums = self.tiles * self.warps * 16 * self.rows * 4
+        slot = 16 * self.width + (columns * (1 + nested) if four else 0)
+        total = (256 << self.table_shift) + 1024 * nested if four else 0
+        total += self.rows * pitch + (0 if four and self.table_shift == 8 else sums) + self.warps * self.slots * slot
+        if self.cluster > 1:
+            total += ceil_div(ceil_div(n, clusters), 16) * 64 * self.rows
+        return total
+
+    def constants(self, half: bool) -> dict[str, int]:
+        names = {"MP": self.rows, "WARPS": self.warps, "SLOTS": self.slots, "CB": self.width, "TG": self.tiles}
+        return {**names, "CL": self.cluster, "TABLE_SHIFT": self.table_shift, "L2B": self.prefetch, "EARLY": self.early}
+
+
+@dataclass(frozen=True)
+class Wide:
+    """Configuration of few_rows_wide.cu: a tile is 16 * row_tiles * warps_n rows of W, a stage has `columns` of it.
+
+    eights: rows of x, in eights. warps_n x warps_k warps share the rows and the columns. stages: of the ring.
+    wgmma: Hopper only. bulk: its engine for bulk copies brings x. early: as Narrow's, in stages. price: as Narrow's.
+    """
+
+    eights: int
+    row_tiles: int
+    warps_n: int
+    warps_k: int
+    columns: int
+    stages: int
+    cluster: int = 1
+    table_shift: int = 8
+    wgmma: bool = False
+    price: float = 1.0
+    bulk: bool = False
+    early: int = 0
+
+    source: ClassVar[str] = "few_rows_wide.cu"
+
+    @property
+    def rows(self) -> int:
+        return 8 * self.eights
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps_n * self.warps_k
+
+    @property
+    def depth(self) -> int:
+        """Of the ring."""
+        return self.stages
+
+    def shorter(self) -> Wide:
+        """With a ring shorter by one."""
+        return replace(self, stages=self.stages - 1)
+
+    def piece(self, fmt: str) -> int:
+        return self.columns
+
+    def shared(self, fmt: str, nested: bool, n: int, k: int, clusters: int, half: bool) -> int:
+        tile, four = self.tile, fmt == "4bit"
+        scales = tile * self.columns // (32 if half else 64) * 4 * (1 + nested) if four else 0
+        gap, unit = (0, 1024) if self.wgmma else (16, 16)
+        stage = tile * self.columns // (2 if four else 1) + self.rows * (self.columns * 2 + gap) + scales
+        total = (256 << self.table_shift) + 1024 * nested if four else 0
+        if not (self.wgmma and self.warps_k == self.cluster == 1):
+            total += ceil_div(self.rows * (tile + 4) * 4, unit) * unit
+        return total + self.stages * ceil_div(stage, unit) * unit + 8 * self.stages * self.bulk
+
+    @property
+    def tile(self) -> int:
+        """Rows of W that are multiplied at once."""
+        return 16 * self.row_tiles * self.warps_n
+
+    def constants(self, half: bool) -> dict[str, int]:
+        names = {"NT": self.eights, "RT": self.row_tiles, "WN": self.warps_n, "WK": self.warps_k, "KC": self.columns}
+        return {**names, "STAGES": self.stages, "CL": self.cluster, "TABLE_SHIFT": self.table_shift,
+                "HALF_BLOCK": int(half), "WGMMA": int(self.wgmma), "XT": int(self.bulk),
+                "EARLY": self.early}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Resident:
+    """Configuration of few_rows_resident.cu (Hopper): as Wide with wgmma, but x stays in shared memory.
+
+    eights: rows of x, in eights (1, 2, 4, 8). warps_n x warps_k groups of four warps share the rows and the columns.
+    width, slots, early, price: as Narrow's.
+    """
+
+    eights: int
+    warps_n: int
+    warps_k: int
+    width: int
+    slots: int
+    cluster: int = 1
+    table_shift: int = 8
+    early: int = 0
+    price: float = 1.0
+
+    source: ClassVar[str] = "few_rows_resident.cu"
+    wgmma: ClassVar[bool] = True
+
+    @property
+    def rows(self) -> int:
+        return 8 * self.eights
+
+    @property
+    def tile(self) -> int:
+        """Rows of W between two meetings of the blocks of a cluster."""
+        return 64 * self.warps_n
+
+    @property
+    def threads(self) -> int:
+        return 128 * self.warps_n * self.warps_k
+
+    @property
+    def depth(self) -> int:
+        """Of the ring."""
+        return self.slots
+
+    def shorter(self) -> Resident:
+        """With a ring shorter by one."""
+        return replace(self, slots=self.slots - 1)
+
+    def piece(self, fmt: str) -> int:
+        return self.width if fmt == "int8" else 2 * self.width
+
+    def shared(self, fmt: str, nested: bool, n: int, k: int, clusters: int, half: bool) -> int:
+        columns, four, warps = self.piece(fmt), fmt == "4bit", self.threads // 32
+        total = (256 << self.table_shift if four else 0) + 256 + 1024 * nested
+        total += ceil_div(ceil_div(k, columns), self.cluster) * columns * 2 * self.rows
+        sums, meets = self.rows * (self.tile + 4), self.warps_k * self.cluster > 1
+        if meets and not (four and self.table_shift == 8 and sums <= 8192):
+            total += ceil_div(sums, 32) * 128
+        return total + warps * self.slots * (16 * self.width + (columns * (1 + nested) if four else 0))
+
+    def constants(self, half: bool) -> dict[str, int]:
+        names = {"NT": self.eights, "WN": self.warps_n, "WK": self.warps_k, "CB": self.width, "SLOTS": self.slots}
+        return {**names, "CL": self.cluster, "TABLE_SHIFT": self.table_shift, "WGMMA": 1, "EARLY": self.early}
+
+
+Config = Narrow | Wide | Resident
+
+def _bulk(eights: int, warps_n: int, warps_k: int, columns: int, stages: int, cluster: int, price: float) -> Wide:
+    """What won as Wide on Hopper."""
+    return Wide(eights, 1, warps_n, warps_k, columns, stages, cluster, 8, True, price, True, 2)
+
+
+# By format. Of those that fit and have the fewest rows the cheapest is taken, by price times rows of W with padding.
+# What a sweep on an H100 found fastest (docs/worklog.md); those of price 9 are for GPUs before it.
+CONFIGURATIONS: dict[str, tuple[Config, ...]] = {
+    "16bit": (
+        Narrow(1, 16, 3, 128, 12, prefetch=256), Narrow(2, 16, 2, 128, 8), Narrow(4, 16, 2, 128, 4),
+        Narrow(4, 16, 2, 64, 2), Narrow(8, 16, 3, 128, 2), Narrow(8, 16, 3, 128, 2, cluster=2, price=1.2),
+        Narrow(8, 16, 2, 64, 1, cluster=4, price=1.2),
+        Narrow(1, 8, 2, 64, 4), Narrow(2, 8, 2, 64, 2), Narrow(4, 8, 2, 64, 1), Narrow(8, 8, 2, 64, 1),
+    ),
+    "int8": (
+        Narrow(1, 16, 2, 128, 12, early=2), Narrow(2, 16, 2, 128, 8, early=2), Narrow(4, 16, 3, 64, 6, early=4),
+        Narrow(4, 16, 2, 64, 2, price=1.1), Narrow(1, 8, 2, 64, 4),
+        Narrow(8, 16, 2, 64, 2, early=4, price=1.96), Narrow(8, 16, 2, 128, 4, early=4, price=1.56),
+        Narrow(8, 16, 3, 128, 4, cluster=2, early=4, price=1.93), Resident(1, 3, 1, 128, 4, early=4),
+        Resident(1, 4, 1, 128, 3, cluster=4, early=4, price=1.36),
+        Wide(1, 1, 4, 2, 128, 5, cluster=2, price=3.06), Wide(1, 1, 4, 2, 128, 3, price=9),
+        Narrow(16, 16, 2, 64, 2, early=4, price=1.66), Narrow(16, 16, 3, 64, 1, price=2),
+        Resident(2, 3, 1, 128, 3, early=4), Resident(2, 3, 1, 128, 4, cluster=2, early=4, price=1.33),
+        Resident(2, 1, 3, 128, 2, cluster=2, early=4, price=2.04),
+        Resident(2, 3, 1, 128, 2, cluster=4, early=4, price=1.53), _bulk(2, 12, 1, 256, 3, 2, 1.4),
+        _bulk(2, 8, 2, 256, 5, 4, 1.79),
+        Wide(2, 1, 4, 2, 128, 5, cluster=2, price=3.26), Wide(2, 1, 4, 2, 128, 3, price=9),
+        _bulk(4, 12, 1, 256, 3, 1, 1.0), _bulk(4, 12, 1, 256, 3, 2, 1.23), _bulk(4, 8, 2, 256, 4, 2, 1.41),
+        _bulk(4, 4, 2, 256, 6, 2, 2.28), _bulk(4, 8, 2, 256, 4, 4, 1.79),
+        Resident(4, 3, 1, 128, 2, cluster=2, early=4, price=1.228),
+        Wide(4, 1, 4, 2, 128, 5, cluster=2, price=3.1), Wide(4, 1, 4, 2, 128, 3, price=9),
+        _bulk(8, 12, 1, 256, 2, 1, 1.0), _bulk(8, 8, 1, 256, 3, 1, 1.27), _bulk(8, 12, 1, 256, 2, 2, 1.313),
+        _bulk(8, 12, 1, 256, 2, 4, 1.936), _bulk(8, 16, 1, 128, 3, 4, 1.623), _bulk(8, 4, 2, 256, 4, 2, 2.669),
+        _bulk(8, 4, 2, 128, 6, 8, 4.184), Wide(8, 1, 4, 1, 64, 3, price=9),
+        Wide(16, 1, 12, 1, 128, 2, cluster=2, wgmma=True, price=1.47),
+        Wide(16, 1, 12, 1, 128, 4, wgmma=True, price=1.25),
+        Wide(16, 1, 12, 1, 128, 2, cluster=4, wgmma=True, price=1.85), Wide(16, 1, 4, 1, 64, 2, price=9),
+    ),
+    "4bit": (
+        Narrow(1, 16, 2, 128, 12, early=2), Narrow(2, 16, 2, 128, 8), Narrow(4, 16, 2, 128, 6), Narrow(4, 16, 3, 64, 6),
+        Narrow(1, 8, 2, 64, 4, table_shift=7), Narrow(8, 16, 2, 64, 2, price=2.01),
+        Resident(1, 3, 1, 128, 3, early=4), Resident(1, 3, 1, 128, 2, cluster=2, early=4, price=1.302),
+        Resident(1, 4, 1, 128, 2, cluster=4, early=4, price=1.371), Resident(1, 1, 4, 64, 3, cluster=2, price=2.227),
+        Wide(1, 1, 12, 1, 256, 5, wgmma=True, price=1.54), Wide(1, 1, 12, 1, 256, 4, cluster=2, wgmma=True, price=1.81),
+        Wide(1, 2, 2, 4, 256, 3, cluster=2, price=3.2), Wide(1, 1, 4, 2, 128, 3, table_shift=7, price=9),
+        Resident(2, 3, 1, 64, 2, early=4), Resident(2, 3, 1, 128, 2, cluster=2, early=4, price=1.215),
+        Resident(2, 3, 1, 64, 3, cluster=4, early=4, price=1.396),
+        Resident(2, 4, 1, 64, 3, cluster=4, early=4, price=1.203), _bulk(2, 12, 1, 256, 4, 1, 1.1),
+        _bulk(2, 12, 1, 256, 4, 2, 1.37), _bulk(2, 4, 4, 256, 6, 2, 2.57), Wide(2, 1, 4, 2, 128, 3, table_shift=7, price=9),
+        _bulk(4, 12, 1, 256, 3, 1, 1.0), _bulk(4, 12, 1, 256, 3, 2, 1.228), _bulk(4, 4, 4, 256, 6, 2, 2.356),
+        _bulk(4, 8, 2, 256, 4, 4, 1.82), Wide(4, 1, 4, 2, 128, 2, table_shift=7, price=9),
+        _bulk(8, 12, 1, 256, 2, 1, 1.0), _bulk(8, 8, 1, 256, 3, 1, 1.24), _bulk(8, 12, 1, 128, 3, 2, 1.527),
+        _bulk(8, 12, 1, 128, 3, 4, 2.101), _bulk(8, 12, 1, 128, 3, 8, 2.666), _bulk(8, 8, 1, 256, 2, 2, 1.918),
+        _bulk(8, 4, 2, 256, 3, 2, 2.797), _bulk(8, 4, 2, 128, 6, 8, 4.21),
+        Wide(8, 1, 2, 2, 128, 2, table_shift=7, price=9),
+        Wide(16, 1, 12, 1, 128, 2, cluster=2, table_shift=7, wgmma=True, price=1.47),
+        Wide(16, 1, 12, 1, 256, 2, table_shift=7, wgmma=True),
+        Wide(16, 1, 4, 4, 256, 2, cluster=2, table_shift=7, wgmma=True, price=2.57),
+    ),
+}  # fmt: skip
