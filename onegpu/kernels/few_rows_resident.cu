@@ -11,7 +11,7 @@ constexpr int WARPS = 4 * WN * WK, THREADS = 32 * WARPS, BN = 64 * WN, ROWS = 8 
 constexpr int KB = FMT == 1 ? CB : 2 * CB, GROUPS = KB / 64;           // columns of a piece
 constexpr int SCALES = FMT == 2 ? GROUPS : 0, PER_ROW = SCALES ? SCALES : 1, PIECE = 16 * CB, SLOT = PIECE + 64 * SCALES * (1 + NESTED);
 constexpr int E_PITCH = BN + 4, DIRECT = WK == 1 && CL == 1;           // DIRECT: no sums meet
-constexpr int IN_TABLE = FMT == 2 && TABLE_SHIFT == 8 && ROWS * E_PITCH <= 8192;  // the sums, in what the table leaves free
+constexpr int IN_TABLE = FMT == 2 && ROWS * E_PITCH <= 8192;  // the sums, in what the table leaves free
 constexpr int SUMS = DIRECT || IN_TABLE ? 0 : (ROWS * E_PITCH + 31) / 32 * 32;
 constexpr int TO_FP16 = FMT == 2 && BF16, MMA_BF16 = BF16 && FMT != 2;
 static_assert(FMT != 0 && GROUPS % 2 == 0, "products alternate between two sets of registers");

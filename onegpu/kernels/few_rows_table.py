@@ -145,7 +145,6 @@ class Resident:
     width: int
     slots: int
     cluster: int = 1
-    table_shift: int = 8
     early: int = 0
     price: float = 1.0
 
@@ -179,19 +178,20 @@ class Resident:
 
     def shared(self, fmt: str, nested: bool, n: int, k: int, clusters: int, half: bool) -> int:
         columns, four, warps = self.piece(fmt), fmt == "4bit", self.threads // 32
-        total = (256 << self.table_shift if four else 0) + 256 + 1024 * nested
+        total = 65536 * four + 256 + 1024 * nested
         total += ceil_div(ceil_div(k, columns), self.cluster) * columns * 2 * self.rows
         sums, meets = self.rows * (self.tile + 4), self.warps_k * self.cluster > 1
-        if meets and not (four and self.table_shift == 8 and sums <= 8192):
+        if meets and not (four and sums <= 8192):
             total += ceil_div(sums, 32) * 128
         return total + warps * self.slots * (16 * self.width + (columns * (1 + nested) if four else 0))
 
     def constants(self, half: bool) -> dict[str, int]:
         names = {"NT": self.eights, "WN": self.warps_n, "WK": self.warps_k, "CB": self.width, "SLOTS": self.slots}
-        return {**names, "CL": self.cluster, "TABLE_SHIFT": self.table_shift, "WGMMA": 1, "EARLY": self.early}
+        return {**names, "CL": self.cluster, "TABLE_SHIFT": 8, "WGMMA": 1, "EARLY": self.early}
 
 
 Config = Narrow | Wide | Resident
+
 
 def _bulk(eights: int, warps_n: int, warps_k: int, columns: int, stages: int, cluster: int, price: float) -> Wide:
     """What won as Wide on Hopper."""
@@ -214,7 +214,7 @@ CONFIGURATIONS: dict[str, tuple[Config, ...]] = {
         Narrow(8, 16, 3, 128, 4, cluster=2, early=4, price=1.93), Resident(1, 3, 1, 128, 4, early=4),
         Resident(1, 4, 1, 128, 3, cluster=4, early=4, price=1.36),
         Wide(1, 1, 4, 2, 128, 5, cluster=2, price=3.06), Wide(1, 1, 4, 2, 128, 3, price=9),
-        Narrow(16, 16, 2, 64, 2, early=4, price=1.66), Narrow(16, 16, 3, 64, 1, price=2),
+        Narrow(16, 16, 2, 64, 2, early=4, price=1.66),
         Resident(2, 3, 1, 128, 3, early=4), Resident(2, 3, 1, 128, 4, cluster=2, early=4, price=1.33),
         Resident(2, 1, 3, 128, 2, cluster=2, early=4, price=2.04),
         Resident(2, 3, 1, 128, 2, cluster=4, early=4, price=1.53), _bulk(2, 12, 1, 256, 3, 2, 1.4),
@@ -224,7 +224,7 @@ CONFIGURATIONS: dict[str, tuple[Config, ...]] = {
         _bulk(4, 4, 2, 256, 6, 2, 2.28), _bulk(4, 8, 2, 256, 4, 4, 1.79),
         Resident(4, 3, 1, 128, 2, cluster=2, early=4, price=1.228),
         Wide(4, 1, 4, 2, 128, 5, cluster=2, price=3.1), Wide(4, 1, 4, 2, 128, 3, price=9),
-        _bulk(8, 12, 1, 256, 2, 1, 1.0), _bulk(8, 8, 1, 256, 3, 1, 1.27), _bulk(8, 12, 1, 256, 2, 2, 1.313),
+        _bulk(8, 12, 1, 256, 2, 1, 1.0), _bulk(8, 12, 1, 256, 2, 2, 1.313),
         _bulk(8, 12, 1, 256, 2, 4, 1.936), _bulk(8, 16, 1, 128, 3, 4, 1.623), _bulk(8, 4, 2, 256, 4, 2, 2.669),
         _bulk(8, 4, 2, 128, 6, 8, 4.184), Wide(8, 1, 4, 1, 64, 3, price=9),
         Wide(16, 1, 12, 1, 128, 2, cluster=2, wgmma=True, price=1.47),
@@ -241,10 +241,11 @@ CONFIGURATIONS: dict[str, tuple[Config, ...]] = {
         Resident(2, 3, 1, 64, 2, early=4), Resident(2, 3, 1, 128, 2, cluster=2, early=4, price=1.215),
         Resident(2, 3, 1, 64, 3, cluster=4, early=4, price=1.396),
         Resident(2, 4, 1, 64, 3, cluster=4, early=4, price=1.203), _bulk(2, 12, 1, 256, 4, 1, 1.1),
-        _bulk(2, 12, 1, 256, 4, 2, 1.37), _bulk(2, 4, 4, 256, 6, 2, 2.57), Wide(2, 1, 4, 2, 128, 3, table_shift=7, price=9),
+        _bulk(2, 12, 1, 256, 4, 2, 1.37), _bulk(2, 4, 4, 256, 6, 2, 2.57),
+        Wide(2, 1, 4, 2, 128, 3, table_shift=7, price=9),
         _bulk(4, 12, 1, 256, 3, 1, 1.0), _bulk(4, 12, 1, 256, 3, 2, 1.228), _bulk(4, 4, 4, 256, 6, 2, 2.356),
         _bulk(4, 8, 2, 256, 4, 4, 1.82), Wide(4, 1, 4, 2, 128, 2, table_shift=7, price=9),
-        _bulk(8, 12, 1, 256, 2, 1, 1.0), _bulk(8, 8, 1, 256, 3, 1, 1.24), _bulk(8, 12, 1, 128, 3, 2, 1.527),
+        _bulk(8, 12, 1, 256, 2, 1, 1.0), _bulk(8, 12, 1, 128, 3, 2, 1.527),
         _bulk(8, 12, 1, 128, 3, 4, 2.101), _bulk(8, 12, 1, 128, 3, 8, 2.666), _bulk(8, 8, 1, 256, 2, 2, 1.918),
         _bulk(8, 4, 2, 256, 3, 2, 2.797), _bulk(8, 4, 2, 128, 6, 8, 4.21),
         Wide(8, 1, 2, 2, 128, 2, table_shift=7, price=9),

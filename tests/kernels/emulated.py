@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from onegpu.kernels import few_rows
+from onegpu.kernels.few_rows_table import Config
 from onegpu.kernels.launch import source_text
 
 needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is compiled with g++")
@@ -41,7 +42,7 @@ def _library(source: str, constants: tuple[tuple[str, int], ...]) -> ctypes.CDLL
 
 
 def product(
-    config: few_rows.Config,
+    config: Config,
     fmt: str,
     x: torch.Tensor,
     weight: torch.Tensor,

@@ -1,4 +1,4 @@
-"""The few-row kernels: each product finds a configuration; their text, run on the CPU, and on a GPU, gives it."""
+"""The few-row kernels: their text, run on the CPU, and on a GPU, gives the product."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from onegpu import functional
 from onegpu.kernels import few_rows
-from onegpu.kernels.few_rows_table import Narrow, Resident, Wide
+from onegpu.kernels.few_rows_table import CONFIGURATIONS, Config, Narrow, Resident, Wide
 from onegpu.kernels.linear_4bit import Packed4bit, linear_4bit
 from onegpu.kernels.linear_int8 import linear_int8
 from tests.compare import assert_close, assert_same_nonfinite
@@ -18,33 +18,7 @@ from tests.kernels import emulated, machine_code
 from tests.matrices import activations
 from tests.nvrtc_tools import needs_nvrtc
 
-H100, A100, OTHERS = 227 * 1024, 163 * 1024, 99 * 1024  # bytes of shared memory that a block may have
-SIZES = [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008), (896, 896), (4864, 896), (4544, 4544)]
-
-
-@pytest.mark.parametrize("fmt", few_rows.FORMATS)
-@pytest.mark.parametrize("n_k", SIZES)
-def test_every_product_finds_a_configuration(fmt: str, n_k: tuple[int, int]) -> None:
-    n, k = n_k
-    for m in range(1, few_rows.MAX_ROWS[fmt] + 1):
-        for half in (False, True)[: 1 + (fmt == "4bit")]:
-            found = few_rows.choose(fmt, True, m, n, k, half, 132, H100, 9)
-            assert found is not None, f"{m} rows find none on an H100"
-            assert found[0].rows < 2 * max(m, 4) or half, f"{m} rows would be padded to {found[0].rows}"
-        small = m <= 64 or fmt == "int8"  # past that 4-bit weights are dequantised
-        assert fmt == "16bit" or not small or few_rows.choose(fmt, False, m, n, k, False, 84, OTHERS, 8), f"{m} rows"
-
-
-def test_wide_tiles_are_filled() -> None:
-    """12288 rows on 132 multiprocessors are 187 for a cluster of two: a tile of 192; 4096 are 63: a tile of 64."""
-    for n, tile in ((12288, 192), (4096, 64)):
-        config, clusters, _ = few_rows.choose("4bit", False, 16, n, 4096, False, 132, H100, 9)
-        assert (16 * config.row_tiles * config.warps_n, config.cluster, clusters) == (tile, 2, 66)
-
-
-def test_quantised_scales_take_a_stage_less_where_memory_is_short() -> None:
-    for nested, stages in ((False, 3), (True, 2)):
-        assert few_rows.choose("4bit", nested, 32, 12288, 4096, False, 132, H100, 9)[0].stages == stages
+SIZES = [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008)]
 
 
 def four_bit(
@@ -80,7 +54,7 @@ FOUR_BIT = [
     (Wide(2, 1, 4, 2, 128, 3, cluster=2, wgmma=True, bulk=True, early=2), "nf4", True, 64, 13, 75, 704, torch.float16),
     (Narrow(16, 4, 3, 64, 1, cluster=2, early=2), "nf4", True, 64, 11, 70, 704, torch.bfloat16),
     (Resident(2, 1, 2, 128, 3, early=2), "nf4", False, 64, 13, 150, 704, torch.bfloat16),
-    (Resident(4, 1, 1, 64, 2, cluster=2, table_shift=7), "fp4", True, 128, 29, 70, 704, torch.float16),
+    (Resident(4, 1, 1, 64, 2, cluster=2), "fp4", True, 128, 29, 70, 704, torch.float16),
     (Resident(1, 2, 1, 128, 2), "nf4", True, 64, 7, 150, 704, torch.bfloat16),
 ]
 
@@ -119,7 +93,7 @@ def test_4_bit_kernels_on_the_cpu(case: tuple) -> None:
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_int8_kernels_on_the_cpu(config: few_rows.Config, dtype: torch.dtype) -> None:
+def test_int8_kernels_on_the_cpu(config: Config, dtype: torch.dtype) -> None:
     n, k, m = 70, 752, min(config.rows, 9)
     weight = torch.randint(-128, 128, (n, k), dtype=torch.int8, generator=torch.Generator().manual_seed(1))
     SCB = torch.rand(n, generator=torch.Generator().manual_seed(2)) + 0.1
@@ -139,7 +113,7 @@ def test_16_bit_kernels_on_the_cpu(config: Narrow, dtype: torch.dtype) -> None:
 @needs_nvrtc
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90a"])
 def test_compiles(arch: str) -> None:
-    for fmt, configurations in few_rows.CONFIGURATIONS.items():
+    for fmt, configurations in CONFIGURATIONS.items():
         able = [c for c in configurations if arch == "sm_90a" or (c.cluster == 1 and not getattr(c, "wgmma", False))]
         for config in able[:1] + able[-1:]:
             assert few_rows.kernel(config, fmt, True, False, fmt == "4bit", False).compile(arch).code
@@ -148,7 +122,7 @@ def test_compiles(arch: str) -> None:
 @needs_nvrtc
 @pytest.mark.parametrize("fmt", few_rows.FORMATS)
 def test_no_registers_spill_no_copy_is_encoded_wrongly_and_no_sum_is_read_early(fmt: str) -> None:
-    for config in few_rows.CONFIGURATIONS[fmt]:
+    for config in CONFIGURATIONS[fmt]:
         if config.cluster == 1 and isinstance(config, Wide) and not config.wgmma:
             continue  # for GPUs before Hopper
         nested = fmt == "4bit"  # which needs more registers than plain scales: one of them two more than there are
@@ -198,7 +172,7 @@ def test_int8_on_a_gpu(n_k: tuple[int, int], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("fmt", ["4bit", "int8"])
 def test_the_products_of_the_table_on_a_gpu(fmt: str) -> None:
     """The sizes and rows that benchmarks/cases/few_rows.py stores, which runs this first: so it has to be quick."""
-    for n, k in SIZES[:4]:
+    for n, k in SIZES:
         bias = activations((n,), torch.bfloat16, "cuda", seed=5)
         for nested in (False, True)[: 1 + (fmt == "4bit")]:
             if fmt == "int8":

@@ -1,0 +1,83 @@
+"""The configurations of the few-row kernels: each product finds one."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from onegpu.kernels import few_rows
+from onegpu.kernels.few_rows_table import CONFIGURATIONS
+
+H100, OTHERS = 227 * 1024, 99 * 1024  # bytes of shared memory that a block may have
+SIZES = [
+    (12288, 4096),
+    (4096, 4096),
+    (22016, 4096),
+    (4096, 11008),
+    (896, 896),
+    (4864, 896),
+    (4544, 4544),
+]
+
+
+@pytest.mark.parametrize("fmt", few_rows.FORMATS)
+@pytest.mark.parametrize("n_k", SIZES)
+def test_every_product_finds_a_configuration(fmt: str, n_k: tuple[int, int]) -> None:
+    n, k = n_k
+    for m in range(1, few_rows.MAX_ROWS[fmt] + 1):
+        for half in (False, True)[: 1 + (fmt == "4bit")]:
+            found = few_rows.choose(fmt, True, m, n, k, half, 132, H100, 9)
+            assert found is not None, f"{m} rows find none on an H100"
+            assert found[0].rows < 2 * max(m, 4) or half, f"{m} rows would be padded to {found[0].rows}"
+        small = m <= 64 or fmt == "int8"  # past that 4-bit weights are dequantised
+        assert fmt == "16bit" or not small or few_rows.choose(fmt, False, m, n, k, False, 84, OTHERS, 8), f"{m} rows"
+
+
+def test_wide_tiles_are_filled() -> None:
+    """12288 rows on 132 multiprocessors are 187 for a cluster of two: a tile of 192; 4096 are 63: a tile of 64."""
+    for n, tile in ((12288, 192), (4096, 64)):
+        config, clusters, _ = few_rows.choose("4bit", False, 32, n, 4096, False, 132, H100, 9)
+        assert (16 * config.row_tiles * config.warps_n, config.cluster, clusters) == (tile, 2, 66)
+
+
+def test_quantised_scales_take_a_stage_less_where_memory_is_short() -> None:
+    for nested, stages in ((False, 3), (True, 2)):
+        assert few_rows.choose("4bit", nested, 32, 12288, 4096, False, 132, H100, 9)[0].stages == stages
+
+
+def test_every_configuration_serves_some_product_on_a_hopper_or_another_gpu() -> None:
+    """For rows of its class: what no size and no GPU takes has no place in the table."""
+    taken = set()
+    sizes = [
+        (n, k)
+        for n in (64, 896, 2560, 4096, 4544, 6144, 9728, 12288, 18176, 22016, 28672)
+        for k in (896, 4096, 4544, 11008, 18176, 32768)
+    ]
+    for fmt, maximum in few_rows.MAX_ROWS.items():
+        for m in (m for m in (1, 2, 4, 8, 16, 32, 64, 128) if m <= maximum):
+            for n, k in sizes:
+                for sms, limit, major in (
+                    (132, H100, 9),
+                    (108, 163 * 1024, 8),
+                    (84, OTHERS, 8),
+                    (170, OTHERS, 12),
+                    (148, H100, 10),
+                ):
+                    for half in (False, True)[: 1 + (fmt == "4bit")]:
+                        found = few_rows.choose(fmt, False, m, n, k, half, sms, limit, major)
+                        if found:
+                            taken.add((fmt, found[0]))
+    missing = [(fmt, c) for fmt, able in CONFIGURATIONS.items() for c in able if (fmt, c) not in taken]
+    assert not missing, missing
+
+
+@pytest.mark.parametrize(("major", "early"), [(9, True), (8, False)])
+def test_kernels_start_early_from_hopper_on(monkeypatch: pytest.MonkeyPatch, major: int, early: bool) -> None:
+    properties = SimpleNamespace(
+        major=major, multi_processor_count=132, shared_memory_per_block_optin=H100, shared_memory_per_block=H100
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    plan = few_rows.plan.__wrapped__("int8", 1, 4096, 4096, True, False, False, False, 0)
+    assert plan is not None and plan.early == early
