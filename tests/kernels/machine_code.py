@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 _FRAME_SIZE = 0x11  # EIATTR_FRAME_SIZE of a section .nv.info: a symbol, and its stack in bytes
 _COPY_UNIFORM = 0xDAE  # LDGSTS with a uniform base register
+_GRID_WAIT, _LOAD, _COPY = 0x82E, 0x981, 0xFAE
 _WGMMA, _WGMMA_WAIT, _MOVE, _MOVE_BY_IMAD = 0xDF0, 0x9C5, 0x202, 0x224
 
 
@@ -64,4 +65,15 @@ def sums_copied_early(code: bytes, registers: int) -> int:
                 running = running and (high >> 8 & 0xFF) != 0  # how many groups may still run
             elif running and operation in (_MOVE, _MOVE_BY_IMAD):
                 found += (low >> 32 if operation == _MOVE else high) & 0xFF in sums
+    return found
+
+
+def reads_before_the_wait(code: bytes) -> int:
+    """Loads and copies from global memory in front of ``griddepcontrol.wait``, which is there."""
+    found = 0
+    for name, data in sections(code):
+        if name.startswith(".text."):
+            operations = [struct.unpack_from("<H", data, at)[0] & 0xFFF for at in range(0, len(data), 16)]
+            ahead = operations[: operations.index(_GRID_WAIT)]
+            found += sum(operation in (_LOAD, _COPY, _COPY_UNIFORM) for operation in ahead)
     return found

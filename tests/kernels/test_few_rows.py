@@ -129,7 +129,8 @@ def test_no_registers_spill_no_copy_is_encoded_wrongly_and_no_sum_is_read_early(
         code = few_rows.kernel(config, fmt, True, False, nested, False).compile("sm_90a").code
         assert machine_code.stack_bytes(code) <= 8 * nested, config
         assert machine_code.copies_with_a_uniform_base(code) == 0, config
-        if isinstance(config, Wide):
+        assert (machine_code.reads_before_the_wait(code) == 0) == (config.early > 0), config
+        if not isinstance(config, Narrow):
             assert machine_code.sums_copied_early(code, config.rows // 2) == 0, config
 
 
