@@ -110,9 +110,7 @@ def implementation(
     if name == "auto":
         if measured and cudnn and _cudnn_is_faster(q, options, backward):
             return "cudnn"
-        # The Hopper kernel adds up dQ in one order on request only: on an H100, of that order, dense inputs alone have
-        # been seen to be right.
-        return "hopper" if hopper and not (backward and deterministic) else "portable"
+        return "hopper" if hopper else "portable"
     if backward and not {"hopper": hopper, "cudnn": cudnn}.get(name, kernels):
         return "portable"  # head dims past 128, and cuDNN where the same bits on every run are asked for
     if not {"hopper": hopper, "cudnn": cudnn}.get(name, kernels):

@@ -65,8 +65,7 @@ def test_what_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     assert serves(1, 64, 2, 264) == "definition"
     assert serves(*big, name="hopper") == "hopper" and serves(*big, name="portable") == "portable"
     assert serves(1, 64, 2, 192, backward=True) == "portable" and serves(*big, backward=True) == "hopper"
-    assert serves(*big, backward=True, deterministic=True) == "portable"
-    assert serves(*big, backward=True, deterministic=True, name="hopper") == "hopper"
+    assert serves(*big, backward=True, deterministic=True) == "hopper"
     assert serves(*big, name="cudnn", backward=True, deterministic=True) == "portable"
     assert serves(*big, name="cudnn", left=100, backward=True) == "portable"
     wide = 4, 4096, 16, 256
