@@ -49,7 +49,7 @@ def test_serves_nothing_elsewhere() -> None:
 def test_short_sequences_are_dealt_out() -> None:
     from onegpu.kernels.attention_hopper import _dense
 
-    dealt = {"DRAW": False, "QS": 2}
+    dealt = {"DRAW": False}
     assert _dense(128, True, True, 4, 512, 132) == (dealt | {"ROTATE": 1}, 33)
     assert _dense(128, True, True, 1, 512, 132) == (dealt | {"ROTATE": 0}, 512)
     assert _dense(64, False, True, 4, 64, 132) == (dealt | {"ROTATE": 0}, 64)
