@@ -253,7 +253,7 @@ def backward(
         "HEAD": d, "HEAD_V": d_v, "ST": 2, "LEFT": left >= 0, "RIGHT": right >= 0,
         "EVEN": not how_k and s_k % 128 == 0, "RQ": how_q, "RK": how_k,
         "DRAW": 2 if deterministic else int(tiles > started), "SWAP": wide == 64 or diagonal,
-        "SPLIT": diagonal and not deterministic,
+        "SPLIT": diagonal,
         "ORDER": deterministic, "FIRST": False,
     } | options  # fmt: skip
     # With ranges or windows, blocks of queries may see nothing, and nobody would write their sum.
