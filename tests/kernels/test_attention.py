@@ -149,6 +149,7 @@ def test_torch_compile_keeps_one_graph():
         ({"cu_seqlens_q": int32(0, 5)}, "needed for packed"),
         ({"q_range": torch.zeros(2, 2)}, r"not int32 \[B, 2\]"),
         ({"window": 3}, r"window=3 is not \(left, right\)"),
+        ({"window": (-5, 0)}, r"window=\(-5, 0\) is not \(left, right\)"),
         ({"implementation": "fast"}, "is not known"),
     ],
 )
