@@ -27,12 +27,14 @@ _OBSOLETE = ("resume_download", "offload_state_dict", "low_cpu_mem_usage", "_fas
 class Request:
     """What the user asked for, checked.
 
-    config: a ``BitsAndBytesConfig`` or None. flash: FlashAttention was asked for. strict: missing or surplus tensors
-    are errors. dtype: None (the checkpoint's), "auto" or a torch dtype. wish: the devices asked for.
+    config: a ``BitsAndBytesConfig`` or None. exact: int8 layers round activations on every device. flash:
+    FlashAttention was asked for. strict: missing or surplus tensors are errors. dtype: None (the checkpoint's), "auto"
+    or a torch dtype. wish: the devices asked for.
     """
 
     config: Any = None
     settings: Settings | None = None
+    exact: bool = False
     flash: bool = False
     strict: bool = True
     dtype: Any = None
@@ -45,7 +47,7 @@ def translate(kwargs: dict[str, Any]) -> Request:
     Raises:
         ArgumentError: values that contradict each other or mean nothing, naming argument, value and fix.
     """
-    request = Request(strict=_flag(kwargs, "strict", True))
+    request = Request(strict=_flag(kwargs, "strict", True), exact=_flag(kwargs, "llm_int8_exact"))
     _quantization(kwargs, request)
     _attention(kwargs, request)
     _dtype(kwargs, request)

@@ -13,6 +13,7 @@ import math
 import os
 import pydoc
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -78,6 +79,8 @@ def load(from_pretrained: Any, path: Any, model_args: tuple[Any, ...], kwargs: d
         load_in_4bit, load_in_8bit: quantise while loading, as ``BitsAndBytesConfig(load_in_4bit=True)`` would.
         quantization_config: a ``BitsAndBytesConfig`` (or dict) served by onegpu; another one goes to transformers.
         bnb_4bit_*, llm_int8_*: fields of ``BitsAndBytesConfig``, beside ``load_in_…bit``.
+        llm_int8_exact: the arithmetic of LLM.int8() on a GPU too, where activations are otherwise not rounded; slower.
+            Of a model in 8 bits, quantised while loading or before; files do not keep it.
         replace_default_skips: ``llm_int8_skip_modules`` replaces the default skip list instead of adding to it.
         use_flash_attention_2: the same as ``attn_implementation="flash_attention_2"`` and ``"onegpu"``: FlashAttention,
             no package needed. Parts of a model that it does not serve keep their own attention, and it says so.
@@ -102,6 +105,11 @@ def load(from_pretrained: Any, path: Any, model_args: tuple[Any, ...], kwargs: d
     config, kwargs = _load_config(path, kwargs)
     flash = take_attention(config) or request.flash
     session = _claim(path, config, request, kwargs)
+    if request.exact:
+        if session is None or session.settings.bits != 8:
+            why = "is about int8 layers, and this model gets none"
+            raise bad_argument("llm_int8_exact", True, why, "add load_in_8bit=True, or leave it out")
+        session.settings = replace(session.settings, exact=True)
     kwargs["dtype"] = _resolve_dtype(path, config, request)
     placement = _settle(from_pretrained, path, config, request, session, kwargs)
     try:

@@ -164,6 +164,20 @@ def test_quantization_config(tiny, spell):
     assert model.model.layers[0].mlp.up_proj.threshold == 4.0 and type(model.lm_head) is nn.Linear
 
 
+def test_the_papers_arithmetic_can_be_asked_for(tiny, tmp_path):
+    """In training mode a CPU rounds no activations either, as a GPU; asked for, it does."""
+    plain = load(tiny("llama"), load_in_8bit=True)
+    plain.save_pretrained(tmp_path)
+    ids, asked = torch.tensor([[5, 6, 7]]), load(tiny("llama"), load_in_8bit=True, llm_int8_exact=True)
+    expected = plain(ids).logits
+    assert not torch.equal(plain.train()(ids).logits, expected)
+    for model in (asked, load(tmp_path, llm_int8_exact=True), copy.deepcopy(asked)):
+        assert torch.equal(model.train()(ids).logits, expected)
+    for options in ({}, {"load_in_4bit": True}):
+        with pytest.raises(ArgumentError, match=r"llm_int8_exact=True is about int8 layers.* add load_in_8bit=True"):
+            load(tiny("llama"), llm_int8_exact=True, **options)
+
+
 def test_a_skip_list_adds_to_the_default_unless_told_otherwise(tiny):
     path = tiny("llama")
     model = load(path, load_in_4bit=True, llm_int8_skip_modules=["down_proj"])

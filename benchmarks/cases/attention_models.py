@@ -30,7 +30,13 @@ def cases() -> Iterator[Case]:
         measure = partial(dense, "Llama-2-7B", ("sdpa", "eager"), batch)
         name = f"Llama-2-7B batch {batch} x 4096"
         yield make(name, measure=measure, bound=1 / 1.02, goal=1 / 1.1, seconds=4 * batch, group="Llama-2-7B attention")
+        measure = partial(dense, "Llama-2-7B", ("sdpa",), batch, ours="optimize")
+        name = f"Llama-2-7B by optimize() batch {batch} x 4096"
+        yield make(name, measure=measure, bound=1 / 1.02, goal=1 / 1.1, seconds=2 * batch, group="Llama-2-7B attention")
     for batch, length in PADDED:
+        measure = partial(padded, "Llama-2-7B", batch, length, 0, ours="optimize")
+        name = f"Llama-2-7B by optimize() batch {batch} x {length}, 0 % padding"
+        yield make(name, measure=measure, bound=1.0, seconds=6 if batch == 8 else 3, group="Llama-2-7B attention")
         for share in SHARES:
             measure = partial(padded, "Llama-2-7B", batch, length, share)
             name = f"Llama-2-7B batch {batch} x {length}, {share} % padding"
@@ -53,7 +59,9 @@ def cases() -> Iterator[Case]:
 
 
 def _model(shape: str, attention: str, context: Context) -> Any:
-    """A model of this attention, "onegpu" or a name of transformers'; all of one shape have the same weights."""
+    """A model of this attention, "onegpu" or a name of transformers', or one after `onegpu.optimize`; all of one shape
+    have the same weights."""
+    import onegpu
     from onegpu.convert.attention_rule import UseAttention
     from onegpu.convert.optimize import State
     from onegpu.convert.report import Report
@@ -63,7 +71,9 @@ def _model(shape: str, attention: str, context: Context) -> Any:
     if attention not in context.kept:
         plain = context.kept["plain"]
         made = copy.deepcopy(plain, {id(parameter): parameter for parameter in plain.parameters()})
-        if attention == "onegpu":
+        if attention == "optimize":
+            onegpu.optimize(made)
+        elif attention == "onegpu":
             report = Report("optimize")  # attention alone: `optimize` changes norms and MLPs too
             UseAttention().apply(made, None, State(), False, report)
             if len(report.swapped) != made.config.num_hidden_layers:
@@ -74,7 +84,9 @@ def _model(shape: str, attention: str, context: Context) -> Any:
     return context.kept[attention]
 
 
-def _forwards(shape: str, peers: tuple[str, ...], inputs: dict[str, Any], context: Context) -> dict[str, Any]:
+def _forwards(
+    shape: str, ours: str, peers: tuple[str, ...], inputs: dict[str, Any], context: Context
+) -> dict[str, Any]:
     """Milliseconds of a forward, all logits, by events around it: host time that the device waits for is in it."""
     import torch
 
@@ -84,7 +96,7 @@ def _forwards(shape: str, peers: tuple[str, ...], inputs: dict[str, Any], contex
         with torch.inference_mode():
             model(**inputs, use_cache=False)
 
-    calls = {name: partial(forward, _model(shape, name, context)) for name in ("onegpu", *peers)}
+    calls = {name: partial(forward, _model(shape, name, context)) for name in (ours, *peers)}
     for call in calls.values():
         call()  # whatever is set up once
     peaks = {name: _peak(call, context) for name, call in calls.items()}
@@ -95,13 +107,12 @@ def _forwards(shape: str, peers: tuple[str, ...], inputs: dict[str, Any], contex
         if round_ >= 2 and time.perf_counter() > deadline:
             break
     found: dict[str, Any] = {name: {"ms": spread(ms[name]), "peak_bytes": peaks[name]} for name in calls}
-    ours = found.pop("onegpu")
+    mine = found.pop(ours)
     others = {
-        f"transformers, {name}": fields | {"ratio": paired_ratio(ms["onegpu"], ms[name])}
-        for name, fields in found.items()
+        f"transformers, {name}": fields | {"ratio": paired_ratio(ms[ours], ms[name])} for name, fields in found.items()
     }
     peer = f"transformers, {peers[0]}"
-    return {"peer": peer, "ours": ours, "theirs": others[peer], "peers": others, "ratio": others[peer]["ratio"]}
+    return {"peer": peer, "ours": mine, "theirs": others[peer], "peers": others, "ratio": others[peer]["ratio"]}
 
 
 def _milliseconds(call: Callable[[], Any], context: Context) -> float:
@@ -120,26 +131,26 @@ def _milliseconds(call: Callable[[], Any], context: Context) -> float:
     return float(first.elapsed_time(last))
 
 
-def dense(shape: str, peers: tuple[str, ...], batch: int, context: Context) -> dict[str, Any]:
+def dense(shape: str, peers: tuple[str, ...], batch: int, context: Context, ours: str = "onegpu") -> dict[str, Any]:
     """A batch of full rows."""
     import torch
 
     length = 16 if context.tiny else 4096
-    ids = torch.randint(3, _model(shape, "onegpu", context).config.vocab_size, (batch, length), device=context.device)
-    row = _forwards(shape, peers, {"input_ids": ids}, context)
+    ids = torch.randint(3, _model(shape, ours, context).config.vocab_size, (batch, length), device=context.device)
+    row = _forwards(shape, ours, peers, {"input_ids": ids}, context)
     return {**row, "shape": {"batch": batch, "length": length, "padding": 0}}
 
 
-def padded(shape: str, batch: int, length: int, share: int, context: Context) -> dict[str, Any]:
+def padded(shape: str, batch: int, length: int, share: int, context: Context, ours: str = "onegpu") -> dict[str, Any]:
     """Rows of lengths spread evenly around the mean, padded on the left; the mask is given without padding too."""
     import torch
 
     length = 16 if context.tiny else length
     cut = torch.linspace(0, 2 * share / 100, batch).mul(length).round().long().clamp(max=length - 1)
     mask = (torch.arange(length) >= cut[:, None]).long().to(context.device)
-    ids = torch.randint(3, _model(shape, "onegpu", context).config.vocab_size, (batch, length), device=context.device)
+    ids = torch.randint(3, _model(shape, ours, context).config.vocab_size, (batch, length), device=context.device)
     inputs = {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
-    row = _forwards(shape, ("sdpa",), inputs, context)
+    row = _forwards(shape, ours, ("sdpa",), inputs, context)
     return {**row, "shape": {"batch": batch, "length": length, "padding": share}}
 
 

@@ -141,10 +141,11 @@ _PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 def _packed(others: dict[str, Any]) -> Packed | None:
-    ends_q = others.get("cu_seq_lens_q")
+    ends_q, ends_k = others.get("cu_seq_lens_q"), others.get("cu_seq_lens_k")
     if ends_q is None:
+        if ends_k is not None:
+            raise bad_argument("cu_seq_lens_q", None, "is missing beside cu_seq_lens_k", "pass the ends of the queries")
         return None
-    ends_k = others.get("cu_seq_lens_k")
     ends_k = ends_q if ends_k is None else ends_k
     longest = [others.get(name) for name in ("max_length_q", "max_length_k")]
     return Packed(

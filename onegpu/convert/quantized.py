@@ -151,6 +151,7 @@ def quantized_linear(module: nn.Module, settings: Settings, device: torch.device
     new: Linear4bit | Linear8bitLt
     if settings.bits == 8:
         new = Linear8bitLt(inputs, outputs, bias, settings.has_fp16_weight, settings.threshold, device=device)
+        new.exact = settings.exact
     else:
         storage, double = settings.quant_storage or torch.uint8, settings.double_quant
         new = Linear4bit(inputs, outputs, bias, settings.compute_dtype, double, settings.quant_type, storage, device)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from onegpu.convert import Report
 from onegpu.convert import optimize as convert
 from onegpu.convert import restore as convert_back
 from onegpu.engine.generate import attach, begin, detach
+from onegpu.errors import bad_argument
 
 
 def optimize(
@@ -31,9 +34,10 @@ def optimize(
         The report: what was swapped, what was left, and why. ``print`` it.
 
     Raises:
-        ArgumentError: unknown format, a model that is quantised already, one with nothing to quantise, or weights that
-            are not finite. The model is as it was.
+        ArgumentError: no module, unknown format, a model that is quantised already, one with nothing to quantise, or
+            weights that are not finite. The model is as it was.
     """
+    _check(model)
     begin(model)
     report = convert(model, quantize, double_quant=double_quant, skip_modules=skip_modules, keep_original=keep_original)
     reason = attach(model)
@@ -50,8 +54,14 @@ def restore(model: Any, *, dequantize: bool = False) -> Report:
     Structure comes back as it was, bit for bit. Quantised layers come back bit for bit if ``optimize`` kept the
     originals; otherwise they stay as they are, and the report says so, unless ``dequantize=True`` expands them.
     """
+    _check(model)
     taken = detach(model)
     report = convert_back(model, dequantize=dequantize)
     if taken and not report.changes:
         report.notes.append("generate() is transformers' own again.")
     return report
+
+
+def _check(model: Any) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise bad_argument("model", model, "is no module", "pass a model that is loaded, from_pretrained's result")

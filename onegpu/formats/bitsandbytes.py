@@ -27,7 +27,8 @@ ENDINGS_8BIT = ("SCB", "weight_format", "weight")
 class Settings:
     """How to quantise: ``BitsAndBytesConfig`` in one frozen place.
 
-    quant_type: "nf4", "fp4" or "int8". skip: module names that stay as they are, beside the default ones.
+    quant_type: "nf4", "fp4" or "int8". skip: module names that stay as they are, beside the default ones. exact:
+    int8 layers round activations on every device.
     """
 
     quant_type: str
@@ -38,6 +39,7 @@ class Settings:
     has_fp16_weight: bool = False
     skip: tuple[str, ...] = ()
     keep_default_skips: bool = True
+    exact: bool = False
 
     @property
     def bits(self) -> int:

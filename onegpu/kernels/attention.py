@@ -96,7 +96,8 @@ def attention(
         max_seqlen_q, max_seqlen_k: upper bounds of packed lengths; without them T is, which starts idle blocks.
         deterministic: gradients bit-equal from run to run; None is ``torch.are_deterministic_algorithms_enabled()``.
         return_lse: also return the log-sum-exp.
-        implementation: None chooses; else one of `IMPLEMENTATIONS`, an error where that cannot serve.
+        implementation: None chooses; else one of `IMPLEMENTATIONS`, an error where that cannot serve. On a CPU all are
+            the definition.
 
     Returns:
         ``[B, S_q, H, D_v]`` (``[T, H, D_v]``), contiguous, in the dtype of q; with ``return_lse`` also the natural
@@ -111,7 +112,7 @@ def attention(
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if q.ndim < 3 or k.ndim < 3:
         _check(q, k, v, q_range, k_range, cu_seqlens_q, cu_seqlens_k, implementation)
-    if window is not None and (not isinstance(window, tuple | list) or len(window) != 2):
+    if window is not None and (not isinstance(window, tuple | list) or len(window) != 2 or min(window) < -1):
         raise bad_argument("window", window, "is not (left, right)", "Pass two numbers of keys; -1 is no limit")
     left, right = (-1, -1) if window is None else window
     if causal:

@@ -90,7 +90,8 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tu
     out, lse = forward_fake(q, k, v, *rest)
     out.zero_()
     lse.fill_(-math.inf)
-    flash = options.implementation == "auto" and attention_cpu.serves(q, k, v)
+    # torch's is NaN where a mask meets a negative scale
+    flash = options.implementation == "auto" and options.scale > 0 and attention_cpu.serves(q, k, v)
     for at in _sequences(q, k, options):
         if flash and (told := attention_cpu.masks(q[at.q], k[at.k], options)) is not None:
             attention_cpu.forward(q[at.q], k[at.k], v[at.k], out[at.q], lse[at.lse], told)
@@ -122,7 +123,8 @@ def backward(
     options = Options(*rest)
     dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     heads = k.shape[-2]
-    flash = options.implementation == "auto" and grad_lse is None and attention_cpu.serves(q, k, v)
+    flash = options.implementation == "auto" and options.scale > 0 and grad_lse is None
+    flash = flash and attention_cpu.serves(q, k, v)
     for at in _sequences(q, k, options):
         if flash and (told := attention_cpu.masks(q[at.q], k[at.k], options)) is not None:
             given = (grad[at.q], q[at.q], k[at.k], v[at.k], out[at.q], lse[at.lse])

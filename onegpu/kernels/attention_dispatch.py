@@ -153,11 +153,14 @@ def forward_cuda(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) 
 
 def _settle_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
     options = Options(*rest)
-    if options.implementation != "definition" and (q.shape[-1] % 8 or v.shape[-1] % 8):
+    if options.implementation == "definition":
+        return forward(q, k, v, *rest)
+    if q.shape[-1] % 8 or v.shape[-1] % 8:
         out, lse = forward_cuda(padded(q), padded(k), padded(v), *rest)
         return out[..., : v.shape[-1]].contiguous(), lse
-    given = q, k, v
-    q, k, v = readable(q), readable(k), readable(v)
+    read = readable(q), readable(k), readable(v)
+    if not (read[0] is q and read[1] is k and read[2] is v):
+        return forward_cuda(*read, *rest)  # the copies' layout may be settled
     name = implementation(q, k, v, options)
     if name == "definition":
         return forward(q, k, v, *rest)
@@ -173,8 +176,7 @@ def _settle_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: An
 
         ready = attention_hopper.forward(q, k, v, out, lse, *rest[:-2])
         ready(q, k, v, out, lse, *_rows(rest))
-        if given[0] is q and given[1] is k and given[2] is v:
-            _keep(_key(given, rest), ready)
+        _keep(_key((q, k, v), rest), ready)
     else:
         from onegpu.kernels import attention_triton
 
@@ -209,14 +211,22 @@ def _settle_backward(
     v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, deterministic: bool, *rest: Any,
 ) -> Gradients:  # fmt: skip
     options = Options(*rest)
-    if options.implementation != "definition" and (q.shape[-1] % 8 or v.shape[-1] % 8):
+    if options.implementation == "definition":
+        return backward(grad, grad_lse, q, k, v, out, lse, deterministic, *rest)
+    if q.shape[-1] % 8 or v.shape[-1] % 8:
         wide = [padded(x) for x in (q, k, v, out)]
         made = backward_cuda(padded(grad), grad_lse, wide[0], wide[1], wide[2], wide[3], lse, deterministic, *rest)
         dq, dk, dv = (x[..., : like.shape[-1]].contiguous() for x, like in zip(made, (q, k, v), strict=True))
         return dq, dk, dv
-    given = grad, q, k, v
-    grad, q, k, v = readable(grad), readable(q), readable(k), readable(v)
-    name = implementation(q, k, v, options, True, deterministic)
+    read = readable(grad), readable(q), readable(k), readable(v)
+    name = implementation(*read[1:], options, True, deterministic)
+    if name == "hopper":
+        from onegpu.kernels import attention_hopper
+
+        read = attention_hopper.for_tma(read[0]), *read[1:]
+    dlse = None if grad_lse is None else grad_lse.contiguous()
+    if dlse is not grad_lse or any(x is not y for x, y in zip(read, (grad, q, k, v), strict=True)):
+        return backward_cuda(read[0], dlse, *read[1:], out, lse, deterministic, *rest)  # the copies' may be settled
     if name == "definition":
         return backward(grad, grad_lse, q, k, v, out, lse, deterministic, *rest)
     if name == "cudnn" and grad_lse is None:
@@ -229,18 +239,13 @@ def _settle_backward(
         dq, dk, dv = (x.transpose(1, 2).contiguous() for x in made)
         return dq, dk, dv
     gradients = _gradients(q, k, v, options.cu_seqlens_q is not None)
-    contiguous = None if grad_lse is None else grad_lse.contiguous()
     if name == "hopper":
-        from onegpu.kernels import attention_hopper
-
-        grad = attention_hopper.for_tma(grad)
-        given_rest = (out, lse, gradients, *rest[:-1])
-        ready = attention_hopper.backward(grad, contiguous, q, k, v, *given_rest, deterministic=deterministic)
-        ready(grad, contiguous, q, k, v, out, lse, gradients, *_rows(rest))
-        if contiguous is grad_lse and all(x is y for x, y in zip(given, (grad, q, k, v), strict=True)):
-            _keep(key, ready)
+        given = (out, lse, gradients, *rest[:-1])
+        ready = attention_hopper.backward(grad, grad_lse, q, k, v, *given, deterministic=deterministic)
+        ready(grad, grad_lse, q, k, v, out, lse, gradients, *_rows(rest))
+        _keep(key, ready)
     else:
         from onegpu.kernels import attention_triton_backward
 
-        attention_triton_backward.backward(grad, contiguous, q, k, v, out, lse, gradients, *rest[:-1])
+        attention_triton_backward.backward(grad, grad_lse, q, k, v, out, lse, gradients, *rest[:-1])
     return gradients

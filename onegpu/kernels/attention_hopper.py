@@ -138,7 +138,7 @@ def _dense(
         return {}, section
     if n_m <= 4:
         mixed = causal and n_m > 1
-        return {"DRAW": False, "ROTATE": int(mixed), "QS": 2}, max(1, blocks // n_m) if mixed else section
+        return {"DRAW": False, "ROTATE": int(mixed)}, max(1, blocks // n_m) if mixed else section
     if n_m <= 8:
         return {}, min(section, 16)
     return ({"ST": 3} if wide == 64 else {}), section
@@ -170,6 +170,8 @@ def forward(
     blocks = min(tiles, processors(q.get_device()))
     group = heads // heads_kv
     section = section or max(1, min(batch * heads, _L2_BYTES // (s_k * (d + d_v) * 2) * group))
+    if how_q == 1:  # few heads of a sequence at a time, so that its padding does not come all at once: 10 % on an H100
+        section = options.get("section") or min(section, 4)
     constants = {
         "HEAD": d_v, "LEFT": left >= 0, "RIGHT": right >= 0, "ALIGNED": aligned, "WIDE": left >= bn + 128, "RQ": how_q,
         "RK": how_k, "DRAW": tiles > blocks, "ALIAS": alias,
@@ -250,7 +252,8 @@ def backward(
     constants = {
         "HEAD": d, "HEAD_V": d_v, "ST": 2, "LEFT": left >= 0, "RIGHT": right >= 0,
         "EVEN": not how_k and s_k % 128 == 0, "RQ": how_q, "RK": how_k,
-        "DRAW": 2 if deterministic else int(tiles > started), "SWAP": wide == 64 or diagonal, "SPLIT": diagonal,
+        "DRAW": 2 if deterministic else int(tiles > started), "SWAP": wide == 64 or diagonal,
+        "SPLIT": diagonal,
         "ORDER": deterministic, "FIRST": False,
     } | options  # fmt: skip
     # With ranges or windows, blocks of queries may see nothing, and nobody would write their sum.

@@ -149,6 +149,14 @@ def decode_attention(
         )
     if not q.dtype == k.dtype == v.dtype:
         raise bad_argument("k", k.dtype, f"is not the dtype of q and v, {q.dtype} and {v.dtype}", "convert one of them")
+    for name, of_each in (("length", length), ("first", first)):
+        if of_each is not None and (of_each.shape != (b,) or of_each.dtype != torch.int32):
+            found = f"is {of_each.dtype} {list(of_each.shape)}, not a whole number for each sequence"
+            raise bad_argument(name, of_each, found, f"pass int32 [{b}]")
+    if slopes is not None and slopes.shape != (h,):
+        raise bad_argument("slopes", list(slopes.shape), "is not one slope for each query head", f"pass float32 [{h}]")
+    if window < 0:
+        raise bad_argument("window", window, "is no number of keys", "pass 0 for no limit")
     scale = d**-0.5 if scale is None else scale
     return torch.ops.onegpu.decode_attention.default(  # type: ignore[no-any-return]
         q, k, v, length, first, scale, window, softcap, slopes

@@ -72,7 +72,8 @@ class Shape(NamedTuple):
 # taken where the rows of x leave no room, then smaller pieces. OWN comes before it for up to OWN_ROWS rows, if it fits.
 LAYOUTS = {"16bit": Shape(16, 2048, 6), "int8": Shape(16, 2048, 6, 7, 4), "nf4": Shape(16, 1024, 7),
            "fp4": Shape(16, 1024, 7)}  # fmt: skip
-OWN = {"nf4": Shape(16, 128, 2, 8, own=True), "fp4": Shape(16, 128, 2, 8, own=True)}
+OWN = {"int8": Shape(16, 128, 3, own=True), "nf4": Shape(16, 128, 2, 8, own=True),
+       "fp4": Shape(16, 128, 2, 8, own=True)}  # fmt: skip
 OWN_ROWS = 4
 _FEWEST = 3  # slots
 

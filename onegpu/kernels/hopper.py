@@ -130,8 +130,11 @@ def first_block(a, b, h, i_q):
 
 @gluon.jit
 def turn_of(a, m, row0, n_q, n_k):
-    """What `pass_turn` has left at query block m when it is the turn of key row0's tile; 0 for the first."""
-    last = (n_k - 1) >> 7
+    """What `pass_turn` has left at query block m when it is the turn of key row0's tile; 0 for the first.
+
+    Where a packed sequence is longer than it was said to be, tiles past NN are not there to be waited for.
+    """
+    last = gl.minimum((n_k - 1) >> 7, a.NN - 1)
     if a.RIGHT:
         last = gl.minimum(last, (m * a.M + a.M - 1 + n_k - n_q + a.right) >> 7)
     tile = row0 >> 7

@@ -123,7 +123,7 @@ def _runs(
     dtype: torch.dtype | None,
 ) -> list[_Run]:
     """Name, device and function of each run."""
-    for count in rows:
+    for count in rows if isinstance(rows, Sequence) else (None,):
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise bad_argument("rows", rows, "holds something else than numbers above 0", "Pass rows=(1, 16)")
     wanted: dict[tuple[Any, ...], Shape] = {}

@@ -129,6 +129,12 @@ def test_settings_that_are_not_served_raise_under_our_name(name, word):
         model(**arguments)
 
 
+def test_ends_of_the_keys_alone_are_no_packing():
+    q, ends = torch.randn(1, 2, 3, 8), torch.tensor([0, 3], dtype=torch.int32)
+    with pytest.raises(ArgumentError, match=r"^cu_seq_lens_q=None is missing beside cu_seq_lens_k"):
+        attention_function(SimpleNamespace(is_causal=True), q, q, q, None, cu_seq_lens_k=ends)
+
+
 def test_an_unknown_tensor_raises():
     q = torch.randn(1, 2, 3, 8)
     caller = SimpleNamespace(is_causal=True)

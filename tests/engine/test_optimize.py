@@ -7,6 +7,7 @@ import torch
 
 from onegpu import optimize, restore
 from onegpu.engine.generate import Generate, attach
+from onegpu.errors import ArgumentError
 from tests.engine.models import prompts
 from tests.tiny import tiny_model
 
@@ -34,3 +35,9 @@ def test_restore_of_a_loaded_model_says_what_it_did():
     model = tiny_model("llama")
     attach(model)  # what our Auto classes do
     assert "transformers' own again" in str(restore(model)) and "generate" not in model.__dict__
+
+
+@pytest.mark.parametrize("function", [optimize, restore])
+def test_what_is_no_model_is_named(function):
+    with pytest.raises(ArgumentError, match=r"^model='gpt2' is no module\. pass a model that is loaded"):
+        function("gpt2")

@@ -11,6 +11,7 @@ import transformers
 from safetensors.torch import load_file
 
 from onegpu import hardware
+from onegpu.engine.generate import attach
 from onegpu.errors import ArgumentError, CheckpointError, MemoryBudgetError
 from onegpu.formats import gguf
 from onegpu.formats.packaged import smollm2_gguf
@@ -246,3 +247,18 @@ def test_smollm2(tmp_path: Path, cache: Path) -> None:
     inputs = tokenizer("The capital of France is", return_tensors="pt")
     text = tokenizer.decode(model.generate(**inputs, max_new_tokens=3, do_sample=False)[0])
     assert text.startswith("The capital of France is Paris")
+
+    # A real model in our loop: the tokens of transformers', greedy and with a seed, padded on either side.
+    tokenizer.pad_token = tokenizer.eos_token
+    lines = ["Hello", "The capital of France is"]
+    batch = {side: tokenizer(lines, return_tensors="pt", padding=True, padding_side=side) for side in ("left", "right")}
+    ways = {"max_new_tokens": 6, "do_sample": False}, {"max_new_tokens": 6, "do_sample": True, "top_p": 0.9}
+
+    def answers(side: str) -> list[torch.Tensor]:
+        return [torch.manual_seed(0) and model.generate(**batch[side], **way)[:, -6:] for way in ways]
+
+    theirs = answers("left")
+    assert attach(model) is None
+    for side in batch:
+        assert all(map(torch.equal, answers(side), theirs))
+        assert model.generate.report.loop == "eager"

@@ -149,6 +149,7 @@ def test_torch_compile_keeps_one_graph():
         ({"cu_seqlens_q": int32(0, 5)}, "needed for packed"),
         ({"q_range": torch.zeros(2, 2)}, r"not int32 \[B, 2\]"),
         ({"window": 3}, r"window=3 is not \(left, right\)"),
+        ({"window": (-5, 0)}, r"window=\(-5, 0\) is not \(left, right\)"),
         ({"implementation": "fast"}, "is not known"),
     ],
 )
@@ -309,7 +310,7 @@ def test_strides_on_gpu(implementation: str | None):
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("implementation", "d", "mask"),
-    [("portable", 128, {"causal": True}), (None, 128, {"causal": True}), (None, 64, {})],
+    [("portable", 128, {"causal": True}), (None, 128, {"causal": True}), (None, 64, {}), (None, 64, SLIDING)],
 )
 def test_the_same_bits_on_every_run(implementation: str | None, d: int, mask: dict[str, Any]):
     """And the right ones, of more tiles than a GPU has processors, which wait for each other on Hopper."""

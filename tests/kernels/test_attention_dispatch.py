@@ -78,6 +78,38 @@ def test_what_serves(monkeypatch: pytest.MonkeyPatch) -> None:
         serves(1, 64, 2, 64, name="hopper", dtype=torch.float32)
 
 
+def test_what_cannot_be_read_is_copied_and_settled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors whose copy has the layout of others, forward and backward, take what was settled for those."""
+    settled: list[str] = []
+
+    def settle(name: str, real: Any) -> Any:
+        def count(*args: Any) -> Any:
+            settled.append(name)
+            return real(*args)
+
+        return count
+
+    monkeypatch.setattr(dispatch, "forward", settle("forward", forward))
+    monkeypatch.setattr(dispatch, "backward", settle("backward", backward))
+    q, k, v = (torch.randn(2, 5, 4, 8) for _ in range(3))
+    apart = torch.stack((q, q), -1)[..., 0]  # head dim not side by side
+    options = Options(-0.3, right=0)
+    out, lse = dispatch.forward_cuda(apart, k, v, *options)
+    torch.testing.assert_close(out, forward(q, k, v, *options)[0])
+    assert not out.isnan().any()
+    upstream = torch.ones(()).expand_as(out)
+    made = dispatch.backward_cuda(upstream, None, apart, k, v, out, lse, True, *options)
+    expected = backward(torch.ones_like(out), None, q, k, v, out, lse, True, *options)
+    for x, y in zip(made, expected, strict=True):
+        torch.testing.assert_close(x, y)
+    assert settled == ["forward", "backward"]
+    odd = torch.randn(1, 5, 2, 12)  # of the definition, rows may begin anywhere
+    torch.testing.assert_close(
+        dispatch.forward_cuda(odd, odd, odd, *Options(1.0, implementation="definition"))[0],
+        forward(odd, odd, odd, *Options(1.0))[0],
+    )
+
+
 def test_a_layout_is_all_but_addresses() -> None:
     def key(x: torch.Tensor, *rest: Any) -> Any:
         return dispatch._key((x, x, x), tuple(Options(*rest)))

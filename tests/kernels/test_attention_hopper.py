@@ -43,3 +43,16 @@ def test_serves_nothing_elsewhere() -> None:
 
     assert [boxed(d) for d in (33, 64, 72, 128, 160, 256)] == [64, 64, 128, 128, 256, 256]
     assert not serves(*(torch.zeros(1, 8, 2, 64) for _ in range(3)))
+
+
+@needs_triton
+def test_short_sequences_are_dealt_out() -> None:
+    from onegpu.kernels.attention_hopper import _dense
+
+    dealt = {"DRAW": False}
+    assert _dense(128, True, True, 4, 512, 132) == (dealt | {"ROTATE": 1}, 33)
+    assert _dense(128, True, True, 1, 512, 132) == (dealt | {"ROTATE": 0}, 512)
+    assert _dense(64, False, True, 4, 64, 132) == (dealt | {"ROTATE": 0}, 64)
+    assert _dense(128, True, True, 8, 64, 132) == ({}, 16)
+    assert _dense(64, True, True, 32, 8, 132) == ({"ST": 3}, 8)
+    assert _dense(256, True, True, 4, 8, 132) == _dense(128, True, False, 4, 8, 132) == ({}, 8)  # not measured

@@ -176,6 +176,22 @@ def test_what_does_not_go_together_is_an_error(change: Any, names: str) -> None:
         decode_attention(*change(q, k, v), length)
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"length": torch.tensor([3, 4])}, r"^length=.* is torch.int64 \[2\], not a whole number .* pass int32 \[2\]"),
+        ({"length": torch.tensor([3], dtype=torch.int32)}, r"^length=.*not a whole number for each sequence"),
+        ({"first": torch.zeros(2)}, r"^first=.*not a whole number for each sequence"),
+        ({"slopes": torch.ones(3)}, r"^slopes=\[3\] is not one slope for each query head. pass float32 \[4\]"),
+        ({"window": -2}, "^window=-2 is no number of keys. pass 0 for no limit"),
+    ],
+)
+def test_bad_options_are_named(options: dict[str, Any], says: str) -> None:
+    q, k = torch.randn(2, 4, 1, 16), torch.randn(2, 2, 6, 16)
+    with pytest.raises(ArgumentError, match=says):
+        decode_attention(q, k, k, **{"length": torch.tensor([3, 4], dtype=torch.int32)} | options)
+
+
 def test_splits_fill_the_gpu_and_no_more() -> None:
     assert splits(8, 32768, 132) == 16  # a program for each SM
     assert splits(32, 4096, 132) == 4

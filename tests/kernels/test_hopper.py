@@ -69,6 +69,54 @@ def test_whoever_waits_for_a_turn_waits_for_a_tile_drawn_before() -> None:
             assert len(counts) == 2 * 2 * 2 * -(-n_q // m)
 
 
+@needs_triton
+@pytest.mark.parametrize("m", [64, 128])
+def test_scratch_blocks_and_turns_are_each_heads_own_and_inside(m: int) -> None:
+    """Of dense, padded and packed sequences, grouped heads too; keys of packed ones longer than was said."""
+    key_tile_of, query_blocks, turn_of, first_block, sequence = map(
+        in_python, ("key_tile_of", "query_blocks", "turn_of", "first_block", "sequence")
+    )
+    sequence.__globals__["gl"].load = lambda p: p.data[p.at]
+    ends = [3, 3, 8, 205, 206, 590, 700]
+    ranges = [(0, 700), (200, 400), (650, 80), (13, 0)]
+    for how, rows, right, said in itertools.product((0, 1, 2), (64, 700), (None, 0, 90), (0, 200)):
+        if how == 2 and rows == 64:
+            continue
+        batch = {0: 2, 1: len(ranges), 2: len(ends) - 1}[how]
+        longest = max(b - a for a, b in itertools.pairwise(ends)) if how == 2 else rows
+        a = types.SimpleNamespace(RQ=how, RK=how, M=m, SQ=rows, SK=rows, B=batch, H=4, HK=2, section=3, ORDER=True)
+        a.LEFT, a.RIGHT, a.left, a.right = False, right is not None, -1, right
+        a.NN = -(-(longest - said if how == 2 else longest) // 128)
+        a.NB = rows // m + batch if how == 2 else -(-rows // m)  # as attention_hopper.backward does
+        blocks = a.NB * a.H * (1 if how == 2 else batch)
+        flat = ends if how == 2 else [min(x, rows) for pair in ranges for x in pair]
+        counts: dict[int, int] = {}
+        owner: dict[int, tuple[int, int]] = {}
+        for drawn in range(a.NN * a.HK * a.B):
+            n, hk, b = key_tile_of(a, drawn)
+            i_q, n_q = sequence(Pointer(flat), b, rows, how)
+            first, stop = query_blocks(a, n, n_q, n_q)
+            for h, block in itertools.product((2 * hk, 2 * hk + 1), range(first, stop)):
+                at = first_block(a, b, h, i_q) + block
+                assert 0 <= at < blocks and owner.setdefault(at, (b, h)) == (b, h)
+                for consumer in range(2):
+                    place = 2 + at * 2 + consumer
+                    assert place < 2 + 2 * blocks
+                    assert counts.get(place, 0) == turn_of(a, block, n * 128 + consumer * 64, n_q, n_q)
+                    counts[place] = n + 1
+        assert counts
+
+
+class Pointer:
+    """What `sequence` does with one."""
+
+    def __init__(self, data: list[int], at: int = 0) -> None:
+        self.data, self.at = data, at
+
+    def __add__(self, other: int) -> Pointer:
+        return Pointer(self.data, self.at + other)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("n", [-5, 0, 1, 16, 37, 64, 70])
 def test_cleared_rows(n: int) -> None:

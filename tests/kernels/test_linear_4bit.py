@@ -45,6 +45,24 @@ def test_forward(device: str, n_k: tuple[int, int], quant_type: str, nested: boo
         assert_close(y, reference, reordered if bias is None else reordered + bias)
 
 
+@pytest.mark.parametrize("rows", [1, 8, 16])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_large_activations_and_blocks_of_tiny_weights(device: str, quant_type: str, rows: int) -> None:
+    """Neither products of codes nor scales leave the range of what holds them: 1e5 is past float16, 1e-7 below."""
+    w = torch.randn(48, 256, device=device)
+    w[::2, :64] *= 1e-7
+    codes, state = F.quantize_4bit(w, quant_type=quant_type)
+    packed = state.packed(codes)
+    x = 1e5 * activations((rows, 256), torch.bfloat16, device)
+    for small in (x, torch.cat([x[:, :64], torch.zeros_like(x[:, 64:])], 1)):  # the second sees tiny weights only
+        wide = packed.dequantize(torch.float32)
+        assert_close(
+            linear_4bit(small, packed),
+            torchF.linear(small.float(), wide),
+            product_reordered(small, wide.bfloat16().t()),
+        )
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("n_k", MATRICES)
 @pytest.mark.parametrize("nested", [False, True])

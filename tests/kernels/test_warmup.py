@@ -113,7 +113,7 @@ def _attentions(model: torch.nn.Module) -> list[dict[str, Any]]:
 
 
 def test_wrong_arguments_and_a_capture_are_errors(calls: list[tuple[Any, ...]], fake: FakeDriver) -> None:
-    for rows in ((0,), (1, "2"), (True,)):
+    for rows in ((0,), (1, "2"), (True,), 16):
         with pytest.raises(ArgumentError, match=r"rows=.*holds something else than numbers above 0"):
             onegpu.warmup(rows=rows)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match=r"names no op with a warm-up\. Use one of thing"):
