@@ -159,12 +159,8 @@ def forward(
     batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.numel() - 1
     alias = boxed(d) == boxed(d_v) == 256
     aligned = right >= 0 and not how_q and not how_k and (s_k - s_q + right) % 64 == 0
-    # CROSS was wrong on an H100 where blocks are not aligned, the same without it right: it is not used.
-    constants = {
-        "BN": 64 if max(d, d_v) > 128 else 128, "ST": 2, "NC": 2, "QS": 1, "ROTATE": 0, "CARRY": 0, "CROSS": False,
-        "section": 0,
-    } | options  # fmt: skip
-    bn, section, m = constants["BN"], constants["section"], 64 * constants["NC"]
+    constants = {"BN": 64 if max(d, d_v) > 128 else 128, "ST": 2, "ROTATE": 0, "section": 0} | options
+    bn, section, m = constants["BN"], constants["section"], 128
     n_m = triton.cdiv(s_q if cu_seqlens_q is None else max_seqlen_q, m)
     tiles = n_m * heads * batch
     blocks = min(tiles, processors(q.get_device()))

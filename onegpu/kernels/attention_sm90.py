@@ -1,11 +1,11 @@
 """The attention forward for Hopper, in Gluon: compiled with Triton 3.6 and 3.7, elsewhere the portable kernel serves.
 
-A block has NC consumers of four warps, 64 query rows each, and one producer warp that issues TMA loads; blocks stay
-and draw tiles (64 NC queries of one head) from a counter. Keys come in blocks of BN, from the last to the first, so
-that the blocks with a mask come first and those that only the left side of a window cuts come last. In a step the
-product ``S = Q K.T`` of this block and ``O += P V`` of the one before are issued together, and the softmax of S runs
-beside the second. The accumulator of S and the 16-bit operand P hold the same elements in each thread: nothing moves.
-Between two tiles it is the same: the first S of the next one runs beside the end of this one.
+A block has two consumers of four warps, 64 query rows each, and one producer warp that draws tiles (128 queries of one
+head) from a counter, tells the consumers of each and issues TMA loads. Keys come in blocks of BN, from the last to the
+first, so that the blocks with a mask come first and those that only the left side of a window cuts come last. In a step
+the product ``S = Q K.T`` of this block and ``O += P V`` of the one before are issued together, and the softmax of S
+runs beside the second. The accumulator of S and the 16-bit operand P hold the same elements in each thread: nothing
+moves.
 
 Tiles of padded and packed sequences count from each sequence's first row; those without a query are passed over by the
 producer, and one more warp fills in what no query owns. Values behind the last key are overwritten with zeros in shared
@@ -31,7 +31,6 @@ from onegpu.kernels.attention_sm90_parts import (
     hide,
     key_blocks,
     masked,
-    next_q,
     place,
     publish,
     store_rows,
@@ -47,18 +46,17 @@ FIELDS = {
     **dict.fromkeys(("q_bufs", "o_bufs", "k_bufs", "v_bufs", "q_full", "q_empty", "k_full", "v_full", "t_buf", "t_full",
                      "t_empty"), gl.shared_memory_descriptor),
     **dict.fromkeys(("B", "H", "G", "SQ", "SK", "NM", "section", "scale_log2", "left", "right"), gl.tensor),
-    **dict.fromkeys(("D", "DV", "HEAD", "BN", "ST", "NC", "QS", "LEFT", "RIGHT", "ALIGNED", "WIDE", "RQ", "RK", "DRAW",
-                     "ROTATE", "CARRY", "ALIAS", "CROSS", "ALL"), gl.constexpr),
+    **dict.fromkeys(("D", "DV", "HEAD", "BN", "ST", "LEFT", "RIGHT", "ALIGNED", "WIDE", "RQ", "RK", "DRAW",
+                     "ROTATE", "ALIAS", "ALL"), gl.constexpr),
 }  # fmt: skip
 
 
 class _Args:
     """What the partitions share.
 
-    HEAD: the head dim of v; D and DV: those in shared memory. NC: consumers; QS: buffers of Q for each. ALIGNED: the
-    diagonal cuts one block of each consumer's. WIDE: no block is cut by both sides of the window. RQ, RK: how rows are
-    told: 0 all, 1 by ranges, 2 packed. DRAW: tiles from a counter. CARRY: P waits in 16 bits. ALIAS: O leaves through
-    the buffer of Q. CROSS: the next tile's first S runs beside the end of this one. ALL: threads at named barriers.
+    HEAD: the head dim of v; D and DV: those in shared memory. ALIGNED: the diagonal cuts one block of each consumer's.
+    WIDE: no block is cut by both sides of the window. RQ, RK: how rows are told: 0 all, 1 by ranges, 2 packed. DRAW:
+    tiles from a counter. ALIAS: O leaves through the buffer of Q. ALL: threads at named barriers.
     """
 
     __annotations__ = FIELDS
@@ -77,7 +75,6 @@ def _producer(a):
     BN: gl.constexpr = a.BN
     stage = 0
     count = 0
-    q_slot = 0
     q_phase = 1  # a fresh "empty" barrier lets a wait for phase 1 pass
     slot = 0
     slot_phase = 1
@@ -91,13 +88,12 @@ def _producer(a):
             slot, slot_phase = publish(a, m, h, b, slot, slot_phase)
             if a.RQ == 2:
                 b = b * 0
-            for g in gl.static_range(a.NC):
-                q = q_slot * a.NC + g
-                mbarrier.wait(a.q_empty.index(q), q_phase)
-                mbarrier.expect(a.q_full.index(q), 64 * a.D * 2)
-                tma.async_copy_global_to_shared(a.q_desc, [b, h, i_q + m * 64 * a.NC + g * 64, 0], a.q_full.index(q),
-                                                a.q_bufs.index(q))  # fmt: skip
-            q_slot, q_phase = next_q(a, q_slot, q_phase)
+            for g in gl.static_range(2):
+                mbarrier.wait(a.q_empty.index(g), q_phase)
+                mbarrier.expect(a.q_full.index(g), 64 * a.D * 2)
+                tma.async_copy_global_to_shared(a.q_desc, [b, h, i_q + m * 64 * 2 + g * 64, 0], a.q_full.index(g),
+                                                a.q_bufs.index(g))  # fmt: skip
+            q_phase = q_phase ^ 1
             for j in range(n):
                 row = i_k + (first + n - 1 - j) * BN
                 if count >= a.ST:
@@ -118,14 +114,9 @@ def _producer(a):
 
 
 @gluon.jit
-def _carry(p, a, layout: gl.constexpr):
-    """P as it waits for the next step, in float32 or (CARRY) 16 bits; `_operand` makes the product's operand of it."""
-    return gl.convert_layout(p.to(a.k_bufs.dtype), layout) if a.CARRY else p
-
-
-@gluon.jit
 def _operand(c, a, layout: gl.constexpr):
-    return c if a.CARRY else gl.convert_layout(c.to(a.k_bufs.dtype), layout)
+    """P, which waits in float32 for the next step, as operand of its product."""
+    return gl.convert_layout(c.to(a.k_bufs.dtype), layout)
 
 
 @gluon.jit
@@ -157,11 +148,11 @@ def _step(a, q, m_i, l_i, o, c, stage, phase, at, n0, n_k, more, MASK: gl.conste
     o, p, l_i = warpgroup_mma_wait(0, deps=[o_tok, p, l_i])
     bar_arrive(FREE + 2 * before + 1, a.ALL)
     o = o * gl.convert_layout(alpha, gl.SliceLayout(1, o_layout))[:, None]
-    return m_new, l_i, o, _carry(p, a, p_layout), stage, phase
+    return m_new, l_i, o, p, stage, phase
 
 
 @gluon.jit
-def _open(a, m, b, stage, phase, q_slot, q_phase, WG: gl.constexpr, s_layout: gl.constexpr):
+def _open(a, m, b, stage, phase, q_phase, WG: gl.constexpr, s_layout: gl.constexpr):
     """Issue the first S of a tile. Returns it and its buffer. Past the last tile it is a product of what lies there."""
     live = m >= 0
     _, _, _, _, _, n, mine = place(a, m, b, WG)
@@ -173,9 +164,9 @@ def _open(a, m, b, stage, phase, q_slot, q_phase, WG: gl.constexpr, s_layout: gl
             mbarrier.wait(a.v_full.index(stage), phase)
             bar_arrive(FREE + 2 * stage + 1, a.ALL)
     stage, phase = advance(stage, phase, a.ST)
-    mbarrier.wait(a.q_full.index(q_slot * a.NC + WG), q_phase, pred=live)
+    mbarrier.wait(a.q_full.index(WG), q_phase, pred=live)
     mbarrier.wait(a.k_full.index(stage), phase, pred=live)
-    q = a.q_bufs.index(q_slot * a.NC + WG).reshape([64, a.D])
+    q = a.q_bufs.index(WG).reshape([64, a.D])
     k = a.k_bufs.index(stage).reshape([a.BN, a.D]).permute([1, 0])
     s_tok = warpgroup_mma(q, k, gl.full([64, a.BN], 0.0, gl.float32, s_layout), use_acc=False, is_async=True)
     return s_tok, stage, phase
@@ -187,14 +178,12 @@ def _blocks(a, s, q, at, first, n, n_k, stage, phase, WG: gl.constexpr, s_layout
     """The softmax of the first block, whose S is there, and all further blocks but for the last product with V."""
     BN: gl.constexpr = a.BN
     BOTH: gl.constexpr = 1 if a.WIDE or not a.LEFT else 3
-    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     n0 = (first + n - 1) * BN
     bar_arrive(FREE + 2 * stage, a.ALL)
     s = hide(a, s, at, n0, n_k, BOTH, s_layout)
     m_i = gl.maximum(gl.max(s, 1), -1.0e30)  # finite where nothing is seen: then P is 0 and not NaN
-    p = gl.exp2(s * a.scale_log2 - (m_i * a.scale_log2)[:, None])
-    l_i = gl.sum(p, 1)
-    c = _carry(p, a, p_layout)
+    c = gl.exp2(s * a.scale_log2 - (m_i * a.scale_log2)[:, None])
+    l_i = gl.sum(c, 1)
     o = gl.full([64, a.DV], 0.0, gl.float32, o_layout)
     if a.RK and n0 + BN > n_k:
         mbarrier.wait(a.v_full.index(stage), phase)
@@ -232,56 +221,45 @@ def _consumer(a, WG: gl.constexpr):
     dtype: gl.constexpr = a.k_bufs.dtype
     stage = a.ST - 1
     phase = 1
-    q_slot = 0
     q_phase = 0
     m, h, b, slot, slot_phase = fetch(a, 0, 0)
-    s_tok, stage, phase = _open(a, m, b, stage, phase, q_slot, q_phase, WG, s_layout)
+    s_tok, stage, phase = _open(a, m, b, stage, phase, q_phase, WG, s_layout)
     s = warpgroup_mma_wait(0, deps=[s_tok])
     while m >= 0:
         i_q, n_q, n_k, row0, first, _, n = place(a, m, b, WG)
-        now = q_slot * a.NC + WG
-        q = a.q_bufs.index(now).reshape([64, a.D])
+        q = a.q_bufs.index(WG).reshape([64, a.D])
         m_i, l_i, o, c, stage, phase = _blocks(a, s, q, row0 + n_k - n_q, first, n, n_k, stage, phase, WG,
                                                s_layout, o_layout)  # fmt: skip
         if not a.ALIAS:
             tma.store_wait(0)  # the store of the tile before has read the buffer
-            mbarrier.arrive(a.q_empty.index(now), count=1)
+            mbarrier.arrive(a.q_empty.index(WG), count=1)
 
-        # the last P V, and beside it the log-sum-exp and what the next tile begins with
+        # the last P V, and beside it the log-sum-exp
         mbarrier.wait(a.v_full.index(stage), phase)
         o_tok = warpgroup_mma(_operand(c, a, p_layout), a.v_bufs.index(stage).reshape([a.BN, a.DV]), o, is_async=True)
-        last = stage
-        head = h
         row = b * 0 if a.RQ == 2 else b
         rows = row0 + gl.arange(0, 64, layout=gl.SliceLayout(1, s_layout))
         seen = (rows < n_q) & (l_i != 0.0)
         lse = gl.where(seen, m_i * (a.scale_log2 / LOG2E) + gl.log(l_i), -float("inf"))
         inverse = gl.convert_layout(gl.where(seen, 1.0 / l_i, 0.0), row_layout)
-        if a.CROSS:
-            m, h, b, slot, slot_phase = fetch(a, slot, slot_phase)
-            q_slot, q_phase = next_q(a, q_slot, q_phase)
-            s_tok, stage, phase = _open(a, m, b, stage, phase, q_slot, q_phase, WG, s_layout)
-            o = warpgroup_mma_wait(1, deps=[o_tok])
-        else:
-            o = warpgroup_mma_wait(0, deps=[o_tok])
-        bar_arrive(FREE + 2 * last + 1, a.ALL)
+        o = warpgroup_mma_wait(0, deps=[o_tok])
+        bar_arrive(FREE + 2 * stage + 1, a.ALL)
         # not only * 0: a row that saw nothing may have met 0 * inf
         o = gl.where((inverse != 0.0)[:, None], o * inverse[:, None], 0.0).to(dtype)
         if not a.RQ or row0 + 64 <= n_q:
-            gl.store(a.p_lse + (row.to(gl.int64) * a.H + head) * a.SQ + i_q + rows, lse, mask=rows < n_q)
-            o_buf = a.q_bufs.index(now) if a.ALIAS else a.o_bufs.index(WG)
+            gl.store(a.p_lse + (row.to(gl.int64) * a.H + h) * a.SQ + i_q + rows, lse, mask=rows < n_q)
+            o_buf = a.q_bufs.index(WG) if a.ALIAS else a.o_bufs.index(WG)
             o_buf.reshape([64, a.DV]).store(o)
             fence_async_shared()
-            tma.async_copy_shared_to_global(a.o_desc, [row, head, i_q + row0, 0], o_buf)
+            tma.async_copy_shared_to_global(a.o_desc, [row, h, i_q + row0, 0], o_buf)
         else:
-            store_rows(a, o, gl.convert_layout(lse, row_layout), row0, i_q, n_q, row, head, o_layout)
+            store_rows(a, o, gl.convert_layout(lse, row_layout), row0, i_q, n_q, row, h, o_layout)
         if a.ALIAS:
             tma.store_wait(0)
-            mbarrier.arrive(a.q_empty.index(now), count=1)
-        if not a.CROSS:
-            m, h, b, slot, slot_phase = fetch(a, slot, slot_phase)
-            q_slot, q_phase = next_q(a, q_slot, q_phase)
-            s_tok, stage, phase = _open(a, m, b, stage, phase, q_slot, q_phase, WG, s_layout)
+            mbarrier.arrive(a.q_empty.index(WG), count=1)
+        m, h, b, slot, slot_phase = fetch(a, slot, slot_phase)
+        q_phase = q_phase ^ 1
+        s_tok, stage, phase = _open(a, m, b, stage, phase, q_phase, WG, s_layout)
         s = warpgroup_mma_wait(0, deps=[s_tok])
     tma.store_wait(0)
 
@@ -292,22 +270,22 @@ COUNTS = ["B", "H", "G", "SQ", "SK", "NM", "section", "left", "right"]
 @gluon.jit(do_not_specialize=COUNTS)
 def forward_kernel(q_desc, k_desc, v_desc, o_desc, p_o, p_lse, p_q_rows, p_k_rows, p_counter, B, H, G, SQ, SK, NM,
                    section, scale_log2, left, right, HEAD: gl.constexpr, BN: gl.constexpr, ST: gl.constexpr,
-                   NC: gl.constexpr, QS: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, ALIGNED: gl.constexpr,
-                   WIDE: gl.constexpr, RQ: gl.constexpr, RK: gl.constexpr, DRAW: gl.constexpr, ROTATE: gl.constexpr,
-                   CARRY: gl.constexpr, ALIAS: gl.constexpr, CROSS: gl.constexpr):  # fmt: skip
+                   LEFT: gl.constexpr, RIGHT: gl.constexpr, ALIGNED: gl.constexpr, WIDE: gl.constexpr,
+                   RQ: gl.constexpr, RK: gl.constexpr, DRAW: gl.constexpr, ROTATE: gl.constexpr,
+                   ALIAS: gl.constexpr):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     D: gl.constexpr = q_desc.block_shape[3]
     DV: gl.constexpr = v_desc.block_shape[3]
-    ALL: gl.constexpr = 128 * NC + 32
+    ALL: gl.constexpr = 128 * 2 + 32
     bar: gl.constexpr = mbarrier.MBarrierLayout()
-    q_bufs = gl.allocate_shared_memory(dtype, [QS * NC, 1, 1, 64, D], q_desc.layout)
+    q_bufs = gl.allocate_shared_memory(dtype, [2, 1, 1, 64, D], q_desc.layout)
     o_bufs = q_bufs
     if not ALIAS:
-        o_bufs = gl.allocate_shared_memory(dtype, [NC, 1, 1, 64, DV], o_desc.layout)
+        o_bufs = gl.allocate_shared_memory(dtype, [2, 1, 1, 64, DV], o_desc.layout)
     k_bufs = gl.allocate_shared_memory(dtype, [ST, 1, 1, BN, D], k_desc.layout)
     v_bufs = gl.allocate_shared_memory(dtype, [ST, 1, 1, BN, DV], v_desc.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [QS * NC, 1], bar)
-    q_empty = gl.allocate_shared_memory(gl.int64, [QS * NC, 1], bar)
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
     k_full = gl.allocate_shared_memory(gl.int64, [ST, 1], bar)
     v_full = gl.allocate_shared_memory(gl.int64, [ST, 1], bar)
     t_buf = gl.allocate_shared_memory(gl.int32, [6, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -315,8 +293,8 @@ def forward_kernel(q_desc, k_desc, v_desc, o_desc, p_o, p_lse, p_q_rows, p_k_row
     t_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
     for i in gl.static_range(2):
         mbarrier.init(t_full.index(i), count=1)
-        mbarrier.init(t_empty.index(i), count=NC)
-    for i in gl.static_range(QS * NC):
+        mbarrier.init(t_empty.index(i), count=2)
+    for i in gl.static_range(2):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=1)
     for i in gl.static_range(ST):
@@ -325,18 +303,9 @@ def forward_kernel(q_desc, k_desc, v_desc, o_desc, p_o, p_lse, p_q_rows, p_k_row
     fence_async_shared()
     a = Args(q_desc, k_desc, v_desc, o_desc, p_o, p_lse, p_q_rows, p_k_rows, p_counter, q_bufs, o_bufs, k_bufs, v_bufs,
              q_full, q_empty, k_full, v_full, t_buf, t_full, t_empty, B, H, G, SQ, SK, NM, section, scale_log2, left,
-             right, D, DV, HEAD, BN, ST, NC, QS, LEFT, RIGHT, ALIGNED, WIDE, RQ, RK, DRAW, ROTATE, CARRY, ALIAS, CROSS,
-             ALL)  # fmt: skip
-    if NC == 3:
-        if RQ:
-            gl.warp_specialize([(_consumer, (a, 0)), (_consumer, (a, 1)), (_consumer, (a, 2)), (_producer, (a,)),
-                                (filler, (a,))], [4, 4, 1, 1], [160, 160, 24, 24])  # fmt: skip
-        else:
-            gl.warp_specialize([(_consumer, (a, 0)), (_consumer, (a, 1)), (_consumer, (a, 2)), (_producer, (a,))],
-                               [4, 4, 1], [160, 160, 24])  # fmt: skip
+             right, D, DV, HEAD, BN, ST, LEFT, RIGHT, ALIGNED, WIDE, RQ, RK, DRAW, ROTATE, ALIAS, ALL)  # fmt: skip
+    if RQ:
+        gl.warp_specialize([(_consumer, (a, 0)), (_consumer, (a, 1)), (_producer, (a,)), (filler, (a,))],
+                           [4, 1, 1], [240, 24, 24])  # fmt: skip
     else:
-        if RQ:
-            gl.warp_specialize([(_consumer, (a, 0)), (_consumer, (a, 1)), (_producer, (a,)), (filler, (a,))],
-                               [4, 1, 1], [240, 24, 24])  # fmt: skip
-        else:
-            gl.warp_specialize([(_consumer, (a, 0)), (_consumer, (a, 1)), (_producer, (a,))], [4, 1], [240, 24])
+        gl.warp_specialize([(_consumer, (a, 0)), (_consumer, (a, 1)), (_producer, (a,))], [4, 1], [240, 24])

@@ -10,7 +10,7 @@ from onegpu.kernels.hopper import sequence
 @gluon.jit
 def key_blocks(a, m, n_q, n_k):
     """(first, number) of the key blocks that query block m walks; at least one where there is a query, else none."""
-    M: gl.constexpr = 64 * a.NC
+    M: gl.constexpr = 128
     at = m * M + n_k - n_q
     stop = gl.cdiv(n_k, a.BN)
     if a.RIGHT:
@@ -30,7 +30,7 @@ def place(a, m, b, WG: gl.constexpr):
     """Of 64 rows of query block m: first row and number of the sequence's queries, number of its keys, first of these
     rows among the queries, the key block where the tile begins, how many blocks it and these rows walk.
     """
-    M: gl.constexpr = 64 * a.NC
+    M: gl.constexpr = 128
     i_q, n_q = sequence(a.p_q_rows, b, a.SQ, a.RQ)
     _, n_k = sequence(a.p_k_rows, b, a.SK, a.RK)
     first, n = key_blocks(a, m, n_q, n_k)
@@ -86,17 +86,6 @@ def fetch(a, slot, phase):
     b = gl.max(a.t_buf.index(3 * slot + 2).load(layout), 0)
     mbarrier.arrive(a.t_empty.index(slot), count=1)
     return m, h, b, slot ^ 1, phase ^ slot
-
-
-@gluon.jit
-def next_q(a, slot, phase):
-    """The buffer of Q after this one, and the phase of its barriers."""
-    if a.QS == 1:
-        phase = phase ^ 1
-    else:
-        phase = phase ^ slot
-        slot = slot ^ 1
-    return slot, phase
 
 
 @gluon.jit

@@ -70,12 +70,8 @@ def hopper() -> Iterator[tuple[str, int, Any]]:
                 "ST": 2,
                 "ALIGNED": kind == "causal",
                 "WIDE": False,
-                "NC": 2,
-                "QS": 1,
                 "ROTATE": 0,
-                "CROSS": False,
                 "DRAW": True,
-                "CARRY": 0,
                 "ALIAS": d == 256,
             }
 

@@ -43,27 +43,24 @@ def compile_gluon(kernel: Any, descriptors: list[Any], **constants: Any) -> Any:
     ("d", "options"),
     [
         (128, {}),
-        (128, {"QS": 2, "DRAW": False, "ROTATE": 1}),
+        (128, {"DRAW": False, "ROTATE": 1}),
         (128, {"RQ": 1, "RK": 1, "ALIGNED": False}),
         (64, {"RQ": 2, "RK": 2, "ALIGNED": False, "LEFT": True}),
         (64, {"ST": 3, "RIGHT": False}),
-        (64, {"NC": 3, "QS": 2, "CARRY": 1, "RIGHT": False, "CROSS": True}),
         (256, {"BN": 64, "ALIAS": True, "RIGHT": False}),
     ],
 )
 def test_compiles_within_the_limits(d: int, options: dict[str, Any]) -> None:
     from onegpu.kernels import attention_sm90
 
-    constants = {"HEAD": d, "BN": 128, "ST": 2, "NC": 2, "QS": 1, "LEFT": False, "RIGHT": True, "ALIGNED": True}
+    constants = {"HEAD": d, "BN": 128, "ST": 2, "LEFT": False, "RIGHT": True, "ALIGNED": True}
     constants |= {
         "WIDE": False,
         "RQ": 0,
         "RK": 0,
         "DRAW": True,
         "ROTATE": 0,
-        "CARRY": 0,
         "ALIAS": False,
-        "CROSS": False,
     }
     constants |= options
     bn = constants["BN"]

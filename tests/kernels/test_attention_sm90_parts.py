@@ -35,11 +35,11 @@ def plain(name: str) -> Any:
 
 
 def arguments(n_q: int, n_k: int, left: int, right: int, **other: Any) -> Any:
-    bn, consumers = other.get("BN", 128), other.get("NC", 2)
+    bn = other.get("BN", 128)
     aligned = right >= 0 and (n_k - n_q + right) % 64 == 0
     made = {
-        "BN": bn, "NC": consumers, "LEFT": left >= 0, "RIGHT": right >= 0, "left": left, "right": right, "B": 1, "H": 2,
-        "SQ": n_q, "SK": n_k, "NM": -(-n_q // (64 * consumers)), "section": 1, "RQ": 0, "RK": 0, "ALIGNED": aligned,
+        "BN": bn, "LEFT": left >= 0, "RIGHT": right >= 0, "left": left, "right": right, "B": 1, "H": 2,
+        "SQ": n_q, "SK": n_k, "NM": -(-n_q // 128), "section": 1, "RQ": 0, "RK": 0, "ALIGNED": aligned,
         "WIDE": left >= bn + 128, "ROTATE": 0, "p_q_rows": None, "p_k_rows": None,
     }  # fmt: skip
     return SimpleNamespace(**made | other)
@@ -47,17 +47,16 @@ def arguments(n_q: int, n_k: int, left: int, right: int, **other: Any) -> Any:
 
 @needs_triton
 @pytest.mark.parametrize("bn", [64, 128])
-@pytest.mark.parametrize("consumers", [2, 3])
 @pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (-1, 3), (70, 0), (300, 0), (1023, 0), (100, 7), (400, -1)])
-def test_every_key_that_is_seen_is_walked_and_whole_blocks_are_whole(window: tuple[int, int], consumers: int, bn: int):
+def test_every_key_that_is_seen_is_walked_and_whole_blocks_are_whole(window: tuple[int, int], bn: int):
     place, masked = plain("place"), plain("masked")
     left, right = window
     for n_q, n_k in ((113, 203), (203, 113), (1, 1), (1, 300), (700, 700), (1024, 2048), (1023, 1024)):
-        a = arguments(n_q, n_k, left, right, BN=bn, NC=consumers)
+        a = arguments(n_q, n_k, left, right, BN=bn)
         for m in range(a.NM):
-            for group in range(consumers):
+            for group in range(2):
                 _, _, _, row0, first, n, mine = place(a, m, 0, group)
-                assert 1 <= mine <= n and n - mine <= (consumers - 1) * 64 // bn + (bn == 128 and consumers == 2)
+                assert 1 <= mine <= n and n - mine <= 1
                 at = row0 + n_k - n_q
                 whole, cut = masked(a, at, first, mine - 1)
                 for row in range(row0, min(row0 + 64, n_q)):
