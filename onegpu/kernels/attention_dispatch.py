@@ -19,8 +19,8 @@ _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_HEAD_DIM = 256  # of the kernels
 
 # Where cuDNN, through torch's SDPA, was measured faster than the Hopper kernels on an H100 (torch 2.11, Triton 3.6;
-# rows of benchmarks/cases/attention_sweep.py): (backward, head dim, causal): lengths. What was not measured is not here,
-# nor is a backward, whose way through our log-sum-exp was not compared on a device.
+# rows of benchmarks/cases/attention_sweep.py): (backward, head dim, causal): lengths. What was not measured is not
+# here, nor is a backward, whose way through our log-sum-exp was not compared on a device.
 CUDNN: dict[tuple[bool, int, bool], tuple[int, ...]] = {
     (False, 64, True): (512, 1024, 2048, 4096, 8192),
     (False, 64, False): (512, 1024, 2048, 4096, 8192, 16384),
