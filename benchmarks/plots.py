@@ -159,9 +159,10 @@ def attention_points(results: Path = RESULTS) -> Points:
         if "ms" not in row["ours"]:
             continue
         sizes, shape = row["shape"], row["case"].partition(" batch")[0]
+        model, _, whole = shape.partition(" by ")
         padded = "padding" in row["case"]
-        name = f"{shape}, {sizes['batch']} x {sizes['length']}" if padded else f"{shape}, n x {sizes['length']}"
-        sides = {"onegpu": row["ours"], **row["peers"]}
+        name = f"{model}, {sizes['batch']} x {sizes['length']}" if padded else f"{model}, n x {sizes['length']}"
+        sides = {f"onegpu, {whole}": row["ours"]} if whole else {"onegpu": row["ours"], **row["peers"]}
         for side, fields in sides.items():
             speed = sizes["batch"] * sizes["length"] / fields["ms"]["median"]
             at = sizes["padding"] if padded else sizes["batch"]
@@ -172,7 +173,8 @@ def attention_points(results: Path = RESULTS) -> Points:
 def draw_attention(points: Points, figure: Any) -> None:
     """Positions a second, padding counted: what padding costs is seen as a line that stays flat."""
     panels = figure.subplots(1, len(points), squeeze=False)[0]
-    colors = {"onegpu": _OURS, "transformers, sdpa": _THEIRS, "transformers, eager": "#8d8d8d"}
+    colors = {"onegpu": _OURS, "onegpu, optimize()": "#5aa469", "transformers, sdpa": _THEIRS}
+    colors["transformers, eager"] = "#8d8d8d"
     handles: dict[str, Any] = {}
     for axes, (name, values) in zip(panels, points, strict=True):
         for side in dict.fromkeys(value[1] for value in values):

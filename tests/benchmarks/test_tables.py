@@ -136,6 +136,7 @@ def test_tables_and_plots_of_attention_in_models(tmp_path: Path):
     sizes = [(512, 16384, 2**23), (1024, 32768, 2**25)]
     rows = [
         model("Llama-2-7B batch 1 x 4096", 1, 0, 100.0, sdpa=50.0, eager=300.0),
+        model("Llama-2-7B by optimize() batch 1 x 4096", 1, 0, 40.0, sdpa=50.0),
         model("Llama-2-7B batch 8 x 4096, 30 % padding", 8, 30, 100.0, sdpa=150.0),
     ]
     rows += [
@@ -153,7 +154,12 @@ def test_tables_and_plots_of_attention_in_models(tmp_path: Path):
     assert plots.attention_points(tmp_path) == [
         [
             "Llama-2-7B, n x 4096\nA GPU",
-            [[1, "onegpu", 41.0], [1, "transformers, eager", 13.7], [1, "transformers, sdpa", 81.9]],
+            [
+                [1, "onegpu", 41.0],
+                [1, "onegpu, optimize()", 102.4],
+                [1, "transformers, eager", 13.7],
+                [1, "transformers, sdpa", 81.9],
+            ],
         ],
         ["Llama-2-7B, 8 x 4096\nA GPU", [[30, "onegpu", 327.7], [30, "transformers, sdpa", 218.5]]],
     ]
