@@ -37,8 +37,7 @@ struct Seen {
 
 __global__ void __launch_bounds__(THREADS, 1)
 attend(const float* qkv, const i64* position, const i64* rope_position, const int* first, u16* keys, u16* values, const float* inv_freq,
-       const u16* q_gain, const u16* k_gain, const float* slopes, u16* parts, float2* sums, const u8* next0, const u8* next1, const u8* next2,
-       int next_n0, int next_n1, int next_n2, int next_line, int next_rows, int next_pair, int rows, int length, int window,
+       const u16* q_gain, const u16* k_gain, const float* slopes, u16* parts, float2* sums, int rows, int length, int window,
        int position_step, int rope_step, float scale, float rope_scale, float eps, float one, float cap, float clip) {
   SHARED(smem);
   u8* ring = smem;
@@ -52,10 +51,7 @@ attend(const float* qkv, const i64* position, const i64* rope_position, const in
 
   let_next_kernel_start();
   const int items = rows * HKV * CHUNKS * SPLITS;
-  if (blockIdx.x >= items) {
-    send_ahead({next0, next1, next2, next_n0, next_n1, next_n2, next_line, next_rows, next_pair}, threadIdx.x, THREADS);
-    wait_before_reading_x();
-  }
+  if (blockIdx.x >= items) wait_before_reading_x();
   for (int item = blockIdx.x; item < items; item += gridDim.x) {
     const int split = item % SPLITS, chunk = item / SPLITS % CHUNKS, kv = item / (SPLITS * CHUNKS) % HKV, row = item / (SPLITS * CHUNKS * HKV);
     const int head0 = chunk * GQ, count = min(GQ, ALL - head0);          // query heads of this key head
@@ -86,7 +82,6 @@ attend(const float* qkv, const i64* position, const i64* rope_position, const in
 #pragma unroll
     for (int i = 0; i < STAGES; i++) fetch(warp + i * WARPS, i);
     const bool before = item == blockIdx.x;
-    if (before) send_ahead({next0, next1, next2, next_n0, next_n1, next_n2, next_line, next_rows, next_pair}, threadIdx.x, THREADS);
 
     if (HALF) {
       const float p = (float)fresh_i64(rope_position + (i64)row * rope_step);

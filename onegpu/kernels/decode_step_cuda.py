@@ -130,13 +130,9 @@ def product(
     also: torch.Tensor | None = None,
     cap: float = 0.0,
     pdl: bool = True,
-    following: Matrix | None = None,
     fixed: Shape | None = None,
 ) -> None:
-    """One launch of decode_step_product.cu, whose head says what the sinks are, or several where x is too large.
-
-    following: the matrix whose first rows are sent for when all of this one's have been.
-    """
+    """One launch of decode_step_product.cu, whose head says what the sinks are, or several where x is too large."""
     rows, columns = len(out), matrix.columns
     too_many = bad_argument(
         "rows", rows, f"is too many: x of {columns} columns does not fit into shared memory", "Use fewer rows"
@@ -144,7 +140,7 @@ def product(
     if matrix.transposed:
         if not fits(matrix, rows):
             raise too_many
-        _transposed(x, matrix, sink, out, act, pdl, following)
+        _transposed(x, matrix, sink, out, act, pdl)
         return
     nested = matrix.parts[0].nested is not None
     whole = not isinstance(x, torch.Tensor) or sink not in ("add", "store") or cap or fixed
@@ -154,8 +150,7 @@ def product(
         if found is None:
             cut = ()
             break
-        coming = following if sum(window) == columns else None
-        _product(found, window, x, matrix, sink if window[0] == 0 else "add", out, act, also, cap, pdl, coming)
+        _product(found, window, x, matrix, sink if window[0] == 0 else "add", out, act, also, cap, pdl)
     if not cut:
         raise too_many
 
@@ -171,7 +166,6 @@ def _product(
     also: torch.Tensor | None,
     cap: float,
     pdl: bool,
-    following: Matrix | None,
 ) -> None:
     read = _read(x)
     rows, columns = len(out), matrix.columns
@@ -199,10 +193,9 @@ def _product(
     counts = [0 if part is None else part.rows for part in parts]
     blocks = matrix.blocksize.bit_length() - 7  # log2 of how many 64 columns share a scale
     shared = max(found.shared(matrix.format, rows, window[1], nested), _ALONE)
-    weights, numbers = _following(following, AHEAD)
     kernel(
         (multiprocessors(out.get_device()),), 32 * found.all_warps, shared, *pointers, table, *read.tensors, out, also,
-        *weights, *counts, blocks, window[0], *numbers, *read.numbers, cap, pdl=pdl,
+        *counts, blocks, window[0], *read.numbers, cap, pdl=pdl,
     )  # fmt: skip
 
 
@@ -213,7 +206,6 @@ def _transposed(
     out: torch.Tensor,
     act: str,
     pdl: bool,
-    following: Matrix | None,
 ) -> None:
     """One launch of decode_step_transposed.cu."""
     read, rows, columns = _read(x), len(out), matrix.columns
@@ -223,10 +215,9 @@ def _transposed(
     )  # fmt: skip
     if _collected(kernel):
         return
-    weights, numbers = _following(following, AHEAD)
     kernel(
         (multiprocessors(out.get_device()),), 32 * _WARPS, max(_room(rows, columns), _ALONE), matrix.parts[0].weight,
-        matrix.parts[0].bias, *read.tensors, out, *weights, matrix.rows, *numbers, *read.numbers, pdl=pdl,
+        matrix.parts[0].bias, *read.tensors, out, matrix.rows, *read.numbers, pdl=pdl,
     )  # fmt: skip
 
 
@@ -261,21 +252,6 @@ def _weights(norm: Norm | None) -> tuple[torch.Tensor | None, torch.Tensor | Non
     return (None, None) if norm is None else (norm.gain, norm.bias)
 
 
-# Bytes that a block sends for, of the matrix that follows: by a product at its end, by the attention at its beginning.
-# None: in 16 bits that was faster by 1.7 % on an H100 (docs/worklog.md).
-AHEAD, AHEAD_OF_ATTENTION = 0, 0
-
-
-def _following(matrix: Matrix | None, ahead: int) -> tuple[list[torch.Tensor | None], list[int]]:
-    """What a kernel is told of the matrix that follows: its parts; their rows, bytes of a row, rows, whether a pair."""
-    if matrix is None:
-        return [None] * 3, [0] * 6
-    line = matrix.columns * (2, 1, 0.5)[_FORMATS[matrix.format]]
-    missing, rows = 3 - len(matrix.parts), [part.rows for part in matrix.parts]
-    numbers = [*rows, *[0] * missing, int(line), int(ahead // line), int(len(rows) == 2 and rows[0] == rows[1])]
-    return [*(part.weight for part in matrix.parts), *[None] * missing], numbers
-
-
 def attend(
     qkv: torch.Tensor,
     heads: Heads,
@@ -286,11 +262,10 @@ def attend(
     first: torch.Tensor | None,
     out: Attended,
     pdl: bool = True,
-    following: Matrix | None = None,
     warps: int = 4,
     stages: int = 3,
 ) -> None:
-    """One launch of decode_step_attention.cu; `following` as of `product`."""
+    """One launch of decode_step_attention.cu."""
     size, rotated = heads.size, 0 if heads.inv_freq is None else 2 * heads.inv_freq.numel()
     group, wide = heads.query // heads.kv, -(-size // 32) * 32
     norms = 0 if heads.q_gain is None else 1 if heads.q_gain.numel() == size else 2
@@ -305,11 +280,10 @@ def attend(
     shared = (warps * stages + 1) * 64 * wide + 16 * wide + 4 * warps * wide + 4 * max(rotated, 2) + 64 * warps
     shared = max(shared, _ALONE)
     length = keys.shape[2]
-    weights, numbers = _following(following, AHEAD_OF_ATTENTION)
     kernel(
         (multiprocessors(qkv.get_device()),), 32 * warps, shared,
         qkv, position, rope_position, first, keys, values, heads.inv_freq, heads.q_gain, heads.k_gain, heads.slopes,
-        *out, *weights, *numbers, len(qkv), length, heads.window or length, int(position.numel() > 1),
+        *out, len(qkv), length, heads.window or length, int(position.numel() > 1),
         int(rope_position.numel() > 1), heads.scale, heads.rope_scale, heads.eps, heads.one, heads.cap, heads.clip,
         pdl=pdl,
     )  # fmt: skip
@@ -380,9 +354,9 @@ def _collected(kernel: CudaKernel) -> bool:
 
 
 _KERNELS = {
-    "product": ("product", "P" * 29 + "i" * 11 + "fffff"),
-    "transposed": ("transposed_product", "P" * 14 + "i" * 7 + "ffff"),
-    "attention": ("attend", "P" * 15 + "i" * 11 + "ffffff"),
+    "product": ("product", "P" * 26 + "i" * 5 + "fffff"),
+    "transposed": ("transposed_product", "P" * 11 + "i" + "ffff"),
+    "attention": ("attend", "P" * 12 + "i" * 5 + "ffffff"),
     "embed": ("embed", "PPPPPPPqqiiifff"),
 }
 

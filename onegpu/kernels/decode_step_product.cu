@@ -12,8 +12,7 @@
 // last warp fetches pieces into a ring, a bulk copy a row: memory then sees long reads, which it serves faster than what many
 // warps ask for in bits. The others share the columns of each piece. The shorter a row's part,
 // the more a bulk copy's own cost weighs: OWN lets the pieces go round the warps instead, each of which streams its own through a ring of its own, 16 bytes a thread, without a barrier. The ring is filled before the kernel waits for the one in
-// front of it: weights do not change during a step. A block has an SM for itself; the next kernel's comes as soon as it has left,
-// and finds its first rows in the L2 cache, where this one's last warp has sent for them when it had nothing left to fetch.
+// front of it: weights do not change during a step. A block has an SM for itself; the next kernel's comes as soon as it has left.
 // W is the 16-row operand of the mma, x the 8-column one; the contraction runs in the order in which bytes are stored.
 constexpr int CONSUMERS = OWN ? WARPS : WARPS - 1, EACH = OWN ? 1 : WARPS - 1;  // a warp takes every EACH-th group of a piece
 constexpr int GROUP = FMT == 0 ? 32 : 64, GROUPS = KB / GROUP;         // columns that the four lanes of a row take together
@@ -33,8 +32,7 @@ product(const u8* w0, const u8* w1, const u8* w2, const void* absmax0, const voi
         const float* nested0, const float* nested1, const float* nested2, const float* offset0, const float* offset1, const float* offset2,
         const u16* bias0, const u16* bias1, const u16* bias2, const float* map, const u16* gain, const u16* norm_bias, const u16* outer_gain,
         const u16* outer_bias, const void* in, const float2* ml, const float* added, float* stream, void* out, u16* also,
-        const u8* next0, const u8* next1, const u8* next2, int n0, int n1, int n2, int shift, int first,
-        int next_n0, int next_n1, int next_n2, int next_line, int next_rows, int next_pair,
+        int n0, int n1, int n2, int shift, int first,
         float eps, float one, float outer_eps, float outer_one, float cap) {
   SHARED(smem);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
@@ -162,7 +160,6 @@ product(const u8* w0, const u8* w1, const u8* w2, const void* absmax0, const voi
   // ---- rows of W times x
   if (!OWN && warp == CONSUMERS) {
     for (int i = SLOTS; i < pieces; i++) { wait_for(bars + i % SLOTS * 16 + 8, i / SLOTS - 1 & 1); fetch(i); }
-    send_ahead({next0, next1, next2, next_n0, next_n1, next_n2, next_line, next_rows, next_pair}, lane, 32);
     return;
   }
   const u32 lane4 = lane * 4;

@@ -26,7 +26,6 @@ inline void transposed(uint32_t (&b)[4], const void* row) {
   }
   __syncwarp();
 }
-inline void prefetch_to_l2(const void* from, int bytes) { static volatile uint8_t seen; if ((uint64_t)from % 16 || bytes % 16) abort(); seen = ((const uint8_t*)from)[0] ^ ((const uint8_t*)from)[bytes - 1]; }
 template <int THREADS_> void meet_threads() {
   static Meeting meetings[64]; meetings[now->block].expected = THREADS_;
   meet(meetings[now->block]);

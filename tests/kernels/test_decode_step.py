@@ -96,7 +96,7 @@ def test_products_over_columns_in_turn(device: str, form: str, monkeypatch: pyte
     monkeypatch.setattr(decode_step_cuda, "windows", lambda *_: ((0, 256), (256, 512)))
     place = on(device, monkeypatch)
     out = h.to(place)
-    ops.product(x.to(place), moved(m, place), "add", out, following=moved(m, place))
+    ops.product(x.to(place), moved(m, place), "add", out)
     check(out, reference, other, form)
 
 
@@ -270,7 +270,7 @@ def test_products_of_weights_stored_by_columns(device: str, case: tuple, monkeyp
         y, other = before + y, before.to(dtype) + other
     place = on(device, monkeypatch)
     out = before.to(place)
-    ops.product(moved(x, place), moved(m, place), sink, out, act="gelu_tanh", following=moved(m, place))
+    ops.product(moved(x, place), moved(m, place), sink, out, act="gelu_tanh")
     check(out, y, other, f"{what} {sink}")
 
 

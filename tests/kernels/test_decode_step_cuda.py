@@ -190,7 +190,7 @@ def test_no_registers_spill_over_weights_stored_by_columns() -> None:
         x = torch.empty(rows, columns, dtype=torch.bfloat16, device="meta")
         norm = ops.Norm("layer", x[0], 1e-5, x[0])
         entered = x if sink == "add" else ops.Stream(x.float(), x.dtype, norm)
-        ops.product(entered, m, sink, torch.empty(rows, n, device="meta"), act="gelu_tanh", following=m)
+        ops.product(entered, m, sink, torch.empty(rows, n, device="meta"), act="gelu_tanh")
     assert all(machine_code.stack_bytes(code) == 0 for code in Compiled.made.values())
     assert len(Compiled.made) == 2
 
