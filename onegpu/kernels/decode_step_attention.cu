@@ -6,48 +6,63 @@
 // Filled in: HD (a multiple of 8, padded to 32), ALL (query heads of a key head), GQ (of them taken at a time, up to 8), HKV,
 // SPLITS, ROT (rotated values of a head), NORMS (1: of each query and key; 2: of all queries, and all keys, together), GROUPED (qkv
 // has for each key head its queries, the key, the value; else all queries, all keys, all values), CAP (scores are
-// cap tanh(score / cap)), ALIBI (slopes, float32 [HKV * ALL]), CLIP (qkv is cut off at +-clip), WARPS, STAGES (tiles of a warp's ring).
+// cap tanh(score / cap)), ALIBI (slopes, float32 [HKV * ALL]), CLIP (qkv is cut off at +-clip), WARPS, STAGES (steps of values in a
+// warp's ring), SENT (steps beyond the first for which the L2 cache is sent at the start), BESIDE (a product lies on the SM too).
 //
-// A warp takes 16 keys at a time: K and V by asynchronous copies into a ring of its own, both products by mma with the
-// query heads as rows. Keys that a row may not see are copied as zeros. The new key never goes through the cache: the
-// last part takes it from registers. What earlier steps wrote is fetched before the kernel waits for the one in front of it, which
-// must not be the one that wrote it: a block has an SM for itself, so it runs once a block of the product in front has ended, and
-// that one had waited for all kernels before.
+// A warp takes STEP keys at a time: keys from memory into registers, as the 16-row operand of the mma (the queries are the 8
+// columns), values by asynchronous copies into a ring of its own, in which a key that a row may not see is zeros. The next keys are
+// asked for when the products with these are done. The new key never goes through the cache: it is a part of its own, of one key.
+//
+// What earlier steps wrote is fetched before the kernel waits for the one in front of it. That is safe as long as only that one may
+// still run which is in front of the one in front: two products never share an SM and have a block on each, so when all blocks of the product
+// in front have begun, those of the product before that have left, and had waited for all kernels before. embed, which has no SM for itself,
+// lets no other begin before it has waited.
 constexpr int THREADS = WARPS * 32;
 constexpr int WIDE = (HD + 31) / 32 * 32;                              // of a head in shared memory and registers
-constexpr int UNITS = WIDE / 8, ROW = WIDE * 2, TILE = 16 * ROW, STAGE = 2 * TILE;       // 16-byte units of a row; bytes
-constexpr int K_SWAP = WIDE % 64 == 0 ? 4 : 0, V_MASK = UNITS % 8 == 0 ? 7 : 3;
+constexpr int TILES = HD > 128 ? 1 : 2, STEP = 16 * TILES;              // tiles of 16 keys, so that the registers suffice
+constexpr int UNITS = WIDE / 8, ROW = WIDE * 2, STAGE = STEP * ROW;     // 16-byte units of a row; bytes
+constexpr int V_MASK = UNITS % 8 == 0 ? 7 : 3;
 constexpr int CHUNKS = (ALL + GQ - 1) / GQ, HEADS = HKV * ALL, WIDTH = (HEADS + 2 * HKV) * HD, HALF = ROT / 2;
-constexpr int RING = WARPS * STAGES * STAGE;                           // later the outputs of the warps, [WARPS, 8, WIDE] float32
-static_assert(STAGE >= 8 * WIDE * 4, "room for the outputs");
+constexpr int RING = WARPS * STAGES * STAGE;                           // later the outputs of the warps, [GQ, WIDE] float32 each
+constexpr int PAIR = GQ > 1 ? 2 : 1;                                    // queries of a lane
+static_assert(STAGE >= GQ * WIDE * 4, "room for the outputs");
 static_assert(HD % 8 == 0 && HD <= 256 && GQ <= 8 && ROT <= HD, "head dimensions");
 
-DEVICE int key_at(int key, int unit) { return key * ROW + (unit ^ (key & 1 ? K_SWAP : 0)) * 16; }
+#ifndef EMULATED
+DEVICE void prefetch_to_l2(const void* from, int bytes) { asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(from), "r"(bytes) : "memory"); }
+// An 8 x 8 tile of 16-bit values, a row in four lanes, with rows and columns exchanged.
+DEVICE u32 turned(u32 a) { u32 b; asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(b) : "r"(a)); return b; }
+// What comes of it is computed again each time: kept through a loop, a dozen addresses would not fit into registers.
+DEVICE int again(int v) { asm volatile("" : "+r"(v)); return v; }
+#endif
+
 DEVICE int value_at(int key, int unit) { return key * ROW + (unit ^ (key & V_MASK)) * 16; }
 
 // Which keys of the cache a row sees, in the order of their slots.
 struct Seen {
-  int length, slot, window, back, from, to;                              // back: how far before the new token its row begins
+  int length, slot, back, from, to;                                      // back: how far before the new token the first one is
   DEVICE bool at(int j) const {
     int ago = slot - j;
     if (ago <= 0) ago += length;
-    return j < to && ago < window && ago <= back;
+    return j < to && ago <= back;
   }
 };
 
-__global__ void __launch_bounds__(THREADS, 1)
+__global__ void __launch_bounds__(THREADS, BESIDE ? 512 / THREADS : 1)                  // a quarter of the registers
 attend(const float* qkv, const i64* position, const i64* rope_position, const int* first, u16* keys, u16* values, const float* inv_freq,
        const u16* q_gain, const u16* k_gain, const float* slopes, u16* parts, float2* sums, int rows, int length, int window,
        int position_step, int rope_step, float scale, float rope_scale, float eps, float one, float cap, float clip) {
   SHARED(smem);
   u8* ring = smem;
-  u8* fresh_tile = smem + RING;                                          // the new key and value, as a tile of 16 keys
-  u16* qs = (u16*)(fresh_tile + STAGE);                                  // [8, WIDE] rotated queries
-  float* heads = (float*)(qs + 8 * WIDE);                                // [WARPS, WIDE] a head at work
-  float* turn = heads + WARPS * WIDE;                                    // [2, HALF] cosines and sines
-  float* ends = turn + (HALF ? 2 * HALF : 2);                            // [WARPS, 8, 2] maxima and sums
+  u16* qs = (u16*)(smem + RING);                                         // [GQ, WIDE] rotated queries
+  u16* newest = qs + GQ * WIDE;                                          // [2, WIDE] the new key and value
+  float* heads = (float*)(newest + 2 * WIDE);                            // [WARPS, WIDE] a head at work, if its pairs lie in other lanes
+  float* turn = heads + (HALF % 32 ? WARPS * WIDE : 0);                  // [2, HALF] cosines and sines
+  float* ends = turn + (HALF ? 2 * HALF : 2);                            // [WARPS + 1, 8, 2] maxima and sums; the last is the new key's
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-  const Shared mine = shared(ring + warp * STAGES * STAGE);
+  u8* own_ring = ring + warp * STAGES * STAGE;
+  const Shared mine = shared(own_ring);
+  const float ninf = -__uint_as_float(0x7f800000u);
 
   let_next_kernel_start();
   const int items = rows * HKV * CHUNKS * SPLITS;
@@ -55,42 +70,66 @@ attend(const float* qkv, const i64* position, const i64* rope_position, const in
   for (int item = blockIdx.x; item < items; item += gridDim.x) {
     const int split = item % SPLITS, chunk = item / SPLITS % CHUNKS, kv = item / (SPLITS * CHUNKS) % HKV, row = item / (SPLITS * CHUNKS * HKV);
     const int head0 = chunk * GQ, count = min(GQ, ALL - head0);          // query heads of this key head
+    const bool last = split == SPLITS - 1;                               // has the new key
     const i64 now = fresh_i64(position + (i64)row * position_step);
     const i64 begin = first ? (i64)*(first + row) : 0;
-    Seen seen; seen.length = length; seen.slot = (int)(now % length); seen.window = min(window, length); seen.back = (int)(now - begin);
+    Seen seen; seen.length = length; seen.slot = (int)(now % length); seen.back = (int)min((i64)min(window, length) - 1, now - begin);
     const bool whole = now >= length;                                    // the ring is full: its slots are not in order
     int lo = whole ? 0 : (int)max(begin, now - window + 1), hi = whole ? length : (int)now;
     lo = max(lo, 0);
     const int share = ((hi - lo + SPLITS - 1) / SPLITS + 15) / 16 * 16;
     seen.from = min(lo + split * share, hi); seen.to = min(seen.from + share, hi);
     const i64 base = ((i64)row * HKV + kv) * length;
-    const int tiles = (seen.to - seen.from + 15) / 16;
+    const int steps = (seen.to - seen.from + STEP - 1) / STEP;
 
-    auto fetch = [&](int tile, int stage) {
-      if (tile < tiles) {
-        const Shared to = mine + stage * STAGE;
+    uint4 k[TILES][2][WIDE / 32];                                        // of keys g and g + 8 of a tile, units t, t + 4, ...
+    auto fetch_keys = [&](int step) {
+      if (step >= steps) return;
 #pragma unroll
-        for (int i = 0; i < UNITS / 2; i++) {
-          int u = lane + 32 * i, key = u / UNITS, unit = u % UNITS, j = seen.from + tile * 16 + key;
-          bool ok = seen.at(j) && (HD == WIDE || unit * 8 < HD); i64 from = (base + (ok ? j : 0)) * HD + (ok ? unit * 8 : 0);
-          copy16(to + key_at(key, unit), keys + from, ok ? 16 : 0);
-          copy16(to + TILE + value_at(key, unit), values + from, ok ? 16 : 0);
+      for (int i = 0; i < 2 * TILES; i++) {
+        const int j = min(seen.from + step * STEP + 8 * i + g, seen.to - 1);
+        const u16* from = keys + (base + j) * HD + 8 * t;
+#pragma unroll
+        for (int u = 0; u < WIDE / 32; u++) {
+          uint4& to = k[i / 2][i % 2][u];
+          to = make_uint4(0, 0, 0, 0);
+          if (HD != WIDE && 32 * u + 8 * t >= HD) continue;
+          const float4 v = fresh4((const float*)(from + 32 * u));
+          to = make_uint4(__float_as_uint(v.x), __float_as_uint(v.y), __float_as_uint(v.z), __float_as_uint(v.w));
+        }
+      }
+    };
+    auto fetch_values = [&](int step, int stage) {
+      if (step < steps) {
+        const int from = again(lane);
+#pragma unroll
+        for (int i = 0; i < STEP * UNITS / 32; i++) {
+          int u = from + 32 * i, key = u / UNITS, unit = u % UNITS, j = seen.from + step * STEP + key;
+          bool ok = seen.at(j) && (HD == WIDE || unit * 8 < HD);
+          copy16(mine + stage * STAGE + value_at(key, unit), values + (base + (ok ? j : 0)) * HD + (ok ? unit * 8 : 0), ok ? 16 : 0);
         }
       }
       commit();
     };
+    fetch_keys(warp);
 #pragma unroll
-    for (int i = 0; i < STAGES; i++) fetch(warp + i * WARPS, i);
-    const bool before = item == blockIdx.x;
+    for (int i = 0; i < STAGES; i++) fetch_values(warp + i * WARPS, i);
+    for (int i = 1; i <= SENT && lane == 0; i++) {
+      const int at = seen.from + (warp + i * WARPS) * STEP, many = min(STEP, seen.to - at);
+      if (many <= 0) break;
+      prefetch_to_l2(keys + (base + at) * HD, many * HD * 2);
+      prefetch_to_l2(values + (base + at) * HD, many * HD * 2);
+    }
 
     if (HALF) {
       const float p = (float)fresh_i64(rope_position + (i64)row * rope_step);
       for (int i = threadIdx.x; i < HALF; i += THREADS) { float a = p * inv_freq[i]; turn[i] = cosf(a) * rope_scale; turn[HALF + i] = sinf(a) * rope_scale; }
     }
-    for (int i = threadIdx.x; i < STAGE / 16; i += THREADS) *(uint4*)(fresh_tile + i * 16) = make_uint4(0, 0, 0, 0);
-    for (int i = threadIdx.x; i < WIDE; i += THREADS) *(uint4*)(qs + i * 8) = make_uint4(0, 0, 0, 0);
+    float slope[PAIR];
+#pragma unroll
+    for (int q = 0; q < PAIR; q++) slope[q] = ALIBI && 2 * t + q < count ? slopes[kv * ALL + head0 + 2 * t + q] : 0.f;
     __syncthreads();
-    if (before) wait_before_reading_x();
+    if (item == blockIdx.x) wait_before_reading_x();
     const float* own = qkv + (i64)row * WIDTH;
     auto clipped = [&](float v) { return CLIP ? (v > clip ? clip : v < -clip ? -clip : v) : v; };  // NaN stays
     float together[2] = {0.f, 0.f};
@@ -109,7 +148,7 @@ attend(const float* qkv, const i64* position, const i64* rope_position, const in
     // A warp a head: the queries of this key head, then the new key, then the new value.
     for (int h = warp; h < GQ + 2; h += WARPS) {
       const bool query = h < GQ, key = h == GQ;
-      if (query ? h >= count : split != SPLITS - 1) continue;
+      if (query ? h >= count : !last) continue;
       const int which = GROUPED ? kv * (ALL + 2) + (query ? head0 + h : key ? ALL : ALL + 1) : query ? kv * ALL + head0 + h : HEADS + kv + (key ? 0 : HKV);
       const float* from = own + which * HD;
       float* work = heads + warp * WIDE; float v[WIDE / 32], squares = 0.f;
@@ -130,105 +169,134 @@ attend(const float* qkv, const i64* position, const i64* rope_position, const in
         }
       }
       if (HALF && (query || key)) {
+        float r[WIDE / 32];
+        if (HALF % 32) {                                                 // the other value of a pair is another lane's
 #pragma unroll
-        for (int i = 0; i < WIDE / 32; i++) work[lane + 32 * i] = v[i];
-        __syncwarp();
+          for (int i = 0; i < WIDE / 32; i++) work[lane + 32 * i] = v[i];
+          __syncwarp();
+        }
 #pragma unroll
         for (int i = 0; i < WIDE / 32; i++) {
           const int d = lane + 32 * i;
-          if (d < HALF) v[i] = work[d] * turn[d] - work[d + HALF] * turn[HALF + d];
-          else if (d < ROT) v[i] = work[d] * turn[d - HALF] + work[d - HALF] * turn[d];
+          r[i] = v[i];
+          if (d < HALF) r[i] = v[i] * turn[d] - (HALF % 32 ? work[d + HALF] : v[(i + HALF / 32) % (WIDE / 32)]) * turn[HALF + d];
+          else if (d < ROT) r[i] = v[i] * turn[d - HALF] + (HALF % 32 ? work[d - HALF] : v[(i + WIDE / 32 - HALF / 32) % (WIDE / 32)]) * turn[d];
         }
         __syncwarp();
+#pragma unroll
+        for (int i = 0; i < WIDE / 32; i++) v[i] = r[i];
       }
 #pragma unroll
       for (int i = 0; i < WIDE / 32; i++) {
         const int d = lane + 32 * i; const u16 r = (u16)pack(v[i], 0.f);
-        if (HD != WIDE && d >= HD) continue;
-        if (query) qs[h * WIDE + d] = r;
-        else {
-          *(u16*)(fresh_tile + (key ? key_at(0, d / 8) : TILE + value_at(0, d / 8)) + d % 8 * 2) = r;
-          if (chunk == 0) (key ? keys : values)[(base + seen.slot) * HD + d] = r;
-        }
+        (query ? qs + h * WIDE : newest + (key ? 0 : WIDE))[d] = r;       // zeros past HD
+        if (!query && chunk == 0 && (HD == WIDE || d < HD)) (key ? keys : values)[(base + seen.slot) * HD + d] = r;
       }
     }
     __syncthreads();
 
-    u32 q[WIDE / 32][4];
+    auto score = [&](float w, float slope_, int ago) {                   // in base 2
+      w *= scale;
+      if (CAP) w = cap * (1.f - 2.f / (exp2_(2.f * LOG2E * (w / cap)) + 1.f));
+      if (ALIBI) w -= slope_ * (float)ago;
+      return w * LOG2E;
+    };
+    for (int h = WARPS - 1 - warp; last && h < count; h += WARPS) {
+      float sum = 0.f;
 #pragma unroll
-    for (int i = 0; i < WIDE / 32; i++) { uint4 a = *(const uint4*)(qs + g * WIDE + 32 * i + 8 * t); q[i][0] = a.x; q[i][1] = a.y; q[i][2] = a.z; q[i][3] = a.w; }
-    const float ninf = -__uint_as_float(0x7f800000u);
-    const float slope = ALIBI && g < count ? slopes[kv * ALL + head0 + g] : 0.f;
-    float out[WIDE / 8][4], top = ninf, total = 0.f;
+      for (int i = 0; i < WIDE / 32; i++) sum = fmaf(value(qs[h * WIDE + lane + 32 * i]), value(newest[lane + 32 * i]), sum);
+      sum = warp_sum(sum);
+      if (lane == 0) { ends[(WARPS * 8 + h) * 2] = score(sum, 0.f, 0); ends[(WARPS * 8 + h) * 2 + 1] = 1.f; }
+    }
+    float out[WIDE / 16][4], top[PAIR], total[PAIR];                     // out: values g and g + 8 of 16, queries 2t and 2t + 1
 #pragma unroll
-    for (int i = 0; i < WIDE / 8; i++) out[i][0] = out[i][1] = out[i][2] = out[i][3] = 0.f;
-    // mask: bit j, key j of the 16 is seen. slot: of the first.
-    auto tile_of_keys = [&](const u8* k, const u8* v, u32 mask, int slot) {
-      float s[2][4];
+    for (int i = 0; i < WIDE / 16; i++) out[i][0] = out[i][1] = out[i][2] = out[i][3] = 0.f;
 #pragma unroll
-      for (int half = 0; half < 2; half++) {
-        s[half][0] = s[half][1] = s[half][2] = s[half][3] = 0.f;
+    for (int q = 0; q < PAIR; q++) { top[q] = ninf; total[q] = 0.f; }
+    for (int step = warp, stage = 0; step < steps; step += WARPS) {
+      float s[TILES][4] = {};
 #pragma unroll
-        for (int i = 0; i < WIDE / 32; i++) {
-          uint4 b = *(const uint4*)(k + key_at(half * 8 + g, 4 * i + t));
-          mma<BF16>(s[half], q[i][0], 0, q[i][1], 0, b.x, b.y);
-          mma<BF16>(s[half], q[i][2], 0, q[i][3], 0, b.z, b.w);
+      for (int u = 0; u < WIDE / 32; u++) {
+        uint4 q = make_uint4(0, 0, 0, 0);
+        if (g < count) q = *(const uint4*)(qs + g * WIDE + 32 * u + 8 * t);
+#pragma unroll
+        for (int i = 0; i < TILES; i++) {
+          const uint4 a = k[i][0][u], b = k[i][1][u];
+          mma<BF16>(s[i], a.x, b.x, a.y, b.y, q.x, q.y);
+          mma<BF16>(s[i], a.z, b.z, a.w, b.w, q.z, q.w);
         }
       }
-      float w[4] = {s[0][0], s[0][1], s[1][0], s[1][1]}, most = top;     // keys 2t, 2t + 1, 2t + 8, 2t + 9
+      fetch_keys(step + WARPS);
+      float w[TILES][2][PAIR], most[PAIR], shrink[PAIR];                 // keys g and g + 8 of a tile
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const int j = 2 * t + i % 2 + i / 2 * 8;
-        w[i] *= scale;
-        if (CAP) w[i] = cap * (1.f - 2.f / (exp2_(2.f * LOG2E * (w[i] / cap)) + 1.f));
-        if (ALIBI) { int ago = seen.slot - slot - j; w[i] -= slope * (float)(ago < 0 ? ago + length : ago); }
-        w[i] = mask >> j & 1 ? w[i] * LOG2E : ninf;
-        most = larger(most, w[i]);
+      for (int q = 0; q < PAIR; q++) most[q] = top[q];
+#pragma unroll
+      for (int i = 0; i < 2 * TILES; i++) {
+        const int j = seen.from + step * STEP + 8 * i + g, ago = seen.slot - j; const bool ok = seen.at(j);
+#pragma unroll
+        for (int q = 0; q < PAIR; q++) {
+          const int c = i % 2 * 2 + q;
+          const float v = score(s[i / 2][c], slope[q], ago < 0 ? ago + length : ago);
+          w[i / 2][i % 2][q] = ok ? v : ninf; most[q] = larger(most[q], w[i / 2][i % 2][q]);
+        }
       }
-      most = larger(most, shuffle_xor(most, 1)); most = larger(most, shuffle_xor(most, 2));
-      const float shrink = top == most ? 1.f : exp2_(top - most), base_ = most == ninf ? 0.f : most;
-      top = most; total *= shrink;
 #pragma unroll
-      for (int i = 0; i < 4; i++) { w[i] = exp2_(w[i] - base_); total += w[i]; }
+      for (int q = 0; q < PAIR; q++) {
 #pragma unroll
-      for (int i = 0; i < WIDE / 8; i++) { out[i][0] *= shrink; out[i][1] *= shrink; }
-      const u32 p0 = pack(w[0], w[1]), p1 = pack(w[2], w[3]);
+        for (int o = 4; o < 32; o *= 2) most[q] = larger(most[q], shuffle_xor(most[q], o));
+        shrink[q] = top[q] == most[q] ? 1.f : exp2_(top[q] - most[q]); top[q] = most[q]; total[q] *= shrink[q];
+        const float least = most[q] == ninf ? 0.f : most[q];
 #pragma unroll
-      for (int i = 0; i < WIDE / 16; i++) {
-        u32 b[4]; transposed(b, v + value_at(lane & 15, 2 * i + (lane >> 4)));
-        mma<BF16>(out[2 * i], p0, 0, p1, 0, b[0], b[1]);
-        mma<BF16>(out[2 * i + 1], p0, 0, p1, 0, b[2], b[3]);
+        for (int i = 0; i < 2 * TILES; i++) { float& e = w[i / 2][i % 2][q]; e = exp2_(e - least); total[q] += e; }
       }
-    };
-    if (split == SPLITS - 1 && warp == WARPS - 1) tile_of_keys(fresh_tile, fresh_tile + TILE, 1, seen.slot);
-    for (int tile = warp, stage = 0; tile < tiles; tile += WARPS) {
+#pragma unroll
+      for (int i = 0; i < WIDE / 16; i++) { out[i][0] *= shrink[0]; out[i][2] *= shrink[0]; if (PAIR > 1) { out[i][1] *= shrink[PAIR - 1]; out[i][3] *= shrink[PAIR - 1]; } }
       copies_left<STAGES - 1>();
       __syncwarp();
-      u32 mask = 0;
+      const u8* v = own_ring + stage * STAGE; const int l = again(lane);
 #pragma unroll
-      for (int i = 0; i < 4; i++) { int j = 2 * t + i % 2 + i / 2 * 8; mask |= (u32)seen.at(seen.from + tile * 16 + j) << j; }
-      const u8* k = ring + (warp * STAGES + stage) * STAGE;
-      tile_of_keys(k, k + TILE, mask, seen.from + tile * 16);
+      for (int i = 0; i < TILES; i++) {
+        const u32 p0 = turned(pack(w[i][0][0], PAIR > 1 ? w[i][0][PAIR - 1] : 0.f)), p1 = turned(pack(w[i][1][0], PAIR > 1 ? w[i][1][PAIR - 1] : 0.f));
+#pragma unroll
+        for (int d = 0; d < WIDE / 16; d++) {
+          u32 a[4]; transposed(a, v + value_at(16 * i + (l & 7) + (l >> 4) * 8, 2 * d + (l >> 3 & 1)));
+          mma<BF16>(out[d], a[0], a[1], a[2], a[3], p0, p1);
+        }
+      }
       __syncwarp();
-      fetch(tile + STAGES * WARPS, stage);
+      fetch_values(step + STAGES * WARPS, stage);
       if (++stage == STAGES) stage = 0;
     }
     copies_left<0>();
-    total += shuffle_xor(total, 1); total += shuffle_xor(total, 2);
-    __syncthreads();
-    float* all = (float*)ring;                                           // [WARPS, 8, WIDE]
 #pragma unroll
-    for (int i = 0; i < WIDE / 8; i++) *(float2*)(all + (warp * 8 + g) * WIDE + 8 * i + 2 * t) = make_float2(out[i][0], out[i][1]);
-    if (t == 0) { ends[(warp * 8 + g) * 2] = top; ends[(warp * 8 + g) * 2 + 1] = total; }
+    for (int q = 0; q < PAIR; q++)
+#pragma unroll
+      for (int o = 4; o < 32; o *= 2) total[q] += shuffle_xor(total[q], o);
+    __syncwarp();
+    constexpr int EACH = STAGES * STAGE / 4;                             // floats of a warp's ring, now [GQ, WIDE]
+    const float* all = (const float*)ring;
+#pragma unroll
+    for (int q = 0; q < PAIR; q++) {
+      const int h = 2 * t + q;
+      if (h >= count) break;
+#pragma unroll
+      for (int i = 0; i < WIDE / 16; i++) {
+        float* to = (float*)own_ring + h * WIDE + 16 * i + g;
+        to[0] = out[i][q]; to[8] = out[i][2 + q];
+      }
+      if (g == 0) { ends[(warp * 8 + h) * 2] = top[q]; ends[(warp * 8 + h) * 2 + 1] = total[q]; }
+    }
     __syncthreads();
     for (int i = threadIdx.x; i < count * HD; i += THREADS) {
-      const int h = i / HD, d = i % HD; float most = ninf, sum = 0.f, o = 0.f;
+      const int h = i / HD, d = i % HD; float most = last ? ends[(WARPS * 8 + h) * 2] : ninf, sum = 0.f, o = 0.f;
+      const float newest_score = most;
 #pragma unroll
       for (int w = 0; w < WARPS; w++) most = larger(most, ends[(w * 8 + h) * 2]);
+      if (last) { sum = newest_score == most ? 1.f : exp2_(newest_score - most); o = sum * value(newest[WIDE + d]); }
 #pragma unroll
       for (int w = 0; w < WARPS; w++) {
         float m = ends[(w * 8 + h) * 2], e = m == most ? 1.f : exp2_(m - most);
-        sum = fmaf(e, ends[(w * 8 + h) * 2 + 1], sum); o = fmaf(e, all[(w * 8 + h) * WIDE + d], o);
+        sum = fmaf(e, ends[(w * 8 + h) * 2 + 1], sum); o = fmaf(e, all[w * EACH + h * WIDE + d], o);
       }
       const i64 to = ((i64)row * HEADS + kv * ALL + head0 + h) * SPLITS + split;
       parts[to * HD + d] = (u16)pack(sum == 0.f ? 0.f : o / sum, 0.f);

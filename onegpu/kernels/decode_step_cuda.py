@@ -1,8 +1,10 @@
-"""Launches the kernels of decode_step_{input, product, transposed, attention, embed}.cu; the ops are in decode_step.py.
+"""Launches the kernels of decode_step_{input, product, transposed, embed}.cu; the ops are in decode_step.py.
 
 A block an SM, in every kernel of the chain, and more than half of an SM's shared memory for each: where two blocks fit,
 blocks of a kernel that starts early gather on the SMs that are free first, and the others idle (measured on an H100:
-5.3 instead of 2.1 ms a step with nf4 weights).
+5.3 instead of 2.1 ms a step with nf4 weights). For one row the attention lies beside the products in front of it and
+behind it: exactly one block of it fits beside one of theirs, so that each SM gets one while the product in front runs.
+While the attention waits and computes, keys come in, and then weights of the product behind it.
 """
 
 from __future__ import annotations
@@ -79,8 +81,8 @@ _FEWEST = 3  # slots
 
 
 @lru_cache(maxsize=256)
-def shape(form: str, rows: int, columns: int, nested: bool) -> Shape | None:
-    """The layout for a product; None if x does not fit into shared memory."""
+def shape(form: str, rows: int, columns: int, nested: bool, beside: int = 0) -> Shape | None:
+    """The layout for a product; None if x does not fit into shared memory, less what the attention beside it takes."""
     best = LAYOUTS[form]
     own = OWN.get(form) if rows <= OWN_ROWS else None
     tried = [own, own._replace(slots=2, table_shift=7)] if own else []
@@ -89,7 +91,7 @@ def shape(form: str, rows: int, columns: int, nested: bool) -> Shape | None:
         if width < best.width:
             smaller = best._replace(warps=warps, width=width, tiles=1)
             tried += [smaller._replace(slots=slots) for slots in range(8, _FEWEST - 1, -1)]
-    return next((found for found in tried if found.shared(form, rows, columns, nested) <= _WHOLE), None)
+    return next((found for found in tried if found.shared(form, rows, columns, nested) <= _WHOLE - beside), None)
 
 
 @lru_cache(maxsize=256)
@@ -111,6 +113,15 @@ def fits(matrix: Matrix, rows: int, cut: bool = False) -> bool:
     return bool(windows(*asked)) if cut else shape(*asked) is not None
 
 
+def leaves(matrix: Matrix, rows: int, beside: int) -> bool:
+    """Whether a product can do with so many bytes of shared memory less, and gives up nothing but slots for that."""
+    if matrix.transposed:
+        return _room(rows, matrix.columns) <= _WHOLE - beside
+    asked = matrix.format, rows, matrix.columns, matrix.parts[0].nested is not None
+    best, found = shape(*asked), shape(*asked, beside)
+    return best is not None and found is not None and found._replace(slots=best.slots) == best
+
+
 _STRIP, _WARPS = 32, 16  # of decode_step_transposed.cu
 
 
@@ -130,6 +141,7 @@ def product(
     also: torch.Tensor | None = None,
     cap: float = 0.0,
     pdl: bool = True,
+    beside: int = 0,
     fixed: Shape | None = None,
 ) -> None:
     """One launch of decode_step_product.cu, whose head says what the sinks are, or several where x is too large."""
@@ -140,17 +152,17 @@ def product(
     if matrix.transposed:
         if not fits(matrix, rows):
             raise too_many
-        _transposed(x, matrix, sink, out, act, pdl)
+        _transposed(x, matrix, sink, out, act, pdl, beside)
         return
     nested = matrix.parts[0].nested is not None
-    whole = not isinstance(x, torch.Tensor) or sink not in ("add", "store") or cap or fixed
+    whole = not isinstance(x, torch.Tensor) or sink not in ("add", "store") or cap or fixed or beside
     cut = ((0, columns),) if whole else windows(matrix.format, rows, columns, nested)
     for window in cut:
-        found = fixed or shape(matrix.format, rows, window[1], nested)
+        found = fixed or shape(matrix.format, rows, window[1], nested, beside)
         if found is None:
             cut = ()
             break
-        _product(found, window, x, matrix, sink if window[0] == 0 else "add", out, act, also, cap, pdl)
+        _product(found, window, x, matrix, sink if window[0] == 0 else "add", out, act, also, cap, pdl, beside)
     if not cut:
         raise too_many
 
@@ -166,6 +178,7 @@ def _product(
     also: torch.Tensor | None,
     cap: float,
     pdl: bool,
+    beside: int,
 ) -> None:
     read = _read(x)
     rows, columns = len(out), matrix.columns
@@ -176,7 +189,7 @@ def _product(
         None, **_COMMON | {"NESTED": int(nested), "FP4": int(matrix.format == "fp4"), "TABLE_SHIFT": found.table_shift},
         FMT=_FORMATS[matrix.format], M=rows, K=window[1], KS=columns, WARPS=found.all_warps, SLOTS=found.slots,
         CB=found.width, TG=found.group(rows), OWN=int(found.own), BULK=int(bulk and not found.own),
-        SINK=_SINKS[sink], ACT=ACTIVATIONS.index(act), **read.constants,
+        SINK=_SINKS[sink], ACT=ACTIVATIONS.index(act), BESIDE=int(beside > 0), **read.constants,
     )  # fmt: skip
     if _collected(kernel):
         return
@@ -192,7 +205,7 @@ def _product(
     table = dynamic_map(out.device) if nested else None
     counts = [0 if part is None else part.rows for part in parts]
     blocks = matrix.blocksize.bit_length() - 7  # log2 of how many 64 columns share a scale
-    shared = max(found.shared(matrix.format, rows, window[1], nested), _ALONE)
+    shared = _share(found.shared(matrix.format, rows, window[1], nested), beside)
     kernel(
         (multiprocessors(out.get_device()),), 32 * found.all_warps, shared, *pointers, table, *read.tensors, out, also,
         *counts, blocks, window[0], *read.numbers, cap, pdl=pdl,
@@ -206,19 +219,25 @@ def _transposed(
     out: torch.Tensor,
     act: str,
     pdl: bool,
+    beside: int,
 ) -> None:
     """One launch of decode_step_transposed.cu."""
     read, rows, columns = _read(x), len(out), matrix.columns
     kernel = _kernel("transposed").variant(
         None, **_COMMON, FMT=0, CB=64, M=rows, K=columns, KS=columns, WARPS=_WARPS, SINK=_SINKS[sink],
-        ACT=ACTIVATIONS.index(act), **read.constants,
+        ACT=ACTIVATIONS.index(act), BESIDE=int(beside > 0), **read.constants,
     )  # fmt: skip
     if _collected(kernel):
         return
     kernel(
-        (multiprocessors(out.get_device()),), 32 * _WARPS, max(_room(rows, columns), _ALONE), matrix.parts[0].weight,
-        matrix.parts[0].bias, *read.tensors, out, matrix.rows, *read.numbers, pdl=pdl,
+        (multiprocessors(out.get_device()),), 32 * _WARPS, _share(_room(rows, columns), beside),
+        matrix.parts[0].weight, matrix.parts[0].bias, *read.tensors, out, matrix.rows, *read.numbers, pdl=pdl,
     )  # fmt: skip
+
+
+def _share(needed: int, beside: int) -> int:
+    """Bytes that a product's block asks for: so many that no second one fits, nor two of the attention's."""
+    return _WHOLE - beside if beside else max(needed, _ALONE)
 
 
 class _Read(NamedTuple):
@@ -250,43 +269,6 @@ def _kind(norm: Norm | None) -> int:
 
 def _weights(norm: Norm | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     return (None, None) if norm is None else (norm.gain, norm.bias)
-
-
-def attend(
-    qkv: torch.Tensor,
-    heads: Heads,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    position: torch.Tensor,
-    rope_position: torch.Tensor,
-    first: torch.Tensor | None,
-    out: Attended,
-    pdl: bool = True,
-    warps: int = 4,
-    stages: int = 3,
-) -> None:
-    """One launch of decode_step_attention.cu."""
-    size, rotated = heads.size, 0 if heads.inv_freq is None else 2 * heads.inv_freq.numel()
-    group, wide = heads.query // heads.kv, -(-size // 32) * 32
-    norms = 0 if heads.q_gain is None else 1 if heads.q_gain.numel() == size else 2
-    kernel = _kernel("attention").variant(
-        None, **_COMMON, FMT=0, BF16=int(keys.dtype == torch.bfloat16), HD=size, ALL=group,
-        GQ=-(-group // chunks(heads)), HKV=heads.kv, SPLITS=out.values.shape[2], ROT=rotated, NORMS=norms,
-        GROUPED=int(heads.grouped), CAP=int(heads.cap > 0), ALIBI=int(heads.slopes is not None),
-        CLIP=int(heads.clip > 0), WARPS=warps, STAGES=stages,
-    )  # fmt: skip
-    if _collected(kernel):
-        return
-    shared = (warps * stages + 1) * 64 * wide + 16 * wide + 4 * warps * wide + 4 * max(rotated, 2) + 64 * warps
-    shared = max(shared, _ALONE)
-    length = keys.shape[2]
-    kernel(
-        (multiprocessors(qkv.get_device()),), 32 * warps, shared,
-        qkv, position, rope_position, first, keys, values, heads.inv_freq, heads.q_gain, heads.k_gain, heads.slopes,
-        *out, len(qkv), length, heads.window or length, int(position.numel() > 1),
-        int(rope_position.numel() > 1), heads.scale, heads.rope_scale, heads.eps, heads.one, heads.cap, heads.clip,
-        pdl=pdl,
-    )  # fmt: skip
 
 
 def embed(
@@ -370,4 +352,4 @@ def source(kind: str) -> str:
 @lru_cache(maxsize=8)
 def _kernel(kind: str) -> CudaKernel:
     name, arguments = _KERNELS[kind]
-    return CudaKernel("decode_step", source(kind), name, arguments)
+    return CudaKernel("decode_step", source(kind), name, arguments, all_shared=True)

@@ -31,3 +31,13 @@ template <int THREADS_> void meet_threads() {
   meet(meetings[now->block]);
 }
 inline Shared shared_of_lane(void* p) { return (Shared)p; }
+inline int again(int v) { return v; }
+inline uint32_t turned(uint32_t a) {
+  Warp& w = warp_(); int g = now->thread % 32 / 4, t = now->thread % 4;
+  w.v[now->thread % 32] = a; __syncwarp();
+  auto at = [&](int row, int col) { return w.v[row * 4 + col / 2] >> 16 * (col % 2) & 0xffff; };
+  uint32_t r = at(2 * t, g) | at(2 * t + 1, g) << 16;
+  __syncwarp();
+  return r;
+}
+inline void prefetch_to_l2(const void* from, int bytes) { static volatile uint8_t seen; if ((uint64_t)from % 16 || bytes % 16) abort(); seen = ((const uint8_t*)from)[0] ^ ((const uint8_t*)from)[bytes - 1]; }
