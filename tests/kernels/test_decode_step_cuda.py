@@ -29,7 +29,7 @@ from tests.nvrtc_tools import needs_nvrtc
 SIZES = [896, 2048, 4096, 4864, 8192, 11008, 14336]
 
 
-@pytest.mark.parametrize("form", gpu._FORMATS)
+@pytest.mark.parametrize("form", gpu.FORMATS)
 @pytest.mark.parametrize("columns", SIZES)
 def test_one_row_takes_the_layout_of_its_format(form: str, columns: int) -> None:
     found = gpu.shape(form, 1, columns, True)
@@ -37,16 +37,16 @@ def test_one_row_takes_the_layout_of_its_format(form: str, columns: int) -> None
     best = gpu.OWN.get(form, gpu.LAYOUTS[form])
     assert found._replace(slots=0) == best._replace(slots=0)
     assert found.slots >= (2 if found.own else 3)
-    assert found.shared(form, 1, columns, True) <= gpu._WHOLE
+    assert found.shared(form, 1, columns, True) <= gpu.WHOLE
 
 
-@pytest.mark.parametrize("form", gpu._FORMATS)
+@pytest.mark.parametrize("form", gpu.FORMATS)
 @pytest.mark.parametrize("rows", range(2, 17))
 def test_more_rows_have_a_layout_too(form: str, rows: int) -> None:
     for columns in SIZES[:4]:
         found = gpu.shape(form, rows, columns, True)
         assert found is not None
-        assert found.shared(form, rows, columns, True) <= gpu._WHOLE
+        assert found.shared(form, rows, columns, True) <= gpu.WHOLE
 
 
 def test_rows_that_do_not_fit() -> None:
@@ -57,7 +57,7 @@ def test_rows_that_do_not_fit() -> None:
         gpu.product(stream, m, "store", torch.empty(16, 4))
 
 
-@pytest.mark.parametrize("form", gpu._FORMATS)
+@pytest.mark.parametrize("form", gpu.FORMATS)
 @pytest.mark.parametrize("columns", SIZES)
 def test_what_is_added_may_be_cut_into_columns(form: str, columns: int) -> None:
     for rows in (1, 5, 16):
@@ -139,7 +139,7 @@ def assert_compiled_well() -> None:
         attention = dict(constants).get("STAGES") is not None  # the cosine of a large angle has 28 bytes there
         assert machine_code.stack_bytes(code) <= 32 * attention, constants
         assert machine_code.copies_with_a_uniform_base(code) == 0, constants
-        assert machine_code.static_shared(code) - 1024 <= 232448 - gpu._WHOLE, constants  # 1 KiB is the system's
+        assert machine_code.static_shared(code) - 1024 <= 232448 - gpu.WHOLE, constants  # 1 KiB is the system's
 
 
 @pytest.fixture
@@ -226,7 +226,7 @@ def steps_launches(
         assert len(fake.launches) - before >= 4 * len(found.layers) + 2
     assert served >= 8
     for seen in fake.launches:
-        assert seen.shared <= gpu._WHOLE
+        assert seen.shared <= gpu.WHOLE
         assert seen.block[0] <= 1024
 
 
