@@ -166,20 +166,21 @@ def attend(
     """One launch of decode_step_attention.cu."""
     size, rotated = heads.size, 0 if heads.inv_freq is None else 2 * heads.inv_freq.numel()
     group, wide = heads.query // heads.kv, -(-size // 32) * 32
+    shared = (warps * stages + 1) * 64 * wide + 16 * wide + 4 * warps * wide + 4 * max(rotated, 2) + 64 * warps
+    apart = shared + 32 * warps * wide <= WHOLE
+    shared += 32 * warps * wide * apart
     norms = 0 if heads.q_gain is None else 1 if heads.q_gain.numel() == size else 2
     kernel = _kernel("attention").variant(
         None, **_COMMON, FMT=0, BF16=int(keys.dtype == torch.bfloat16), HD=size, ALL=group,
         GQ=-(-group // chunks(heads)), HKV=heads.kv, SPLITS=out.values.shape[2], ROT=rotated, NORMS=norms,
         GROUPED=int(heads.grouped), CAP=int(heads.cap > 0), ALIBI=int(heads.slopes is not None),
-        CLIP=int(heads.clip > 0), WARPS=warps, STAGES=stages,
+        CLIP=int(heads.clip > 0), WARPS=warps, STAGES=stages, APART=int(apart),
     )  # fmt: skip
     if _collected(kernel):
         return
-    shared = (warps * stages + 1) * 64 * wide + 16 * wide + 4 * warps * wide + 4 * max(rotated, 2) + 64 * warps
-    shared = max(shared, _ALONE)
     length = keys.shape[2]
     kernel(
-        (multiprocessors(qkv.get_device()),), 32 * warps, shared,
+        (multiprocessors(qkv.get_device()),), 32 * warps, max(shared, _ALONE),
         qkv, position, rope_position, first, keys, values, heads.inv_freq, heads.q_gain, heads.k_gain, heads.slopes,
         *out, len(qkv), length, heads.window or length, int(position.numel() > 1),
         int(rope_position.numel() > 1), heads.scale, heads.rope_scale, heads.eps, heads.one, heads.cap, heads.clip,
