@@ -13,7 +13,7 @@ constexpr int KB = FMT == 0 ? CB / 2 : FMT == 1 ? CB : 2 * CB;         // column
 constexpr int TO_FP16 = FMT == 2 && BF16;
 constexpr int PITCH = (SHARE * 2 + 127) / 128 * 128 + (FMT == 0 ? 64 : 16);  // bytes of a row of x
 constexpr int VECTORS = SHARE / 4, PER = (VECTORS + THREADS - 1) / THREADS;  // four columns each, of a thread
-constexpr int LIVE = OUTER == 2 ? 2 : OUTER || NORM == 2 ? 6 : 8;      // vectors of x in a thread's registers, about
+constexpr int LIVE = (OUTER == 2 ? 2 : OUTER || NORM == 2 ? 6 : 8) * (WARPS > 12 ? 1 : 2);  // vectors of x in a thread's registers, about
 constexpr int BATCH = PER >= LIVE ? 1 : M < LIVE / PER ? M : LIVE / PER;  // rows of x at a time
 constexpr int SHARES = 5 * M * WARPS + WARPS + (CL > 1 ? 5 * M * CL : 0);  // five values a row and warp, a warp's largest bias, five a row and block
 constexpr int UNEVEN = K % SHARE != 0, COUNT = CL > 1 ? CL : WARPS;    // COUNT: values that make a sum

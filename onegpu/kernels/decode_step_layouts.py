@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -65,35 +66,36 @@ class Shape(NamedTuple):
         return whole and self.shared(form, rows, columns, nested) <= WHOLE
 
 
-# The layout of each format: what measured best for Llama-2-7B's products on an H100 (docs/worklog.md). OWN comes before
-# it for up to OWN_ROWS rows, if it fits.
+# The layout of each format: what measured best for Llama-2-7B's products on an H100 (docs/worklog.md). Up to OWN_ROWS
+# rows OWN comes before LAYOUTS, if it fits; MANY is for more.
 LAYOUTS = {"16bit": Shape(16, 2048, 6), "int8": Shape(16, 2048, 6, 7, 4), "nf4": Shape(16, 1024, 7),
            "fp4": Shape(16, 1024, 7)}  # fmt: skip
 OWN = {"int8": Shape(16, 128, 3, own=True), "nf4": Shape(16, 128, 2, 8, own=True),
        "fp4": Shape(16, 128, 2, 8, own=True)}  # fmt: skip
+MANY = {"16bit": Shape(8, 2048, 6), "int8": Shape(8, 2048, 6), "nf4": Shape(8, 1024, 7), "fp4": Shape(8, 1024, 7)}
 OWN_ROWS = 4
 CLUSTERS = (1, 2, 4, 8)
-FULL = 80 * 1024  # bytes of a ring that hide the time until x is there; for less the cluster grows, if it then has more
+FULL = 72 * 1024  # bytes of a ring that hide the time until x is there; for less of many rows the cluster grows
 _FEWEST = 3  # slots
 
 
 @lru_cache(maxsize=1024)
 def shape(form: str, rows: int, columns: int, nested: bool) -> Shape | None:
     """The layout for a product; None if x does not fit into shared memory."""
-    own = OWN.get(form) if rows <= OWN_ROWS else None
-    for found in [own, own._replace(slots=2, table_shift=7)] if own else []:
-        if found.serves(form, rows, columns, nested):
-            return found
-    best: Shape | None = None
-    for cluster in CLUSTERS:
-        made = (
-            LAYOUTS[form]._replace(slots=slots, cluster=cluster)
-            for slots in range(LAYOUTS[form].slots, _FEWEST - 1, -1)
+    few, best = rows <= OWN_ROWS, None
+    if few and (own := OWN.get(form)) is not None:
+        for found in (own, own._replace(slots=2, table_shift=7)):
+            if found.serves(form, rows, columns, nested):
+                return found
+    layout = (LAYOUTS if few else MANY)[form]
+    for cluster, width in itertools.product(CLUSTERS, (layout.width, layout.width // 2)):
+        tried = (
+            layout._replace(cluster=cluster, width=width, slots=slots) for slots in range(layout.slots, _FEWEST - 1, -1)
         )
-        found = next((one for one in made if one.serves(form, rows, columns, nested)), None)
-        if found is not None and (best is None or found.slots > best.slots):
+        found = next((one for one in tried if one.serves(form, rows, columns, nested)), None)
+        if found is not None and (best is None or found.ring(form) > best.ring(form)):
             best = found
-        if best is not None and (rows <= OWN_ROWS or best.ring(form) >= FULL):
+        if best is not None and (few or best.ring(form) >= FULL):
             break
     return best
 
