@@ -248,6 +248,23 @@ def test_no_registers_spill_over_weights_stored_by_columns() -> None:
     assert len(Compiled.made) == 2
 
 
+@needs_nvrtc
+@pytest.mark.parametrize("form", ["16bit", "int8", "nf4", "nested"])
+@pytest.mark.usefixtures("made")
+def test_no_registers_spill_over_many_rows(form: str) -> None:
+    """Llama-2-7B's columns, and a LayerNorm in front of another; the layouts are those that such products take."""
+    kind, nested = ("nf4", True) if form == "nested" else (form, False)
+    for columns, what, sink in ((4096, "rms", "gated"), (4096, "added", "store"), (11008, "x", "add")):
+        m = moved(matrix(kind, (8, 8), columns, torch.bfloat16, nested=nested), "meta")
+        x, outs = entered(what, 16, columns, torch.bfloat16), outputs(sink, 16, (8, 8), torch.bfloat16)
+        ops.product(moved(x, "meta"), m, sink, moved(outs[0], "meta"))
+    clusters = {dict(constants)["CL"] for constants in Compiled.made}
+    assert clusters == {2, 4}
+    for code in Compiled.made.values():
+        assert machine_code.stack_bytes(code) == 0
+        assert machine_code.copies_with_a_uniform_base(code) == 0
+
+
 def test_weights_stored_by_columns_that_do_not_fit() -> None:
     m = moved(matrix("transposed", (1600,), 6400, torch.bfloat16), "meta")
     assert gpu.fits(m, 8)
