@@ -61,12 +61,9 @@ class FusedStep:
             return True
         from onegpu.kernels import decode_step_cuda as gpu
 
-        downs = [layer.down for layer in found.layers]
-        whole = [m for m in found.matrices() if not any(m is down for down in downs)]
         layers = [m for layer in found.layers for m in (layer.qkv, layer.out, layer.up, layer.down)]
         most = min(MAX_ROWS[m.format] for m in layers)  # the head is of 16 bits beside any
-        fits = all(gpu.fits(m, rows) for m in whole) and all(gpu.fits(down, rows, True) for down in downs)
-        return rows <= most and fits
+        return rows <= most and all(gpu.fits(m, rows) for m in found.matrices())
 
     def __call__(
         self,

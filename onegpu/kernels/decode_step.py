@@ -17,8 +17,8 @@ Bound by the bytes of the weights and of the cache, each read once. Outputs are 
 passes, so that a whole step allocates a handful of tensors; `h` is changed in place. No op here has a gradient,
 none is registered with torch: a step runs inside a captured CUDA graph (`onegpu.engine.fused_step`).
 
-On a CPU the definitions below run. On a GPU `decode_step_cuda.py` and `decode_step_attention.py` launch the kernels, each
-of which may start before the one in front has ended (programmatic dependent launch).
+On a CPU the definitions below run. On a GPU `decode_step_cuda.py` and `decode_step_attention.py` launch the kernels,
+each of which may start before the one in front has ended (programmatic dependent launch).
 """
 
 from __future__ import annotations
@@ -264,8 +264,7 @@ def attend(
     Args:
         qkv: float32 ``[rows, (HQ + 2 HKV) HD]``.
         keys, values: ``[rows, HKV, L, HD]``, contiguous, in the model's dtype; the token at position p stands in slot
-            p % L. Neither the kernel in front nor the one in front of that may write what they hold, or `position`,
-            or `first`.
+            p % L. Since the last `embed` no kernel may write what they hold, or `position`, or `first`.
         position: int64 ``[1]`` or ``[rows]``: of the new token in the cache. rope_position: the same for the rotary
             embedding.
         first: int32 ``[rows]``: the first position that a row sees (left padding), or None.

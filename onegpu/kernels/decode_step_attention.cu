@@ -7,23 +7,23 @@
 // SPLITS, ROT (rotated values of a head), NORMS (1: of each query and key; 2: of all queries, and all keys, together), GROUPED (qkv
 // has for each key head its queries, the key, the value; else all queries, all keys, all values), CAP (scores are
 // cap tanh(score / cap)), ALIBI (slopes, float32 [HKV * ALL]), CLIP (qkv is cut off at +-clip), WARPS, STAGES (steps of values in a
-// warp's ring), SENT (steps beyond the first for which the L2 cache is sent at the start), BESIDE (a product lies on the SM too).
+// warp's ring), SENT (steps beyond the first for which the L2 cache is sent at the start), BESIDE (a product lies on the SM too; else the outputs
+// of the warps have room beside the ring, so that a block that takes several heads fetches the next one's first keys before it is done with this one).
 //
 // A warp takes STEP keys at a time: keys from memory into registers, as the 16-row operand of the mma (the queries are the 8
 // columns), values by asynchronous copies into a ring of its own, in which a key that a row may not see is zeros. The next keys are
 // asked for when the products with these are done. The new key never goes through the cache: it is a part of its own, of one key.
 //
-// What earlier steps wrote is fetched before the kernel waits for the one in front of it. That is safe as long as only that one may
-// still run which is in front of the one in front: two products never share an SM and have a block on each, so when all blocks of the product
-// in front have begun, those of the product before that have left, and had waited for all kernels before. embed, which has no SM for itself,
-// lets no other begin before it has waited.
+// What earlier steps wrote is fetched before the kernel waits for the one in front of it, however many of this step's still run: embed, which
+// is the first of them, lets no other begin before it has waited for all that was in front of the step, and within a step nothing else writes
+// these keys, or positions.
 constexpr int THREADS = WARPS * 32;
 constexpr int WIDE = (HD + 31) / 32 * 32;                              // of a head in shared memory and registers
 constexpr int TILES = HD > 128 ? 1 : 2, STEP = 16 * TILES;              // tiles of 16 keys, so that the registers suffice
 constexpr int UNITS = WIDE / 8, ROW = WIDE * 2, STAGE = STEP * ROW;     // 16-byte units of a row; bytes
 constexpr int V_MASK = UNITS % 8 == 0 ? 7 : 3;
 constexpr int CHUNKS = (ALL + GQ - 1) / GQ, HEADS = HKV * ALL, WIDTH = (HEADS + 2 * HKV) * HD, HALF = ROT / 2;
-constexpr int RING = WARPS * STAGES * STAGE;                           // later the outputs of the warps, [GQ, WIDE] float32 each
+constexpr int RING = WARPS * STAGES * STAGE;                           // BESIDE: later the outputs of the warps, [GQ, WIDE] float32 each
 constexpr int PAIR = GQ > 1 ? 2 : 1;                                    // queries of a lane
 static_assert(STAGE >= GQ * WIDE * 4, "room for the outputs");
 static_assert(HD % 8 == 0 && HD <= 256 && GQ <= 8 && ROT <= HD, "head dimensions");
@@ -67,50 +67,53 @@ attend(const float* qkv, const i64* position, const i64* rope_position, const in
   let_next_kernel_start();
   const int items = rows * HKV * CHUNKS * SPLITS;
   if (blockIdx.x >= items) wait_before_reading_x();
-  for (int item = blockIdx.x; item < items; item += gridDim.x) {
-    const int split = item % SPLITS, chunk = item / SPLITS % CHUNKS, kv = item / (SPLITS * CHUNKS) % HKV, row = item / (SPLITS * CHUNKS * HKV);
-    const int head0 = chunk * GQ, count = min(GQ, ALL - head0);          // query heads of this key head
-    const bool last = split == SPLITS - 1;                               // has the new key
-    const i64 now = fresh_i64(position + (i64)row * position_step);
+  int split, chunk, kv, row, steps; Seen seen; i64 base;                 // of the item at work
+  const i64 all_now = BESIDE ? 0 : fresh_i64(position);                  // for the items behind the first at once
+  auto begin_item = [&](int item) {
+    split = item % SPLITS; chunk = item / SPLITS % CHUNKS; kv = item / (SPLITS * CHUNKS) % HKV; row = item / (SPLITS * CHUNKS * HKV);
+    const i64 now = BESIDE || position_step ? fresh_i64(position + (i64)row * position_step) : all_now;
     const i64 begin = first ? (i64)*(first + row) : 0;
-    Seen seen; seen.length = length; seen.slot = (int)(now % length); seen.back = (int)min((i64)min(window, length) - 1, now - begin);
+    seen.length = length; seen.slot = (int)(now % length); seen.back = (int)min((i64)min(window, length) - 1, now - begin);
     const bool whole = now >= length;                                    // the ring is full: its slots are not in order
     int lo = whole ? 0 : (int)max(begin, now - window + 1), hi = whole ? length : (int)now;
     lo = max(lo, 0);
     const int share = ((hi - lo + SPLITS - 1) / SPLITS + 15) / 16 * 16;
     seen.from = min(lo + split * share, hi); seen.to = min(seen.from + share, hi);
-    const i64 base = ((i64)row * HKV + kv) * length;
-    const int steps = (seen.to - seen.from + STEP - 1) / STEP;
-
-    uint4 k[TILES][2][WIDE / 32];                                        // of keys g and g + 8 of a tile, units t, t + 4, ...
-    auto fetch_keys = [&](int step) {
-      if (step >= steps) return;
+    base = ((i64)row * HKV + kv) * length;
+    steps = (seen.to - seen.from + STEP - 1) / STEP;
+  };
+  uint4 k[TILES][2][WIDE / 32];                                          // of keys g and g + 8 of a tile, units t, t + 4, ...
+  auto fetch_keys = [&](int step) {
+    if (step >= steps) return;
 #pragma unroll
-      for (int i = 0; i < 2 * TILES; i++) {
-        const int j = min(seen.from + step * STEP + 8 * i + g, seen.to - 1);
-        const u16* from = keys + (base + j) * HD + 8 * t;
+    for (int i = 0; i < 2 * TILES; i++) {
+      const int j = min(seen.from + step * STEP + 8 * i + g, seen.to - 1);
+      const u16* from = keys + (base + j) * HD + 8 * t;
 #pragma unroll
-        for (int u = 0; u < WIDE / 32; u++) {
-          uint4& to = k[i / 2][i % 2][u];
-          to = make_uint4(0, 0, 0, 0);
-          if (HD != WIDE && 32 * u + 8 * t >= HD) continue;
-          const float4 v = fresh4((const float*)(from + 32 * u));
-          to = make_uint4(__float_as_uint(v.x), __float_as_uint(v.y), __float_as_uint(v.z), __float_as_uint(v.w));
-        }
+      for (int u = 0; u < WIDE / 32; u++) {
+        uint4& to = k[i / 2][i % 2][u];
+        to = make_uint4(0, 0, 0, 0);
+        if (HD != WIDE && 32 * u + 8 * t >= HD) continue;
+        const float4 v = fresh4((const float*)(from + 32 * u));
+        to = make_uint4(__float_as_uint(v.x), __float_as_uint(v.y), __float_as_uint(v.z), __float_as_uint(v.w));
       }
-    };
-    auto fetch_values = [&](int step, int stage) {
-      if (step < steps) {
-        const int from = again(lane);
+    }
+  };
+  auto fetch_values = [&](int step, int stage) {
+    if (step < steps) {
+      const int from = again(lane);
 #pragma unroll
-        for (int i = 0; i < STEP * UNITS / 32; i++) {
-          int u = from + 32 * i, key = u / UNITS, unit = u % UNITS, j = seen.from + step * STEP + key;
-          bool ok = seen.at(j) && (HD == WIDE || unit * 8 < HD);
-          copy16(mine + stage * STAGE + value_at(key, unit), values + (base + (ok ? j : 0)) * HD + (ok ? unit * 8 : 0), ok ? 16 : 0);
-        }
+      for (int i = 0; i < STEP * UNITS / 32; i++) {
+        int u = from + 32 * i, key = u / UNITS, unit = u % UNITS, j = seen.from + step * STEP + key;
+        bool ok = seen.at(j) && (HD == WIDE || unit * 8 < HD);
+        copy16(mine + stage * STAGE + value_at(key, unit), values + (base + (ok ? j : 0)) * HD + (ok ? unit * 8 : 0), ok ? 16 : 0);
       }
-      commit();
-    };
+    }
+    commit();
+  };
+  auto fetch_first = [&](int item) {
+    if (item >= items) return;
+    begin_item(item);
     fetch_keys(warp);
 #pragma unroll
     for (int i = 0; i < STAGES; i++) fetch_values(warp + i * WARPS, i);
@@ -120,6 +123,12 @@ attend(const float* qkv, const i64* position, const i64* rope_position, const in
       prefetch_to_l2(keys + (base + at) * HD, many * HD * 2);
       prefetch_to_l2(values + (base + at) * HD, many * HD * 2);
     }
+  };
+  if (!BESIDE) fetch_first(blockIdx.x);
+  for (int item = blockIdx.x; item < items; item += gridDim.x) {
+    if (BESIDE) fetch_first(item);
+    const int head0 = chunk * GQ, count = min(GQ, ALL - head0);          // query heads of this key head
+    const bool last = split == SPLITS - 1;                               // has the new key
 
     if (HALF) {
       const float p = (float)fresh_i64(rope_position + (i64)row * rope_step);
@@ -267,22 +276,23 @@ attend(const float* qkv, const i64* position, const i64* rope_position, const in
       fetch_values(step + STAGES * WARPS, stage);
       if (++stage == STAGES) stage = 0;
     }
-    copies_left<0>();
+    const i64 to = ((i64)row * HEADS + kv * ALL + head0) * SPLITS + split;
+    if (BESIDE) { copies_left<0>(); __syncwarp(); }
+    else fetch_first(item + gridDim.x);
 #pragma unroll
     for (int q = 0; q < PAIR; q++)
 #pragma unroll
       for (int o = 4; o < 32; o *= 2) total[q] += shuffle_xor(total[q], o);
-    __syncwarp();
-    constexpr int EACH = STAGES * STAGE / 4;                             // floats of a warp's ring, now [GQ, WIDE]
-    const float* all = (const float*)ring;
+    constexpr int EACH = BESIDE ? STAGES * STAGE / 4 : GQ * WIDE;         // floats of a warp
+    float* all = BESIDE ? (float*)ring : ends + (WARPS + 1) * 16;        // [GQ, WIDE] of each
 #pragma unroll
     for (int q = 0; q < PAIR; q++) {
       const int h = 2 * t + q;
       if (h >= count) break;
 #pragma unroll
       for (int i = 0; i < WIDE / 16; i++) {
-        float* to = (float*)own_ring + h * WIDE + 16 * i + g;
-        to[0] = out[i][q]; to[8] = out[i][2 + q];
+        float* mine_ = all + warp * EACH + h * WIDE + 16 * i + g;
+        mine_[0] = out[i][q]; mine_[8] = out[i][2 + q];
       }
       if (g == 0) { ends[(warp * 8 + h) * 2] = top[q]; ends[(warp * 8 + h) * 2 + 1] = total[q]; }
     }
@@ -298,9 +308,8 @@ attend(const float* qkv, const i64* position, const i64* rope_position, const in
         float m = ends[(w * 8 + h) * 2], e = m == most ? 1.f : exp2_(m - most);
         sum = fmaf(e, ends[(w * 8 + h) * 2 + 1], sum); o = fmaf(e, all[w * EACH + h * WIDE + d], o);
       }
-      const i64 to = ((i64)row * HEADS + kv * ALL + head0 + h) * SPLITS + split;
-      parts[to * HD + d] = (u16)pack(sum == 0.f ? 0.f : o / sum, 0.f);
-      if (d == 0) sums[to] = make_float2(most, sum);
+      parts[(to + h * SPLITS) * HD + d] = (u16)pack(sum == 0.f ? 0.f : o * reciprocal(sum), 0.f);
+      if (d == 0) sums[to + h * SPLITS] = make_float2(most, sum);
     }
     __syncthreads();
   }

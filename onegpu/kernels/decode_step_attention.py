@@ -18,11 +18,12 @@ class Split(NamedTuple):
     stages: int
     sent: int
 
-    def shared(self, heads: Heads) -> int:
-        """Bytes of shared memory, as the kernel divides it: ring, queries, new key and value, a head, sines, ends."""
+    def shared(self, heads: Heads, apart: bool = False) -> int:
+        """Bytes of shared memory, as the kernel divides it: ring, queries, new key and value, a head, sines, ends, and
+        the outputs of the warps, if they lie not in the ring."""
         wide, rotated = -(-heads.size // 32) * 32, _rotated(heads)
         ring = self.warps * self.stages * (16 if heads.size > 128 else 32) * 2 * wide
-        work = 4 * self.warps * wide if rotated % 64 else 0
+        work = 4 * self.warps * wide * (bool(rotated % 64) + _together(heads) * apart)
         return ring + 2 * wide * (_together(heads) + 2) + work + 4 * max(rotated, 2) + 64 * (self.warps + 1)
 
 
@@ -74,7 +75,7 @@ def attend(
     )  # fmt: skip
     if step._collected(kernel):
         return
-    shared = max(split.shared(heads), step._ALONE if beside == 0 else 0)
+    shared = split.shared(heads) if beside else max(split.shared(heads, True), step._ALONE)
     length = keys.shape[2]
     kernel(
         (step.multiprocessors(qkv.get_device()),), 32 * split.warps, shared,

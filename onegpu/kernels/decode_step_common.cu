@@ -6,6 +6,7 @@ DEVICE float2 fresh2(const void* p) { float2 v; asm volatile("ld.global.cg.v2.f3
 DEVICE float fresh(const float* p) { float v; asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory"); return v; }
 DEVICE i64 fresh_i64(const i64* p) { i64 v; asm volatile("ld.global.cg.s64 %0, [%1];" : "=l"(v) : "l"(p) : "memory"); return v; }
 DEVICE float exp2_(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+DEVICE float reciprocal(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 DEVICE float shuffle_xor(float v, int o) { return __shfl_xor_sync(~0u, v, o); }
 // Two 8 x 16 tiles of 16-bit values as right operands of an mma that sums over their rows.
 DEVICE void transposed(u32 (&b)[4], const void* row) {
@@ -15,6 +16,17 @@ DEVICE void transposed(u32 (&b)[4], const void* row) {
 DEVICE void arrive_after_copies(void* b) { asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" :: "r"(saddr(b)) : "memory"); }
 DEVICE void bulk_copy(void* to, const void* from, int bytes, void* b, u64 policy) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" :: "r"(saddr(to)), "l"(from), "r"(bytes), "r"(saddr(b)), "l"(policy) : "memory");
+}
+// A value into the shared memory of a block of the cluster, at the place that `p` is in this one; seen after cluster_sync().
+DEVICE void to_block(float* p, int rank, float v) {
+  asm volatile("{ .reg .b32 a; mapa.shared::cluster.u32 a, %0, %1; st.shared::cluster.f32 [a], %2; }" :: "r"(saddr(p)), "r"(rank), "f"(v) : "memory");
+}
+// The same, counted as 4 bytes by the barrier at the place of `b` there, for which that block waits with `wait_for_blocks`.
+DEVICE void send(float* p, int rank, float v, void* b) {
+  asm volatile("{ .reg .b32 a, b; mapa.shared::cluster.u32 a, %0, %2; mapa.shared::cluster.u32 b, %1, %2;\nst.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [a], %3, [b]; }" :: "r"(saddr(p)), "r"(saddr(b)), "r"(rank), "r"(__float_as_uint(v)) : "memory");
+}
+DEVICE void wait_for_blocks(void* b, int parity) {
+  asm volatile("{ .reg .pred p;\nagain:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n@!p bra again;\n}" :: "r"(saddr(b)), "r"(parity) : "memory");
 }
 template <int THREADS_> DEVICE void meet_threads() { asm volatile("bar.sync 1, %0;" :: "n"(THREADS_) : "memory"); }
 DEVICE Shared shared_of_lane(void* p) { return saddr(p); }             // for copies without a cache hint

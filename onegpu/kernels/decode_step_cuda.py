@@ -10,7 +10,6 @@ While the attention waits and computes, keys come in, and then weights of the pr
 from __future__ import annotations
 
 import contextlib
-import itertools
 import threading
 from collections.abc import Iterator
 from functools import lru_cache
@@ -21,102 +20,27 @@ import torch
 from onegpu.errors import bad_argument
 from onegpu.kernels.codebooks import dynamic_map
 from onegpu.kernels.decode_step import ACTIVATIONS, Attended, Heads, Matrix, Norm, Part, Places, Stream
+from onegpu.kernels.decode_step_layouts import FORMATS, WHOLE, Shape, blocks, shape
 from onegpu.kernels.launch import CudaKernel, source_text
 
 MAX_ROWS, MAX_GROUP, MAX_SPLITS = 16, 8, 8
-_FORMATS = {"16bit": 0, "int8": 1, "nf4": 2, "fp4": 2}
 _SINKS = {"store": 0, "add": 1, "gated": 2, "act": 3, "both": 3}
 _NORMS = {None: 0, "rms": 1, "layer": 2}
-_WHOLE = 232448 - 1024  # bytes of shared memory of a block on Hopper, less what the kernels' static arrays take
 _ALONE = 116736  # of a Hopper SM's 228 KiB, less 1 KiB a block: no second block fits beside one that has this
-_COMMON = {"NESTED": 0, "TABLE_SHIFT": 7, "CL": 1, "CLUSTERED": 0, "FP4": 0}
+_COMMON = {"NESTED": 0, "TABLE_SHIFT": 7, "CL": 1, "FP4": 0}
 
 
-class Shape(NamedTuple):
-    """How a product is laid out on an SM.
-
-    warps: of a block that multiply; one more fetches, unless each fetches for itself (own). width: bytes of a row of W
-    in a piece, at most 512 if own. slots: pieces in the ring, or in a warp's own.
-    table_shift: 8 makes the look-up table of 4-bit products twice as large and a look-up one instruction shorter.
-    tiles: of 16 rows between two sums over the warps, for one row of x.
-    """
-
-    warps: int
-    width: int
-    slots: int
-    table_shift: int = 7
-    tiles: int = 8
-    own: bool = False
-
-    @property
-    def all_warps(self) -> int:
-        """Of a block."""
-        return self.warps + (not self.own)
-
-    def group(self, rows: int) -> int:
-        """Tiles between two sums."""
-        return max(1, self.tiles // rows)
-
-    def shared(self, form: str, rows: int, columns: int, nested: bool) -> int:
-        """Bytes of shared memory, as the kernel divides it: table, map, x, sums, shares of the norm, barriers, ring."""
-        fmt = _FORMATS[form]
-        pitch = -(-columns * 2 // 128) * 128 + (16 if fmt else 64)
-        table = (256 << self.table_shift) + 1024 * nested if fmt == 2 else 0
-        sums = 2 * self.group(rows) * self.warps * 16 * rows * 4
-        shares = ((5 * rows + 1) * self.all_warps + rows + 3) // 4 * 16
-        scales = 64 * (self.width // 32 + (1 if self.own else 4))
-        slot = 16 * (self.width + 32) + scales if fmt == 2 else 16 * (self.width + 64)
-        ring = self.warps * self.slots * slot if self.own else -(-16 * self.slots // 128) * 128 + self.slots * slot
-        return table + rows * pitch + sums + shares + ring
-
-
-# The layout of each format: what measured best for Llama-2-7B's products on an H100 (docs/worklog.md). Fewer slots are
-# taken where the rows of x leave no room, then smaller pieces. OWN comes before it for up to OWN_ROWS rows, if it fits.
-LAYOUTS = {"16bit": Shape(16, 2048, 6), "int8": Shape(16, 2048, 6, 7, 4), "nf4": Shape(16, 1024, 7),
-           "fp4": Shape(16, 1024, 7)}  # fmt: skip
-OWN = {"int8": Shape(16, 128, 3, own=True), "nf4": Shape(16, 128, 2, 8, own=True),
-       "fp4": Shape(16, 128, 2, 8, own=True)}  # fmt: skip
-OWN_ROWS = 4
-_FEWEST = 3  # slots
-
-
-@lru_cache(maxsize=256)
-def shape(form: str, rows: int, columns: int, nested: bool, beside: int = 0) -> Shape | None:
-    """The layout for a product; None if x does not fit into shared memory, less what the attention beside it takes."""
-    best = LAYOUTS[form]
-    own = OWN.get(form) if rows <= OWN_ROWS else None
-    tried = [own, own._replace(slots=2, table_shift=7)] if own else []
-    tried += [best._replace(slots=slots) for slots in range(best.slots, _FEWEST - 1, -1)]
-    for warps, width in ((16, 1024), (16, 512), (8, 512), (8, 256)):
-        if width < best.width:
-            smaller = best._replace(warps=warps, width=width, tiles=1)
-            tried += [smaller._replace(slots=slots) for slots in range(8, _FEWEST - 1, -1)]
-    return next((found for found in tried if found.shared(form, rows, columns, nested) <= _WHOLE - beside), None)
-
-
-@lru_cache(maxsize=256)
-def windows(form: str, rows: int, columns: int, nested: bool) -> tuple[tuple[int, int], ...]:
-    """Into which columns (first, how many) a product that adds is cut, so that x fits; empty if it cannot be."""
-    for count in range(1, 5):
-        ends = [columns * i // count // 256 * 256 for i in range(count)] + [columns]
-        found = tuple((a, b - a) for a, b in itertools.pairwise(ends))
-        if all(size and shape(form, rows, size, nested) is not None for _, size in found):
-            return found
-    return ()
-
-
-def fits(matrix: Matrix, rows: int, cut: bool = False) -> bool:
-    """Whether a product has room for x in shared memory. cut: it may take a window of x after the other."""
+def fits(matrix: Matrix, rows: int) -> bool:
+    """Whether a product has room for x in shared memory."""
     if matrix.transposed:
-        return len(matrix.parts) == 1 and matrix.rows % _STRIP == 0 and _room(rows, matrix.columns) <= _WHOLE
-    asked = matrix.format, rows, matrix.columns, matrix.parts[0].nested is not None
-    return bool(windows(*asked)) if cut else shape(*asked) is not None
+        return len(matrix.parts) == 1 and matrix.rows % _STRIP == 0 and _room(rows, matrix.columns) <= WHOLE
+    return shape(matrix.format, rows, matrix.columns, matrix.parts[0].nested is not None) is not None
 
 
 def leaves(matrix: Matrix, rows: int, beside: int) -> bool:
     """Whether a product can do with so many bytes of shared memory less, and gives up nothing but slots for that."""
     if matrix.transposed:
-        return _room(rows, matrix.columns) <= _WHOLE - beside
+        return _room(rows, matrix.columns) <= WHOLE - beside
     asked = matrix.format, rows, matrix.columns, matrix.parts[0].nested is not None
     best, found = shape(*asked), shape(*asked, beside)
     return best is not None and found is not None and found._replace(slots=best.slots) == best
@@ -144,52 +68,26 @@ def product(
     beside: int = 0,
     fixed: Shape | None = None,
 ) -> None:
-    """One launch of decode_step_product.cu, whose head says what the sinks are, or several where x is too large."""
+    """One launch of decode_step_product.cu, whose head says what the sinks are."""
     rows, columns = len(out), matrix.columns
-    too_many = bad_argument(
-        "rows", rows, f"is too many: x of {columns} columns does not fit into shared memory", "Use fewer rows"
-    )
-    if matrix.transposed:
-        if not fits(matrix, rows):
-            raise too_many
+    nested = matrix.parts[0].nested is not None
+    found = fixed or (None if matrix.transposed else shape(matrix.format, rows, columns, nested, beside))
+    if not (fits(matrix, rows) if matrix.transposed else found):
+        raise bad_argument(
+            "rows", rows, f"is too many: x of {columns} columns does not fit into shared memory", "Use fewer rows"
+        )
+    if found is None:
         _transposed(x, matrix, sink, out, act, pdl, beside)
         return
-    nested = matrix.parts[0].nested is not None
-    whole = not isinstance(x, torch.Tensor) or sink not in ("add", "store") or cap or fixed or beside
-    cut = ((0, columns),) if whole else windows(matrix.format, rows, columns, nested)
-    for window in cut:
-        found = fixed or shape(matrix.format, rows, window[1], nested, beside)
-        if found is None:
-            cut = ()
-            break
-        _product(found, window, x, matrix, sink if window[0] == 0 else "add", out, act, also, cap, pdl, beside)
-    if not cut:
-        raise too_many
-
-
-def _product(
-    found: Shape,
-    window: tuple[int, int],
-    x: Stream | Attended | torch.Tensor,
-    matrix: Matrix,
-    sink: str,
-    out: torch.Tensor,
-    act: str,
-    also: torch.Tensor | None,
-    cap: float,
-    pdl: bool,
-    beside: int,
-) -> None:
     read = _read(x)
-    rows, columns = len(out), matrix.columns
-    nested = matrix.parts[0].nested is not None
-    bulk = _FORMATS[matrix.format] == 2 and not nested and matrix.blocksize == 64 and columns % 256 == 0
+    bulk = FORMATS[matrix.format] == 2 and not nested and matrix.blocksize == 64 and columns % 256 == 0
     bulk = bulk and not any(part.scales.data_ptr() % 16 for part in matrix.parts if part.scales is not None)
     kernel = _kernel("product").variant(
-        None, **_COMMON | {"NESTED": int(nested), "FP4": int(matrix.format == "fp4"), "TABLE_SHIFT": found.table_shift},
-        FMT=_FORMATS[matrix.format], M=rows, K=window[1], KS=columns, WARPS=found.all_warps, SLOTS=found.slots,
-        CB=found.width, TG=found.group(rows), OWN=int(found.own), BULK=int(bulk and not found.own),
-        SINK=_SINKS[sink], ACT=ACTIVATIONS.index(act), BESIDE=int(beside > 0), **read.constants,
+        None, **_COMMON | {"NESTED": int(nested), "FP4": int(matrix.format == "fp4"), "TABLE_SHIFT": found.table_shift,
+        "CL": found.cluster}, FMT=FORMATS[matrix.format], M=rows, K=columns, SHARE=found.share(matrix.format, columns),
+        WARPS=found.all_warps, SLOTS=found.slots, CB=found.width, TG=found.group(rows), OWN=int(found.own),
+        BULK=int(bulk and not found.own), SINK=_SINKS[sink], ACT=ACTIVATIONS.index(act),
+        BESIDE=int(beside > 0), **read.constants,
     )  # fmt: skip
     if _collected(kernel):
         return
@@ -198,17 +96,17 @@ def _product(
         parts, also = [None, *parts], out
     parts += [None] * (3 - len(parts))
     pointers = [
-        None if part is None or (name == "bias" and window[0]) else getattr(part, name)
+        None if part is None else getattr(part, name)
         for name in ("weight", "scales", "nested", "offset", "bias")
         for part in parts
     ]
     table = dynamic_map(out.device) if nested else None
     counts = [0 if part is None else part.rows for part in parts]
-    blocks = matrix.blocksize.bit_length() - 7  # log2 of how many 64 columns share a scale
-    shared = _share(found.shared(matrix.format, rows, window[1], nested), beside)
+    shift = matrix.blocksize.bit_length() - 7  # log2 of how many 64 columns share a scale
+    shared = _share(found.shared(matrix.format, rows, columns, nested), beside)
     kernel(
-        (multiprocessors(out.get_device()),), 32 * found.all_warps, shared, *pointers, table, *read.tensors, out, also,
-        *counts, blocks, window[0], *read.numbers, cap, pdl=pdl,
+        (blocks(multiprocessors(out.get_device()), found.cluster),), 32 * found.all_warps, shared, *pointers, table,
+        *read.tensors, out, also, *counts, shift, *read.numbers, cap, pdl=pdl, cluster=(found.cluster, 1, 1),
     )  # fmt: skip
 
 
@@ -224,20 +122,20 @@ def _transposed(
     """One launch of decode_step_transposed.cu."""
     read, rows, columns = _read(x), len(out), matrix.columns
     kernel = _kernel("transposed").variant(
-        None, **_COMMON, FMT=0, CB=64, M=rows, K=columns, KS=columns, WARPS=_WARPS, SINK=_SINKS[sink],
+        None, **_COMMON, FMT=0, CB=64, M=rows, K=columns, SHARE=columns, WARPS=_WARPS, SINK=_SINKS[sink],
         ACT=ACTIVATIONS.index(act), BESIDE=int(beside > 0), **read.constants,
     )  # fmt: skip
     if _collected(kernel):
         return
     kernel(
-        (multiprocessors(out.get_device()),), 32 * _WARPS, _share(_room(rows, columns), beside),
-        matrix.parts[0].weight, matrix.parts[0].bias, *read.tensors, out, matrix.rows, *read.numbers, pdl=pdl,
+        (multiprocessors(out.get_device()),), 32 * _WARPS, _share(_room(rows, columns), beside), matrix.parts[0].weight,
+        matrix.parts[0].bias, *read.tensors, out, matrix.rows, *read.numbers, pdl=pdl,
     )  # fmt: skip
 
 
 def _share(needed: int, beside: int) -> int:
     """Bytes that a product's block asks for: so many that no second one fits, nor two of the attention's."""
-    return _WHOLE - beside if beside else max(needed, _ALONE)
+    return WHOLE - beside if beside else max(needed, _ALONE)
 
 
 class _Read(NamedTuple):
@@ -336,7 +234,7 @@ def _collected(kernel: CudaKernel) -> bool:
 
 
 _KERNELS = {
-    "product": ("product", "P" * 26 + "i" * 5 + "fffff"),
+    "product": ("product", "P" * 26 + "i" * 4 + "fffff"),
     "transposed": ("transposed_product", "P" * 11 + "i" + "ffff"),
     "attention": ("attend", "P" * 12 + "i" * 5 + "ffffff"),
     "embed": ("embed", "PPPPPPPqqiiifff"),

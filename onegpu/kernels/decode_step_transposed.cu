@@ -7,7 +7,7 @@
 constexpr int STRIP = 32, HELD = 4, CHUNKS = K / 16;                     // HELD: chunks in a thread's registers
 constexpr int BATCHES = ((CHUNKS + WARPS - 1) / WARPS + HELD - 1) / HELD;
 constexpr int EIGHTS = (M + 7) / 8;
-static_assert(K % 64 == 0 && K == KS, "all of a row, a multiple of 64");
+static_assert(K % 64 == 0 && K == SHARE, "all of a row, a multiple of 64");
 static_assert(STRIP * M <= THREADS, "a thread finishes one sum");
 
 struct Held { uint2 rows[HELD][4]; };

@@ -5,6 +5,7 @@ inline float2 fresh2(const void* p) { float2 v; memcpy(&v, p, 8); return v; }
 inline float fresh(const float* p) { return *p; }
 inline long long fresh_i64(const long long* p) { return *p; }
 inline float exp2_(float x) { return exp2f(x); }
+inline float reciprocal(float x) { return 1.f / x; }
 inline float rsqrtf(float x) { return 1.f / sqrtf(x); }
 inline uint2 make_uint2(uint32_t a, uint32_t b) { return {a, b}; }
 inline float shuffle_xor(float v, int o) {
@@ -41,3 +42,7 @@ inline uint32_t turned(uint32_t a) {
   return r;
 }
 inline void prefetch_to_l2(const void* from, int bytes) { static volatile uint8_t seen; if ((uint64_t)from % 16 || bytes % 16) abort(); seen = ((const uint8_t*)from)[0] ^ ((const uint8_t*)from)[bytes - 1]; }
+inline void* there(const void* p, int rank) { return blocks[rank].smem + ((const uint8_t*)p - block().smem); }
+inline void to_block(float* p, int rank, float v) { memcpy(there(p, rank), &v, 4); }
+inline void send(float* p, int rank, float v, void* b) { to_block(p, rank, v); b = there(b, rank); owed_(b) -= 4; settle(b); }
+inline void wait_for_blocks(void* b, int parity) { wait_for(b, parity); }

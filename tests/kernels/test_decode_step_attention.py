@@ -11,6 +11,7 @@ from onegpu.engine.fused_structure import Structure
 from onegpu.kernels import decode_step as ops
 from onegpu.kernels import decode_step_attention as attention
 from onegpu.kernels import decode_step_cuda as gpu
+from onegpu.kernels.decode_step_layouts import FORMATS
 from tests.decode_structures import caches, matrix, moved, structure
 from tests.kernels import machine_code
 from tests.kernels.test_decode_step_cuda import Compiled
@@ -31,7 +32,7 @@ def stands_for(form: str, columns: int) -> ops.Matrix:
     return ops.Matrix(form, columns, (part,))
 
 
-@pytest.mark.parametrize("form", [*gpu._FORMATS, "transposed"])
+@pytest.mark.parametrize("form", [*FORMATS, "transposed"])
 @pytest.mark.parametrize("of", [heads(32, 32, 128), heads(32, 8, 128), heads(71, 1, 64), heads(32, 32, 80, 32)])
 def test_exactly_one_block_of_it_fits_beside_a_product(form: str, of: ops.Heads) -> None:
     m = stands_for(form, 2048 if form == "transposed" else 4096)
