@@ -82,11 +82,12 @@ _FEWEST = 3  # slots
 @lru_cache(maxsize=1024)
 def shape(form: str, rows: int, columns: int, nested: bool) -> Shape | None:
     """The layout for a product; None if x does not fit into shared memory."""
-    few, best = rows <= OWN_ROWS, None
+    few = rows <= OWN_ROWS
+    best: Shape | None = None
     if few and (own := OWN.get(form)) is not None:
-        for found in (own, own._replace(slots=2, table_shift=7)):
-            if found.serves(form, rows, columns, nested):
-                return found
+        for alone in (own, own._replace(slots=2, table_shift=7)):
+            if alone.serves(form, rows, columns, nested):
+                return alone
     layout = (LAYOUTS if few else MANY)[form]
     for cluster, width in itertools.product(CLUSTERS, (layout.width, layout.width // 2)):
         tried = (
