@@ -85,8 +85,8 @@ def product(
     kernel = _kernel("product").variant(
         None, **_COMMON | {"NESTED": int(nested), "FP4": int(matrix.format == "fp4"), "TABLE_SHIFT": found.table_shift,
         "CL": found.cluster}, FMT=FORMATS[matrix.format], M=rows, K=columns, SHARE=found.share(matrix.format, columns),
-        WARPS=found.all_warps, SLOTS=found.slots, CB=found.width, TG=found.group(rows), OWN=int(found.own),
-        BULK=int(bulk and not found.own), SINK=_SINKS[sink], ACT=ACTIVATIONS.index(act),
+        WARPS=found.all_warps, FETCHERS=found.fetchers, SLOTS=found.slots, CB=found.width, TG=found.group(rows),
+        OWN=int(found.own), BULK=int(bulk and not found.own), SINK=_SINKS[sink], ACT=ACTIVATIONS.index(act),
         BESIDE=int(beside > 0), **read.constants,
     )  # fmt: skip
     if _collected(kernel):

@@ -14,8 +14,8 @@ BOXES = 4  # of decode_step_product.cu
 class Shape(NamedTuple):
     """How a product is laid out.
 
-    warps: of a block that multiply; one more fetches, unless each fetches for itself (own). width: bytes of a row of W
-    in a piece, at most 512 if own. slots: pieces in the ring, or in a warp's own.
+    warps: of a block that multiply. fetchers: of those that fetch, unless each does for itself (own). width: bytes of a
+    row of W in a piece, at most 512 if own. slots: pieces in the ring, or in a warp's own.
     table_shift: 8 makes the look-up table of 4-bit products twice as large and a look-up one instruction shorter.
     tiles: of 16 rows between two sums over the warps, for one row of x. cluster: blocks that share the columns.
     """
@@ -27,11 +27,12 @@ class Shape(NamedTuple):
     tiles: int = 8
     own: bool = False
     cluster: int = 1
+    fetchers: int = 1
 
     @property
     def all_warps(self) -> int:
         """Of a block."""
-        return self.warps + (not self.own)
+        return self.warps + self.fetchers * (not self.own)
 
     def group(self, rows: int) -> int:
         """Tiles between two sums."""
@@ -72,7 +73,8 @@ LAYOUTS = {"16bit": Shape(16, 2048, 6), "int8": Shape(16, 2048, 6, 7, 4), "nf4":
            "fp4": Shape(16, 1024, 7)}  # fmt: skip
 OWN = {"int8": Shape(16, 128, 3, own=True), "nf4": Shape(16, 128, 2, 8, own=True),
        "fp4": Shape(16, 128, 2, 8, own=True)}  # fmt: skip
-MANY = {"16bit": Shape(8, 2048, 6), "int8": Shape(8, 2048, 6), "nf4": Shape(8, 1024, 7), "fp4": Shape(8, 1024, 7)}
+MANY = {"16bit": Shape(8, 2048, 6, fetchers=4), "int8": Shape(8, 2048, 6, fetchers=4),
+        "nf4": Shape(8, 1024, 7, fetchers=4), "fp4": Shape(8, 1024, 7, fetchers=4)}  # fmt: skip
 OWN_ROWS = 4
 CLUSTERS = (1, 2, 4, 8)
 FULL = 72 * 1024  # bytes of a ring that hide the time until x is there; for less of many rows the cluster grows
@@ -82,11 +84,12 @@ _FEWEST = 3  # slots
 @lru_cache(maxsize=1024)
 def shape(form: str, rows: int, columns: int, nested: bool, beside: int = 0) -> Shape | None:
     """The layout for a product; None if x does not fit into shared memory, less what the attention beside it takes."""
-    few, best = rows <= OWN_ROWS, None
+    few = rows <= OWN_ROWS
+    best: Shape | None = None
     if few and (own := OWN.get(form)) is not None:
-        for found in (own, own._replace(slots=2, table_shift=7)):
-            if found.serves(form, rows, columns, nested, beside):
-                return found
+        for alone in (own, own._replace(slots=2, table_shift=7)):
+            if alone.serves(form, rows, columns, nested, beside):
+                return alone
     layout = (LAYOUTS if few else MANY)[form]
     for cluster, width in itertools.product(CLUSTERS, (layout.width, layout.width // 2)):
         tried = (

@@ -5,19 +5,19 @@
 //         1  h += y, float32 [M, N]
 //         2  act(gate) * up, 16-bit [M, N]; W is two matrices (gate, up)
 //         3  y of the first matrix (which may have no rows), float32 [M, n0], and act(y) of the second, 16-bit [M, n1], into `also`
-// Filled in: M, K, CL (blocks of a cluster), SHARE (of the columns of a row, a block's part), WARPS, SLOTS, CB (bytes of a row in a piece), TG (tiles between two sums),
+// Filled in: M, K, CL (blocks of a cluster), SHARE (of the columns of a row, a block's part), WARPS, FETCHERS (of them, if not OWN), SLOTS, CB (bytes of a row in a piece), TG (tiles between two sums),
 // OWN (each warp fetches for itself), BULK (scales are copied in bulk too), SOURCE, SINK, SPLITS, HD, ACT, and what decode_step_input.cu names.
 //
 // A cluster takes a range of rows of W in tiles of 16 (SINK 2: 8 of gate, 8 of up), each block its share of the columns, a tile in pieces of CB bytes of each row. The
-// last warp fetches pieces into a ring, a bulk copy a row: memory then sees long reads, which it serves faster than what many
-// warps ask for in bits. The others share the columns of each piece. The shorter a row's part,
+// last warps fetch pieces in turn into a ring, a bulk copy a row: memory then sees long reads, which it serves faster than what many
+// warps ask for in bits. A warp issues such copies one after the other, some 30 cycles each, so one is too slow for short rows. The others share the columns of each piece. The shorter a row's part,
 // the more a bulk copy's own cost weighs: OWN lets the pieces go round the warps instead, each of which streams its own through a ring of its own, 16 bytes a thread, without a barrier. The ring is filled before the kernel waits for the one in
 // front of it: weights do not change during a step. A block has an SM for itself; the next kernel's comes as soon as it has left.
 // Of many rows, x leaves no room for a ring in a block by itself. In a cluster, a block holds its share of x, and sends the sums of its
 // share of the columns to the block that finishes those rows of the tile, while it multiplies the next. There are BOXES for them: as a
 // block has waited for the sums of tile i - 1 before it sends those of i + 1, and the others have finished i - 3 when they send those of i - 1, four are never full.
 // W is the 16-row operand of the mma, x the 8-column one; the contraction runs in the order in which bytes are stored.
-constexpr int CONSUMERS = OWN ? WARPS : WARPS - 1, EACH = OWN ? 1 : WARPS - 1;  // a warp takes every EACH-th group of a piece
+constexpr int CONSUMERS = OWN ? WARPS : WARPS - FETCHERS, EACH = OWN ? 1 : CONSUMERS;  // a warp takes every EACH-th group of a piece
 constexpr int GROUP = FMT == 0 ? 32 : 64, GROUPS = KB / GROUP;         // columns that the four lanes of a row take together
 constexpr int LINE = CB + (FMT == 2 ? 32 : 64), PIECE = 16 * LINE;      // so that the rows of a fragment spread over the banks
 constexpr int S_LINE = FMT == 2 ? GROUPS + (OWN ? 1 : 4) : 0, SLOT = PIECE + 64 * S_LINE;   // scales of a row in a piece, as floats
@@ -74,7 +74,7 @@ product(const u8* w0, const u8* w1, const u8* w2, const void* absmax0, const voi
   auto inside = [&](int tile, int r) { return r0 + tile * TILE_ROWS + (GATED ? r & 7 : r) < r1; };
 
   const int pieces = tiles * PIECES;
-  auto fetch = [&](int i) {                                              // the block's piece i, by the last warp
+  auto fetch = [&](int i) {                                              // the block's piece i, by one of the last warps
     const int tile = i / PIECES, piece = i % PIECES, rows = min(TILE_ROWS, r1 - r0 - tile * TILE_ROWS) * (1 + GATED);
     const int bytes = min(CB, taken - piece * CB), block = first_block + piece * GROUPS; u8 *full = bars + i % SLOTS * 16, *slot = ring + i % SLOTS * SLOT;
     if (lane == 0) arrive_and_expect(full, bytes > 0 ? rows * (bytes + (BULK ? bytes / 8 : 0)) : 0);
@@ -128,13 +128,13 @@ product(const u8* w0, const u8* w1, const u8* w2, const void* absmax0, const voi
   if (OWN) {
 #pragma unroll
     for (int i = 0; i < SLOTS - 1; i++) fetch_own();
-  } else if (warp == CONSUMERS) {
+  } else if (warp >= CONSUMERS) {
     if (lane == 0) {
-      for (int i = 0; i < SLOTS; i++) { barrier_init(bars + 16 * i, FMT == 2 && !BULK ? 33 : 1); barrier_init(bars + 16 * i + 8, CONSUMERS); }
+      for (int i = warp - CONSUMERS; i < SLOTS; i += FETCHERS) { barrier_init(bars + 16 * i, FMT == 2 && !BULK ? 33 : 1); barrier_init(bars + 16 * i + 8, CONSUMERS); }
       barriers_ready();
     }
     __syncwarp();
-    for (int i = 0; i < min(SLOTS, pieces); i++) fetch(i);
+    for (int i = warp - CONSUMERS; i < min(SLOTS, pieces); i += FETCHERS) fetch(i);
   }
   if (CL > 1) {
     if (threadIdx.x == 0) { for (int i = 0; i < BOXES; i++) barrier_init(came + 8 * i, 1); barriers_ready(); }
@@ -183,8 +183,10 @@ product(const u8* w0, const u8* w1, const u8* w2, const void* absmax0, const voi
   __syncthreads();
 
   // ---- rows of W times x
-  if (!OWN && warp == CONSUMERS) {
-    for (int i = SLOTS; i < pieces; i++) { wait_for(bars + i % SLOTS * 16 + 8, i / SLOTS - 1 & 1); fetch(i); }
+  if (!OWN && warp >= CONSUMERS) {
+    int i = warp - CONSUMERS;
+    while (i < SLOTS) i += FETCHERS;
+    for (; i < pieces; i += FETCHERS) { wait_for(bars + i % SLOTS * 16 + 8, i / SLOTS - 1 & 1); fetch(i); }
     return;
   }
   const u32 lane4 = lane * 4;

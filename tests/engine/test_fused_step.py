@@ -15,6 +15,8 @@ from onegpu.engine.fused_structure import Structure
 from onegpu.engine.generate import Generate
 from onegpu.engine.loop import Engine
 from onegpu.errors import KernelError
+from onegpu.kernels import decode_step_cuda
+from onegpu.kernels import decode_step_layouts as layouts
 from onegpu.nn import LinearNF4
 from tests.compare import assert_close
 from tests.decode_structures import caches, moved, structure
@@ -266,17 +268,34 @@ def test_the_chain_of_kernels_is_the_chain_of_definitions(
     assert_close(got.cpu().to(dtype), want, rounded.to(dtype))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["16bit", "int8", "nf4"])
+def test_16_rows_whose_columns_clusters_share(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"form": form, "width": 4096, "inner": 5504, "query": 32, "kv": 32, "size": 128, "layers": 1}
+    found = layouts.shape(form, 16, 5504, False)
+    assert found is not None
+    assert found.cluster > 1
+    case = (sizes, torch.bfloat16, 16, 64, 40, [*range(15), 2**30])
+    test_the_chain_of_kernels_is_the_chain_of_definitions("cuda", case, monkeypatch)
+
+
 def _in_float32(found: Any) -> Any:
     """The same weights; activations and outputs between kernels are not rounded."""
     return dataclasses.replace(found, embedding=found.embedding.float())
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("form", ["16bit", "int8", "nf4"])
-def test_a_chain_replayed_a_thousand_times_reads_only_what_it_wrote(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("form", "rows"), [("16bit", 1), ("int8", 1), ("nf4", 1), ("16bit", 16), ("int8", 8), ("nf4", 16)]
+)
+def test_a_chain_replayed_a_thousand_times_reads_only_what_it_wrote(
+    form: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if rows > 1:
+        monkeypatch.setattr(decode_step_cuda, "shape", lambda *_: layouts.Shape(8, 256, 4, cluster=2))
     found = moved(structure(form, width=512, inner=1408, query=8, kv=8, size=64, layers=4), "cuda")
-    step, memory = FusedStep(found), list(moved(tuple(caches(found, 1, 256)), "cuda"))
-    ids, at = torch.tensor([[3]], device="cuda"), torch.tensor([200], device="cuda")
+    step, memory = FusedStep(found), list(moved(tuple(caches(found, rows, 256)), "cuda"))
+    ids, at = torch.arange(rows, device="cuda")[:, None], torch.tensor([200], device="cuda")
     want = step(ids, at, at, memory)
     step.pdl = False
     assert torch.equal(step(ids, at, at, memory), want)

@@ -62,17 +62,17 @@ def test_any_layout_gives_the_product(fixed: Shape, monkeypatch: pytest.MonkeyPa
 # form, rows, columns, rows of the parts, what x is, sink, layout. Columns that no share divides, tiles cut off, several
 # tiles between two sums, more clusters than rows.
 CLUSTERED = [
-    ("16bit", 16, 512, (150,), "x", "add", Shape(16, 256, 3, cluster=2)),
-    ("16bit", 5, 576, (48, 16, 16), "added", "store", Shape(8, 128, 4, cluster=2)),
+    ("16bit", 16, 512, (150,), "x", "add", Shape(16, 256, 3, cluster=2, fetchers=2)),
+    ("16bit", 5, 576, (48, 16, 16), "added", "store", Shape(8, 128, 4, cluster=2, fetchers=4)),
     ("16bit", 16, 832, (37, 37), "layer", "gated", Shape(8, 256, 3, cluster=4)),
     ("int8", 8, 448, (70,), "rms", "act", Shape(4, 128, 3, cluster=2)),
     ("int8", 16, 1984, (3,), "rms", "add", Shape(16, 128, 3, cluster=8)),
     ("int8", 2, 640, (130,), "x", "store", Shape(16, 128, 2, tiles=4, own=True, cluster=2)),
     ("nf4", 16, 1792, (40, 24), "rms", "both", Shape(8, 128, 3, cluster=4)),
     ("nf4", 9, 1280, (64,), "x", "add", Shape(16, 128, 2, 8, own=True, cluster=2)),
-    ("nested", 8, 768, (36, 36), "layer", "gated", Shape(8, 128, 3, cluster=2)),
+    ("nested", 8, 768, (36, 36), "layer", "gated", Shape(8, 128, 3, cluster=2, fetchers=4)),
     ("nested", 16, 1088, (64,), "added", "store", Shape(16, 128, 3, cluster=2)),
-    ("fp4", 4, 1024, (64, 32), "layer", "store", Shape(8, 128, 4, 8, 8, cluster=4)),
+    ("fp4", 4, 1024, (64, 32), "layer", "store", Shape(8, 128, 4, 8, 8, cluster=4, fetchers=3)),
 ]
 
 
@@ -130,7 +130,7 @@ def test_clusters_give_the_same_bits_each_time(form: str, cluster: int) -> None:
     kind, rows = "nf4" if nested else form, 16 if cluster > 1 else 8
     for columns, sizes, what, sink in ((11008, (2048,), "x", "add"), (4096, (2752, 2752), "rms", "gated")):
         m = large(kind, sizes, columns, nested)
-        fixed = Shape(8, 512, 3, cluster=cluster)
+        fixed = Shape(8, 512, 3, cluster=cluster, fetchers=4)
         if not fixed.serves(kind, rows, columns, nested):
             continue
         x, (out, _) = entered(what, rows, columns, torch.bfloat16), outputs(sink, rows, sizes, torch.bfloat16)
