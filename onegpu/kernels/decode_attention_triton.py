@@ -77,9 +77,9 @@ def _split_kernel(
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SLOPES: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr,
     PRECISION: tl.constexpr, UNIT: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        tl_cuda.gdc_wait()
+    if PDL:  # the next kernel's programs come, and wait for this one's to end, before these have anything to do
         tl_cuda.gdc_launch_dependents()
+        tl_cuda.gdc_wait()
     i_program = tl.program_id(0)
     i_split = i_program % SPLITS
     i_tile = (i_program // SPLITS) % ROW_TILES
@@ -187,8 +187,8 @@ def _combine_kernel(
     PDL: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     if PDL:
-        tl_cuda.gdc_wait()
         tl_cuda.gdc_launch_dependents()
+        tl_cuda.gdc_wait()
     ROWS: tl.constexpr = T * G
     i_row = tl.program_id(0).to(tl.int64)  # of all key heads of all sequences
     i_head, i_m = i_row // ROWS, i_row % ROWS
