@@ -32,6 +32,6 @@ template <int THREADS_> void meet_threads() {
 }
 inline Shared shared_of_lane(void* p) { return (Shared)p; }
 inline void* there(const void* p, int rank) { return blocks[rank].smem + ((const uint8_t*)p - block().smem); }
-inline void to_block(float* p, int rank, float v) { memcpy(there(p, rank), &v, 4); }
-inline void send(float* p, int rank, float v, void* b) { to_block(p, rank, v); b = there(b, rank); owed_(b) -= 4; settle(b); }
+inline void send(float* p, int rank, float v, void* b) { memcpy(there(p, rank), &v, 4); b = there(b, rank); owed_(b) -= 4; settle(b); }
+inline void cluster_ready() { cluster_sync(); }
 inline void wait_for_blocks(void* b, int parity) { wait_for(b, parity); }
