@@ -12,8 +12,7 @@
 // A warp takes 16 keys at a time: K and V by asynchronous copies into a ring of its own, both products by mma with the
 // query heads as rows. Keys that a row may not see are copied as zeros. The new key never goes through the cache: the
 // last part takes it from registers. What earlier steps wrote is fetched before the kernel waits for the one in front of it, which
-// must not be the one that wrote it: a block has an SM for itself, so it runs once a block of the product in front has ended, and
-// that one had waited for all kernels before.
+// must not be the one that wrote it: a step's first kernel, the embedding, lets others start when the step before has ended.
 constexpr int THREADS = WARPS * 32;
 constexpr int WIDE = (HD + 31) / 32 * 32;                              // of a head in shared memory and registers
 constexpr int UNITS = WIDE / 8, ROW = WIDE * 2, TILE = 16 * ROW, STAGE = 2 * TILE;       // 16-byte units of a row; bytes
