@@ -73,8 +73,9 @@ def product(
     kernel = _kernel("product").variant(
         None, **_COMMON | {"NESTED": int(nested), "FP4": int(matrix.format == "fp4"), "TABLE_SHIFT": found.table_shift,
         "CL": found.cluster}, FMT=FORMATS[matrix.format], M=rows, K=columns, SHARE=found.share(matrix.format, columns),
-        WARPS=found.all_warps, FETCHERS=found.fetchers, SLOTS=found.slots, CB=found.width, TG=found.group(rows), OWN=int(found.own),
-        BULK=int(bulk and not found.own), SINK=_SINKS[sink], ACT=ACTIVATIONS.index(act), **read.constants,
+        WARPS=found.all_warps, FETCHERS=found.fetchers, SLOTS=found.slots, CB=found.width, TG=found.group(rows),
+        OWN=int(found.own), BULK=int(bulk and not found.own), SINK=_SINKS[sink], ACT=ACTIVATIONS.index(act),
+        **read.constants,
     )  # fmt: skip
     if _collected(kernel):
         return
@@ -109,7 +110,8 @@ def _transposed(
     read, rows, columns = _read(x), len(out), matrix.columns
     kernel = _kernel("transposed").variant(
         None, **_COMMON, FMT=0, CB=64, M=rows, K=columns, SHARE=columns, WARPS=_WARPS, SINK=_SINKS[sink],
-        ACT=ACTIVATIONS.index(act), **read.constants,
+        ACT=ACTIVATIONS.index(act),
+        **read.constants,
     )  # fmt: skip
     if _collected(kernel):
         return
@@ -173,7 +175,7 @@ def attend(
     kernel = _kernel("attention").variant(
         None, **_COMMON, FMT=0, BF16=int(keys.dtype == torch.bfloat16), HD=size, ALL=group,
         GQ=-(-group // chunks(heads)), HKV=heads.kv, SPLITS=out.values.shape[2], ROT=rotated, NORMS=norms,
-        GROUPED=int(heads.grouped), CAP=int(heads.cap > 0), ALIBI=int(heads.slopes is not None),
+        GROUPED=int(heads.grouped), CAP=int(heads.cap > 0), ALIBI=0 if heads.slopes is None else 1 + heads.rounded,
         CLIP=int(heads.clip > 0), WARPS=warps, STAGES=stages, APART=int(apart),
     )  # fmt: skip
     if _collected(kernel):
