@@ -6,7 +6,7 @@
 // Filled in: HD (a multiple of 8, padded to 32), ALL (query heads of a key head), GQ (of them taken at a time, up to 8), HKV,
 // SPLITS, ROT (rotated values of a head), NORMS (1: of each query and key; 2: of all queries, and all keys, together), GROUPED (qkv
 // has for each key head its queries, the key, the value; else all queries, all keys, all values), CAP (scores are
-// cap tanh(score / cap)), ALIBI (slopes, float32 [HKV * ALL]), CLIP (qkv is cut off at +-clip), WARPS, STAGES (steps of values in a
+// cap tanh(score / cap)), ALIBI (slopes, float32 [HKV * ALL]; 2: rounded, as Heads in decode_step.py says), CLIP (qkv is cut off at +-clip), WARPS, STAGES (steps of values in a
 // warp's ring), SENT (steps beyond the first for which the L2 cache is sent at the start), BESIDE (a product lies on the SM too; else the outputs
 // of the warps have room beside the ring, so that a block that takes several heads fetches the next one's first keys before it is done with this one).
 //
@@ -36,6 +36,7 @@ DEVICE u32 turned(u32 a) { u32 b; asm("movmatrix.sync.aligned.m8n8.trans.b16 %0,
 DEVICE int again(int v) { asm volatile("" : "+r"(v)); return v; }
 #endif
 
+DEVICE float rounded(float v) { return value((u16)pack(v, 0.f)); }
 DEVICE int value_at(int key, int unit) { return key * ROW + (unit ^ (key & V_MASK)) * 16; }
 
 // Which keys of the cache a row sees, in the order of their slots.
@@ -67,7 +68,7 @@ attend(const float* qkv, const i64* position, const i64* rope_position, const in
   let_next_kernel_start();
   const int items = rows * HKV * CHUNKS * SPLITS;
   if (blockIdx.x >= items) wait_before_reading_x();
-  int split, chunk, kv, row, steps; Seen seen; i64 base;                 // of the item at work
+  int split, chunk, kv, row, steps, place; Seen seen; i64 base;          // of the item at work; place: of the new key in its row
   const i64 all_now = BESIDE ? 0 : fresh_i64(position);                  // for the items behind the first at once
   auto begin_item = [&](int item) {
     split = item % SPLITS; chunk = item / SPLITS % CHUNKS; kv = item / (SPLITS * CHUNKS) % HKV; row = item / (SPLITS * CHUNKS * HKV);
@@ -79,7 +80,7 @@ attend(const float* qkv, const i64* position, const i64* rope_position, const in
     lo = max(lo, 0);
     const int share = ((hi - lo + SPLITS - 1) / SPLITS + 15) / 16 * 16;
     seen.from = min(lo + split * share, hi); seen.to = min(seen.from + share, hi);
-    base = ((i64)row * HKV + kv) * length;
+    base = ((i64)row * HKV + kv) * length; place = (int)(now - begin);
     steps = (seen.to - seen.from + STEP - 1) / STEP;
   };
   uint4 k[TILES][2][WIDE / 32];                                          // of keys g and g + 8 of a tile, units t, t + 4, ...
@@ -207,7 +208,8 @@ attend(const float* qkv, const i64* position, const i64* rope_position, const in
     auto score = [&](float w, float slope_, int ago) {                   // in base 2
       w *= scale;
       if (CAP) w = cap * (1.f - 2.f / (exp2_(2.f * LOG2E * (w / cap)) + 1.f));
-      if (ALIBI) w -= slope_ * (float)ago;
+      if (ALIBI == 1) w -= slope_ * (float)ago;
+      if (ALIBI == 2) w = rounded(w + rounded(slope_ * (float)(place - ago)));
       return w * LOG2E;
     };
     for (int h = WARPS - 1 - warp; last && h < count; h += WARPS) {
@@ -215,7 +217,7 @@ attend(const float* qkv, const i64* position, const i64* rope_position, const in
 #pragma unroll
       for (int i = 0; i < WIDE / 32; i++) sum = fmaf(value(qs[h * WIDE + lane + 32 * i]), value(newest[lane + 32 * i]), sum);
       sum = warp_sum(sum);
-      if (lane == 0) { ends[(WARPS * 8 + h) * 2] = score(sum, 0.f, 0); ends[(WARPS * 8 + h) * 2 + 1] = 1.f; }
+      if (lane == 0) { ends[(WARPS * 8 + h) * 2] = score(sum, ALIBI == 2 ? slopes[kv * ALL + head0 + h] : 0.f, 0); ends[(WARPS * 8 + h) * 2 + 1] = 1.f; }
     }
     float out[WIDE / 16][4], top[PAIR], total[PAIR];                     // out: values g and g + 8 of 16, queries 2t and 2t + 1
 #pragma unroll

@@ -70,7 +70,7 @@ def attend(
     kernel = step._kernel("attention").variant(
         None, **step._COMMON, FMT=0, BF16=int(keys.dtype == torch.bfloat16), HD=size, ALL=group,
         GQ=_together(heads), HKV=heads.kv, SPLITS=out.values.shape[2], ROT=rotated, NORMS=norms,
-        GROUPED=int(heads.grouped), CAP=int(heads.cap > 0), ALIBI=int(heads.slopes is not None),
+        GROUPED=int(heads.grouped), CAP=int(heads.cap > 0), ALIBI=0 if heads.slopes is None else 1 + heads.rounded,
         CLIP=int(heads.clip > 0), WARPS=split.warps, STAGES=split.stages, SENT=split.sent, BESIDE=int(beside > 0),
     )  # fmt: skip
     if step._collected(kernel):

@@ -17,11 +17,10 @@ DEVICE void arrive_after_copies(void* b) { asm volatile("cp.async.mbarrier.arriv
 DEVICE void bulk_copy(void* to, const void* from, int bytes, void* b, u64 policy) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" :: "r"(saddr(to)), "l"(from), "r"(bytes), "r"(saddr(b)), "l"(policy) : "memory");
 }
-// A value into the shared memory of a block of the cluster, at the place that `p` is in this one; seen after cluster_sync().
-DEVICE void to_block(float* p, int rank, float v) {
-  asm volatile("{ .reg .b32 a; mapa.shared::cluster.u32 a, %0, %1; st.shared::cluster.f32 [a], %2; }" :: "r"(saddr(p)), "r"(rank), "f"(v) : "memory");
-}
-// The same, counted as 4 bytes by the barrier at the place of `b` there, for which that block waits with `wait_for_blocks`.
+// All blocks of the cluster run, and barriers that were `ready` before are. Unlike cluster_sync(), orders no other memory, which takes long.
+DEVICE void cluster_ready() { asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// A value into the shared memory of a block of the cluster, at the place that `p` is in this one, and counted as 4 bytes by the barrier
+// at the place of `b` there, for which that block waits with `wait_for_blocks`.
 DEVICE void send(float* p, int rank, float v, void* b) {
   asm volatile("{ .reg .b32 a, b; mapa.shared::cluster.u32 a, %0, %2; mapa.shared::cluster.u32 b, %1, %2;\nst.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [a], %3, [b]; }" :: "r"(saddr(p)), "r"(saddr(b)), "r"(rank), "r"(__float_as_uint(v)) : "memory");
 }

@@ -69,23 +69,29 @@ struct Parts {
 template <int SLOT> DEVICE void share(float* shares, int m, float v) {
   if ((threadIdx.x & 31) == 0) shares[(SLOT * M + m) * WARPS + (threadIdx.x >> 5)] = v;
 }
+// How the blocks of a cluster exchange sums: by turns at two barriers, for a block sends those of the next turn but one when all have had this one.
+struct Turns { u8* bars; int turn; };
 // Behind it: rows m0.. of slot SLOT are summed (SUM), the next slot's largest found (LARGEST). In a cluster, a warp does that for a row,
 // and each block learns the sums of all; the largest is the block's own.
-template <int SLOT, int SUM, int LARGEST> DEVICE void meet_shares(float* shares, int m0) {
+template <int SLOT, int SUM, int LARGEST> DEVICE void meet_shares(float* shares, int m0, Turns& turns) {
   __syncthreads();
   if (CL == 1) return;
-  const int lane = threadIdx.x & 31; float* totals = shares + 5 * M * WARPS + WARPS;
-  for (int m = m0 + (threadIdx.x >> 5); m < min(m0 + BATCH, M); m += WARPS) {
+  const int lane = threadIdx.x & 31, m1 = min(m0 + BATCH, M); float* totals = shares + 5 * M * WARPS + WARPS; u8* bar = turns.bars + (turns.turn & 1) * 8;
+  for (int m = m0 + (threadIdx.x >> 5); m < m1; m += WARPS) {
     if (SUM) {
       const float sum = warp_sum(lane < WARPS ? shares[(SLOT * M + m) * WARPS + lane] : 0.f);
-      if (lane < CL) to_block(totals + (SLOT * M + m) * CL + cluster_rank(), lane, sum);
+      if (lane < CL) send(totals + (SLOT * M + m) * CL + cluster_rank(), lane, sum, bar);
     }
     if (LARGEST) {
       const float most = __uint_as_float(warp_max(lane < WARPS ? __float_as_uint(shares[((SLOT + 1) * M + m) * WARPS + lane]) : 0));
       if (lane < CL) totals[((SLOT + 1) * M + m) * CL + lane] = most;
     }
   }
-  if (SUM) cluster_sync(); else __syncthreads();
+  if (SUM) {
+    if (threadIdx.x == 0) arrive_and_expect(bar, (m1 - m0) * CL * 4);
+    wait_for_blocks(bar, turns.turn++ >> 1 & 1);
+  }
+  if (LARGEST) __syncthreads();
 }
 template <int SLOT> DEVICE const float* met(const float* shares, int m) { return shares + (CL > 1 ? 5 * M * WARPS + WARPS : 0) + (SLOT * M + m) * COUNT; }
 template <int SLOT> DEVICE float summed(const float* shares, int m) {
@@ -127,7 +133,7 @@ template <int KIND> struct Weights {
   }
   // Rows m0.. of v, less their mean and times the gain; what is missing is the factor and the bias. The largest value is wanted
   // where x is scaled. Takes values SLOT to SLOT + 2 of `shares`.
-  template <int SLOT, int LARGEST> DEVICE void centre(float4 (&v)[BATCH][PER], int m0, float eps, float one, float* shares, float (&factor)[BATCH], float (&most)[BATCH]) const {
+  template <int SLOT, int LARGEST> DEVICE void centre(float4 (&v)[BATCH][PER], int m0, float eps, float one, float* shares, float (&factor)[BATCH], float (&most)[BATCH], Turns& turns) const {
     if (KIND == 2) {
 #pragma unroll
       for (int b = 0; b < BATCH; b++) {
@@ -137,7 +143,7 @@ template <int KIND> struct Weights {
         sum = warp_sum(sum);
         if (M % BATCH == 0 || m0 + b < M) share<SLOT>(shares, m0 + b, sum);
       }
-      meet_shares<SLOT, 1, 0>(shares, m0);
+      meet_shares<SLOT, 1, 0>(shares, m0, turns);
     }
 #pragma unroll
     for (int b = 0; b < BATCH; b++) {
@@ -157,7 +163,7 @@ template <int KIND> struct Weights {
       if (KIND) { squares = warp_sum(squares); share<SLOT + 1>(shares, m0 + b, squares); }
       if (LARGEST) share<SLOT + 2>(shares, m0 + b, __uint_as_float(warp_max(__float_as_uint(top))));
     }
-    if (KIND || LARGEST) meet_shares<SLOT + 1, KIND, LARGEST>(shares, m0);
+    if (KIND || LARGEST) meet_shares<SLOT + 1, KIND, LARGEST>(shares, m0, turns);
 #pragma unroll
     for (int b = 0; b < BATCH; b++) {
       factor[b] = 1.f; most[b] = 0.f;
@@ -189,7 +195,8 @@ struct Input {
     }
   }
 
-  DEVICE void load(const void* in, const float2* ml, const float* added, float* stream, float eps, float one, float outer_eps, float outer_one, u8* xs, float* shares, float* unscale) {
+  DEVICE void load(const void* in, const float2* ml, const float* added, float* stream, float eps, float one, float outer_eps, float outer_one, u8* xs, float* shares, float* unscale, u8* bars = nullptr) {
+    Turns turns = {bars, 0};
     const int before = first_column() / 4, cluster = blockIdx.x / CL, clusters = gridDim.x / CL;
     for (int m0 = 0; m0 < M; m0 += BATCH) {
       float4 v[BATCH][PER], h[OUTER == 2 ? BATCH : 1][OUTER == 2 ? PER : 1]; float factor[BATCH], most[BATCH];
@@ -215,7 +222,7 @@ struct Input {
             if (inside_row(threadIdx.x + i * THREADS) && (M % BATCH == 0 || m0 + b < M)) v[b][i] = parts[b][i].together();
       }
       if (OUTER) {
-        outer.template centre<0, 0>(v, m0, outer_eps, outer_one, shares, factor, most);
+        outer.template centre<0, 0>(v, m0, outer_eps, outer_one, shares, factor, most, turns);
 #pragma unroll
         for (int b = 0; b < BATCH; b++) {
           if (M % BATCH && m0 + b >= M) break;
@@ -229,7 +236,7 @@ struct Input {
           }
         }
       }
-      inner.template centre<2, TO_FP16>(v, m0, eps, one, shares, factor, most);
+      inner.template centre<2, TO_FP16>(v, m0, eps, one, shares, factor, most, turns);
 #pragma unroll
       for (int b = 0; b < BATCH; b++) {
         const int m = m0 + b; float scale = 1.f;

@@ -57,7 +57,7 @@ class Shape(NamedTuple):
         table = (256 << self.table_shift) + 1024 * nested if fmt == 2 else 0
         sums = (2 * self.warps + BOXES * many) * self.group(rows) * 16 * rows * 4
         values = (5 * rows + 1) * self.all_warps + 5 * rows * self.cluster * many + rows
-        shares = (values + 3) // 4 * 16 + 8 * BOXES * many
+        shares = (values + 3) // 4 * 16 + 8 * (BOXES + 2) * many
         bars = 0 if self.own else -(-16 * self.slots // 128) * 128
         return table + rows * pitch + sums + shares + bars + self.ring(form)
 

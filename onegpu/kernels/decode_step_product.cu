@@ -51,7 +51,8 @@ product(const u8* w0, const u8* w1, const u8* w2, const void* absmax0, const voi
   float* shares = boxes + BOXES * SENT;                                  // of the warps, see decode_step_input.cu
   float* unscale = shares + SHARES;                                      // what undoes each row's scale
   u8* came = (u8*)shares + (SHARES + M + 3) / 4 * 16;                    // of each box: its sums have come
-  u8* bars = came + 8 * BOXES;                                           // of each slot: it is full, it is empty
+  u8* sums_came = came + 8 * BOXES;                                      // CL > 1: two, of the norms
+  u8* bars = sums_came + (CL > 1 ? 16 : 0);                              // of each slot: it is full, it is empty
   u8* ring = OWN ? bars + warp * SLOTS * SLOT : bars + (16 * SLOTS + 127) / 128 * 128;
   const u64 policy = evict_first();
   const int first = first_column(), own = own_columns(), taken = FMT == 0 ? 2 * own : FMT == 1 ? own : own / 2;
@@ -137,8 +138,8 @@ product(const u8* w0, const u8* w1, const u8* w2, const void* absmax0, const voi
     for (int i = warp - CONSUMERS; i < min(SLOTS, pieces); i += FETCHERS) fetch(i);
   }
   if (CL > 1) {
-    if (threadIdx.x == 0) { for (int i = 0; i < BOXES; i++) barrier_init(came + 8 * i, 1); barriers_ready(); }
-    cluster_sync();                                                      // before anybody sends
+    if (threadIdx.x == 0) { for (int i = 0; i < BOXES + 2; i++) barrier_init(came + 8 * i, 1); barriers_ready(); }
+    cluster_ready();                                                     // before anybody sends
   }
   Input x;
   x.prepare(gain, norm_bias, outer_gain, outer_bias, shares);
@@ -179,7 +180,7 @@ product(const u8* w0, const u8* w1, const u8* w2, const void* absmax0, const voi
   wait_before_reading_x();
 
   prepare_rest(0);
-  x.load(in, ml, added, stream, eps, one, outer_eps, outer_one, xs, shares, unscale);
+  x.load(in, ml, added, stream, eps, one, outer_eps, outer_one, xs, shares, unscale, sums_came);
   __syncthreads();
 
   // ---- rows of W times x
