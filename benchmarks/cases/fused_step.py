@@ -42,7 +42,6 @@ _SOURCES = tuple(
         "engine/fused_step.py", "kernels/few_rows_common.cu", "kernels/decode_step_common.cu",
         "kernels/decode_step_input.cu",
         "kernels/decode_step_product.cu", "kernels/decode_step_attention.cu", "kernels/decode_step_cuda.py",
-        "kernels/decode_step_attention.py",
         "kernels/decode_step_layouts.py",
     )
 )  # fmt: skip

@@ -18,16 +18,15 @@ import torch
 from onegpu.engine.fused_structure import PARALLEL, SEQUENTIAL, Declined, Layer, Structure, read
 from onegpu.kernels import decode_step as ops
 from onegpu.kernels.codebooks import dynamic_map
-from onegpu.kernels.decode_step import Attended, Heads, Matrix, Norm, Stream
+from onegpu.kernels.decode_step import Attended, Matrix, Norm, Stream
 
 if TYPE_CHECKING:
     from onegpu.kernels.launch import CudaKernel
 
 # What was compared with the definition on a device (docs/fused_step.md).
 HEAD_SIZES = (64, 80, 96, 128, 256)
-# The kernels take 16 rows. Up to how many the step is taken, by the format of the layers: for 16 it was slower than the
-# model's own forward, captured; between these and 16 nobody has compared the two (docs/worklog.md).
-MAX_ROWS = {"16bit": 4, "int8": 4, "nf4": 8, "fp4": 8}
+# Up to how many rows the step is taken, by the format of the layers: as many as the kernels take (docs/worklog.md).
+MAX_ROWS = {"16bit": 16, "int8": 16, "nf4": 16, "fp4": 16}
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -173,29 +172,17 @@ class _Run:
     ) -> None:
         """h, behind a layer; what is passed on to its attention is explained in `FusedStep`."""
         norms, up = layer.norms, "gated" if layer.gated else "act"
-        order, front = layer.order, layer.both or (layer.up if layer.order == PARALLEL else layer.qkv)
-        beside = self._beside(layer.heads, front, layer.out)
         if (both := layer.both) is not None:
-            self._product(self._read(norms[0]), both, "both", self.qkv, act=layer.act, also=self.act, beside=beside)
-        elif order == PARALLEL:
-            self._product(self._read(norms[0]), layer.qkv, "store", self.qkv)
-            self._product(self._read(norms[2]), layer.up, up, self.act, act=layer.act, beside=beside)
+            self._product(self._read(norms[0]), both, "both", self.qkv, act=layer.act, also=self.act)
         else:
-            self._product(self._read(norms[0]), layer.qkv, "store", self.qkv, beside=beside)
-        heads, out = layer.heads, self.attended
-        ops.attend(self.qkv, heads, *cache, position, rope_position, first, out, self.pdl, beside)
-        self._add(self.attended, layer.out, norms[1], order, beside)
-        if order != PARALLEL:
+            self._product(self._read(norms[0]), layer.qkv, "store", self.qkv)
+            if layer.order == PARALLEL:
+                self._product(self._read(norms[2]), layer.up, up, self.act, act=layer.act)
+        ops.attend(self.qkv, layer.heads, *cache, position, rope_position, first, self.attended, self.pdl)
+        self._add(self.attended, layer.out, norms[1], layer.order)
+        if layer.order != PARALLEL:
             self._product(self._read(norms[2]), layer.up, up, self.act, act=layer.act)
-        self._add(self.act, layer.down, norms[3], order)
-
-    def _beside(self, heads: Heads, *matrices: Matrix) -> int:
-        """What the products around the attention leave to it."""
-        if self.found.device.type != "cuda":
-            return 0
-        from onegpu.kernels.decode_step_attention import beside
-
-        return beside(heads, self.rows, *matrices)
+        self._add(self.act, layer.down, norms[3], layer.order)
 
     def logits(self) -> torch.Tensor:
         """float32 ``[rows, V]``."""
@@ -217,12 +204,12 @@ class _Run:
             self.waiting = Stream(self.h, self.found.dtype)
         return stream
 
-    def _add(self, x: Attended | torch.Tensor, matrix: Matrix, outer: Norm | None, order: str, beside: int = 0) -> None:
+    def _add(self, x: Attended | torch.Tensor, matrix: Matrix, outer: Norm | None, order: str) -> None:
         if outer is not None and order == SEQUENTIAL:
-            self._product(x, matrix, "store", self.added, beside=beside)
+            self._product(x, matrix, "store", self.added)
             self.waiting = Stream(self.h, self.found.dtype, added=self.added, outer=outer)
             return
-        self._product(x, matrix, "add", self.h, beside=beside)
+        self._product(x, matrix, "add", self.h)
         self.waiting = Stream(self.h, self.found.dtype, outer=outer)
 
     def _product(self, x: Any, matrix: Matrix, sink: str, out: torch.Tensor, **more: Any) -> None:

@@ -17,8 +17,8 @@ Bound by the bytes of the weights and of the cache, each read once. Outputs are 
 passes, so that a whole step allocates a handful of tensors; `h` is changed in place. No op here has a gradient,
 none is registered with torch: a step runs inside a captured CUDA graph (`onegpu.engine.fused_step`).
 
-On a CPU the definitions below run. On a GPU `decode_step_cuda.py` and `decode_step_attention.py` launch the kernels,
-each of which may start before the one in front has ended (programmatic dependent launch).
+On a CPU the definitions below run. On a GPU `decode_step_cuda.py` launches the kernels of decode_step_product.cu and
+decode_step_attention.cu, each of which may start before the one in front has ended (programmatic dependent launch).
 """
 
 from __future__ import annotations
@@ -205,7 +205,6 @@ def product(
     also: torch.Tensor | None = None,
     cap: float = 0.0,
     pdl: bool = True,
-    beside: int = 0,
 ) -> None:
     """y = x W^T + b, and what becomes of it.
 
@@ -215,10 +214,9 @@ def product(
             ``[rows, N / 2]`` in the model's dtype is act(gate) * up. "act": out ``[rows, N]`` is act(y). "both": out
             float32 is the y of the matrix's first part; also, in the model's dtype, act of the second's.
         act: of `ACTIVATIONS`.
-        beside: bytes of shared memory that it leaves to the attention in front of it or behind it (only a layout).
     """
     if _on_gpu(out):
-        _cuda().product(x, matrix, sink, out, act=act, also=also, cap=cap, pdl=pdl, beside=beside)
+        _cuda().product(x, matrix, sink, out, act=act, also=also, cap=cap, pdl=pdl)
         return
     y = matrix.multiply(_entered(x))
     if sink == "add":
@@ -259,23 +257,20 @@ def attend(
     first: torch.Tensor | None,
     out: Attended,
     pdl: bool = True,
-    beside: int = 0,
 ) -> None:
     """One query a row against the cache and its own key, which is written into the cache.
 
     Args:
         qkv: float32 ``[rows, (HQ + 2 HKV) HD]``.
         keys, values: ``[rows, HKV, L, HD]``, contiguous, in the model's dtype; the token at position p stands in slot
-            p % L. Since the last `embed` no kernel may write what they hold, or `position`, or `first`.
+            p % L. The kernel in front must not be the one that writes what they hold, or `position` or `first`.
         position: int64 ``[1]`` or ``[rows]``: of the new token in the cache. rope_position: the same for the rotary
             embedding.
         first: int32 ``[rows]``: the first position that a row sees (left padding), or None.
         out: overwritten.
     """
     if _on_gpu(qkv):
-        from onegpu.kernels import decode_step_attention
-
-        decode_step_attention.attend(qkv, heads, keys, values, position, rope_position, first, out, pdl, beside)
+        _cuda().attend(qkv, heads, keys, values, position, rope_position, first, out, pdl)
         return
     rows, length = qkv.shape[0], keys.shape[2]
     q, k, v = new_heads(qkv, heads, rope_position)

@@ -6,34 +6,29 @@
 // Filled in: HD (a multiple of 8, padded to 32), ALL (query heads of a key head), GQ (of them taken at a time, up to 8), HKV,
 // SPLITS, ROT (rotated values of a head), NORMS (1: of each query and key; 2: of all queries, and all keys, together), GROUPED (qkv
 // has for each key head its queries, the key, the value; else all queries, all keys, all values), CAP (scores are
-// cap tanh(score / cap)), ALIBI (slopes, float32 [HKV * ALL]; 2: rounded, as Heads in decode_step.py says), CLIP (qkv is cut off at +-clip), WARPS, STAGES (steps of values in a
-// warp's ring), SENT (steps beyond the first for which the L2 cache is sent at the start), BESIDE (a product lies on the SM too; else the outputs
-// of the warps have room beside the ring, so that a block that takes several heads fetches the next one's first keys before it is done with this one).
+// cap tanh(score / cap)), ALIBI (slopes, float32 [HKV * ALL]; 2: rounded, as Heads in decode_step.py says), CLIP (qkv is cut off at
+// +-clip), WARPS, STAGES (steps of values in a warp's ring).
 //
 // A warp takes STEP keys at a time: keys from memory into registers, as the 16-row operand of the mma (the queries are the 8
 // columns), values by asynchronous copies into a ring of its own, in which a key that a row may not see is zeros. The next keys are
-// asked for when the products with these are done. The new key never goes through the cache: it is a part of its own, of one key.
+// asked for when the products with these are done; a block that takes several heads asks for the next one's first before it puts
+// together what the warps have of this one. The new key never goes through the cache: it is a part of its own, of one key.
 //
-// What earlier steps wrote is fetched before the kernel waits for the one in front of it, however many of this step's still run: embed, which
-// is the first of them, lets no other begin before it has waited for all that was in front of the step, and within a step nothing else writes
-// these keys, or positions.
+// What earlier steps wrote is fetched before the kernel waits for the one in front of it. The embedding, a step's first kernel, lets no other
+// begin before all in front of the step has ended, and within a step nothing else writes these keys, or positions.
 constexpr int THREADS = WARPS * 32;
 constexpr int WIDE = (HD + 31) / 32 * 32;                              // of a head in shared memory and registers
 constexpr int TILES = HD > 128 ? 1 : 2, STEP = 16 * TILES;              // tiles of 16 keys, so that the registers suffice
 constexpr int UNITS = WIDE / 8, ROW = WIDE * 2, STAGE = STEP * ROW;     // 16-byte units of a row; bytes
 constexpr int V_MASK = UNITS % 8 == 0 ? 7 : 3;
 constexpr int CHUNKS = (ALL + GQ - 1) / GQ, HEADS = HKV * ALL, WIDTH = (HEADS + 2 * HKV) * HD, HALF = ROT / 2;
-constexpr int RING = WARPS * STAGES * STAGE;                           // BESIDE: later the outputs of the warps, [GQ, WIDE] float32 each
+constexpr int RING = WARPS * STAGES * STAGE;
 constexpr int PAIR = GQ > 1 ? 2 : 1;                                    // queries of a lane
-static_assert(STAGE >= GQ * WIDE * 4, "room for the outputs");
 static_assert(HD % 8 == 0 && HD <= 256 && GQ <= 8 && ROT <= HD, "head dimensions");
 
 #ifndef EMULATED
-DEVICE void prefetch_to_l2(const void* from, int bytes) { asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(from), "r"(bytes) : "memory"); }
 // An 8 x 8 tile of 16-bit values, a row in four lanes, with rows and columns exchanged.
 DEVICE u32 turned(u32 a) { u32 b; asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(b) : "r"(a)); return b; }
-// What comes of it is computed again each time: kept through a loop, a dozen addresses would not fit into registers.
-DEVICE int again(int v) { asm volatile("" : "+r"(v)); return v; }
 #endif
 
 DEVICE float rounded(float v) { return value((u16)pack(v, 0.f)); }
@@ -49,19 +44,19 @@ struct Seen {
   }
 };
 
-__global__ void __launch_bounds__(THREADS, BESIDE ? 512 / THREADS : 1)                  // a quarter of the registers
+__global__ void __launch_bounds__(THREADS, 1)
 attend(const float* qkv, const i64* position, const i64* rope_position, const int* first, u16* keys, u16* values, const float* inv_freq,
        const u16* q_gain, const u16* k_gain, const float* slopes, u16* parts, float2* sums, int rows, int length, int window,
        int position_step, int rope_step, float scale, float rope_scale, float eps, float one, float cap, float clip) {
   SHARED(smem);
-  u8* ring = smem;
   u16* qs = (u16*)(smem + RING);                                         // [GQ, WIDE] rotated queries
   u16* newest = qs + GQ * WIDE;                                          // [2, WIDE] the new key and value
   float* heads = (float*)(newest + 2 * WIDE);                            // [WARPS, WIDE] a head at work, if its pairs lie in other lanes
   float* turn = heads + (HALF % 32 ? WARPS * WIDE : 0);                  // [2, HALF] cosines and sines
   float* ends = turn + (HALF ? 2 * HALF : 2);                            // [WARPS + 1, 8, 2] maxima and sums; the last is the new key's
+  float* all = ends + (WARPS + 1) * 16;                                  // [WARPS, GQ, WIDE] outputs
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-  u8* own_ring = ring + warp * STAGES * STAGE;
+  u8* own_ring = smem + warp * STAGES * STAGE;
   const Shared mine = shared(own_ring);
   const float ninf = -__uint_as_float(0x7f800000u);
 
@@ -69,10 +64,10 @@ attend(const float* qkv, const i64* position, const i64* rope_position, const in
   const int items = rows * HKV * CHUNKS * SPLITS;
   if (blockIdx.x >= items) wait_before_reading_x();
   int split, chunk, kv, row, steps, place; Seen seen; i64 base;          // of the item at work; place: of the new key in its row
-  const i64 all_now = BESIDE ? 0 : fresh_i64(position);                  // for the items behind the first at once
+  const i64 all_now = fresh_i64(position);
   auto begin_item = [&](int item) {
     split = item % SPLITS; chunk = item / SPLITS % CHUNKS; kv = item / (SPLITS * CHUNKS) % HKV; row = item / (SPLITS * CHUNKS * HKV);
-    const i64 now = BESIDE || position_step ? fresh_i64(position + (i64)row * position_step) : all_now;
+    const i64 now = position_step ? fresh_i64(position + (i64)row * position_step) : all_now;
     const i64 begin = first ? (i64)*(first + row) : 0;
     seen.length = length; seen.slot = (int)(now % length); seen.back = (int)min((i64)min(window, length) - 1, now - begin);
     const bool whole = now >= length;                                    // the ring is full: its slots are not in order
@@ -102,10 +97,9 @@ attend(const float* qkv, const i64* position, const i64* rope_position, const in
   };
   auto fetch_values = [&](int step, int stage) {
     if (step < steps) {
-      const int from = again(lane);
 #pragma unroll
       for (int i = 0; i < STEP * UNITS / 32; i++) {
-        int u = from + 32 * i, key = u / UNITS, unit = u % UNITS, j = seen.from + step * STEP + key;
+        int u = lane + 32 * i, key = u / UNITS, unit = u % UNITS, j = seen.from + step * STEP + key;
         bool ok = seen.at(j) && (HD == WIDE || unit * 8 < HD);
         copy16(mine + stage * STAGE + value_at(key, unit), values + (base + (ok ? j : 0)) * HD + (ok ? unit * 8 : 0), ok ? 16 : 0);
       }
@@ -118,16 +112,9 @@ attend(const float* qkv, const i64* position, const i64* rope_position, const in
     fetch_keys(warp);
 #pragma unroll
     for (int i = 0; i < STAGES; i++) fetch_values(warp + i * WARPS, i);
-    for (int i = 1; i <= SENT && lane == 0; i++) {
-      const int at = seen.from + (warp + i * WARPS) * STEP, many = min(STEP, seen.to - at);
-      if (many <= 0) break;
-      prefetch_to_l2(keys + (base + at) * HD, many * HD * 2);
-      prefetch_to_l2(values + (base + at) * HD, many * HD * 2);
-    }
   };
-  if (!BESIDE) fetch_first(blockIdx.x);
+  fetch_first(blockIdx.x);
   for (int item = blockIdx.x; item < items; item += gridDim.x) {
-    if (BESIDE) fetch_first(item);
     const int head0 = chunk * GQ, count = min(GQ, ALL - head0);          // query heads of this key head
     const bool last = split == SPLITS - 1;                               // has the new key
 
@@ -264,13 +251,13 @@ attend(const float* qkv, const i64* position, const i64* rope_position, const in
       for (int i = 0; i < WIDE / 16; i++) { out[i][0] *= shrink[0]; out[i][2] *= shrink[0]; if (PAIR > 1) { out[i][1] *= shrink[PAIR - 1]; out[i][3] *= shrink[PAIR - 1]; } }
       copies_left<STAGES - 1>();
       __syncwarp();
-      const u8* v = own_ring + stage * STAGE; const int l = again(lane);
+      const u8* v = own_ring + stage * STAGE;
 #pragma unroll
       for (int i = 0; i < TILES; i++) {
         const u32 p0 = turned(pack(w[i][0][0], PAIR > 1 ? w[i][0][PAIR - 1] : 0.f)), p1 = turned(pack(w[i][1][0], PAIR > 1 ? w[i][1][PAIR - 1] : 0.f));
 #pragma unroll
         for (int d = 0; d < WIDE / 16; d++) {
-          u32 a[4]; transposed(a, v + value_at(16 * i + (l & 7) + (l >> 4) * 8, 2 * d + (l >> 3 & 1)));
+          u32 a[4]; transposed(a, v + value_at(16 * i + (lane & 7) + (lane >> 4) * 8, 2 * d + (lane >> 3 & 1)));
           mma<BF16>(out[d], a[0], a[1], a[2], a[3], p0, p1);
         }
       }
@@ -279,21 +266,18 @@ attend(const float* qkv, const i64* position, const i64* rope_position, const in
       if (++stage == STAGES) stage = 0;
     }
     const i64 to = ((i64)row * HEADS + kv * ALL + head0) * SPLITS + split;
-    if (BESIDE) { copies_left<0>(); __syncwarp(); }
-    else fetch_first(item + gridDim.x);
+    fetch_first(item + gridDim.x);
 #pragma unroll
     for (int q = 0; q < PAIR; q++)
 #pragma unroll
       for (int o = 4; o < 32; o *= 2) total[q] += shuffle_xor(total[q], o);
-    constexpr int EACH = BESIDE ? STAGES * STAGE / 4 : GQ * WIDE;         // floats of a warp
-    float* all = BESIDE ? (float*)ring : ends + (WARPS + 1) * 16;        // [GQ, WIDE] of each
 #pragma unroll
     for (int q = 0; q < PAIR; q++) {
       const int h = 2 * t + q;
       if (h >= count) break;
 #pragma unroll
       for (int i = 0; i < WIDE / 16; i++) {
-        float* mine_ = all + warp * EACH + h * WIDE + 16 * i + g;
+        float* mine_ = all + (warp * GQ + h) * WIDE + 16 * i + g;
         mine_[0] = out[i][q]; mine_[8] = out[i][2 + q];
       }
       if (g == 0) { ends[(warp * 8 + h) * 2] = top[q]; ends[(warp * 8 + h) * 2 + 1] = total[q]; }
@@ -308,7 +292,7 @@ attend(const float* qkv, const i64* position, const i64* rope_position, const in
 #pragma unroll
       for (int w = 0; w < WARPS; w++) {
         float m = ends[(w * 8 + h) * 2], e = m == most ? 1.f : exp2_(m - most);
-        sum = fmaf(e, ends[(w * 8 + h) * 2 + 1], sum); o = fmaf(e, all[w * EACH + h * WIDE + d], o);
+        sum = fmaf(e, ends[(w * 8 + h) * 2 + 1], sum); o = fmaf(e, all[(w * GQ + h) * WIDE + d], o);
       }
       parts[(to + h * SPLITS) * HD + d] = (u16)pack(sum == 0.f ? 0.f : o * reciprocal(sum), 0.f);
       if (d == 0) sums[to + h * SPLITS] = make_float2(most, sum);

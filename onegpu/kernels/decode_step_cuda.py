@@ -1,10 +1,8 @@
-"""Launches the kernels of decode_step_{input, product, transposed, embed}.cu; the ops are in decode_step.py.
+"""Launches the kernels of decode_step_{input, product, transposed, attention, embed}.cu; the ops are in decode_step.py.
 
 A block an SM, in every kernel of the chain, and more than half of an SM's shared memory for each: where two blocks fit,
 blocks of a kernel that starts early gather on the SMs that are free first, and the others idle (measured on an H100:
-5.3 instead of 2.1 ms a step with nf4 weights). For one row the attention lies beside the products in front of it and
-behind it: exactly one block of it fits beside one of theirs, so that each SM gets one while the product in front runs.
-While the attention waits and computes, keys come in, and then weights of the product behind it.
+5.3 instead of 2.1 ms a step with nf4 weights).
 """
 
 from __future__ import annotations
@@ -37,15 +35,6 @@ def fits(matrix: Matrix, rows: int) -> bool:
     return shape(matrix.format, rows, matrix.columns, matrix.parts[0].nested is not None) is not None
 
 
-def leaves(matrix: Matrix, rows: int, beside: int) -> bool:
-    """Whether a product can do with so many bytes of shared memory less, and gives up nothing but slots for that."""
-    if matrix.transposed:
-        return _room(rows, matrix.columns) <= WHOLE - beside
-    asked = matrix.format, rows, matrix.columns, matrix.parts[0].nested is not None
-    best, found = shape(*asked), shape(*asked, beside)
-    return best is not None and found is not None and found._replace(slots=best.slots) == best
-
-
 _STRIP, _WARPS = 32, 16  # of decode_step_transposed.cu
 
 
@@ -65,19 +54,18 @@ def product(
     also: torch.Tensor | None = None,
     cap: float = 0.0,
     pdl: bool = True,
-    beside: int = 0,
     fixed: Shape | None = None,
 ) -> None:
     """One launch of decode_step_product.cu, whose head says what the sinks are."""
     rows, columns = len(out), matrix.columns
     nested = matrix.parts[0].nested is not None
-    found = fixed or (None if matrix.transposed else shape(matrix.format, rows, columns, nested, beside))
+    found = fixed or (None if matrix.transposed else shape(matrix.format, rows, columns, nested))
     if not (fits(matrix, rows) if matrix.transposed else found):
         raise bad_argument(
             "rows", rows, f"is too many: x of {columns} columns does not fit into shared memory", "Use fewer rows"
         )
     if found is None:
-        _transposed(x, matrix, sink, out, act, pdl, beside)
+        _transposed(x, matrix, sink, out, act, pdl)
         return
     read = _read(x)
     bulk = FORMATS[matrix.format] == 2 and not nested and matrix.blocksize == 64 and columns % 256 == 0
@@ -87,7 +75,7 @@ def product(
         "CL": found.cluster}, FMT=FORMATS[matrix.format], M=rows, K=columns, SHARE=found.share(matrix.format, columns),
         WARPS=found.all_warps, FETCHERS=found.fetchers, SLOTS=found.slots, CB=found.width, TG=found.group(rows),
         OWN=int(found.own), BULK=int(bulk and not found.own), SINK=_SINKS[sink], ACT=ACTIVATIONS.index(act),
-        BESIDE=int(beside > 0), **read.constants,
+        **read.constants,
     )  # fmt: skip
     if _collected(kernel):
         return
@@ -103,7 +91,7 @@ def product(
     table = dynamic_map(out.device) if nested else None
     counts = [0 if part is None else part.rows for part in parts]
     shift = matrix.blocksize.bit_length() - 7  # log2 of how many 64 columns share a scale
-    shared = _share(found.shared(matrix.format, rows, columns, nested), beside)
+    shared = max(found.shared(matrix.format, rows, columns, nested), _ALONE)
     kernel(
         (blocks(multiprocessors(out.get_device()), found.cluster),), 32 * found.all_warps, shared, *pointers, table,
         *read.tensors, out, also, *counts, shift, *read.numbers, cap, pdl=pdl, cluster=(found.cluster, 1, 1),
@@ -117,25 +105,20 @@ def _transposed(
     out: torch.Tensor,
     act: str,
     pdl: bool,
-    beside: int,
 ) -> None:
     """One launch of decode_step_transposed.cu."""
     read, rows, columns = _read(x), len(out), matrix.columns
     kernel = _kernel("transposed").variant(
         None, **_COMMON, FMT=0, CB=64, M=rows, K=columns, SHARE=columns, WARPS=_WARPS, SINK=_SINKS[sink],
-        ACT=ACTIVATIONS.index(act), BESIDE=int(beside > 0), **read.constants,
+        ACT=ACTIVATIONS.index(act),
+        **read.constants,
     )  # fmt: skip
     if _collected(kernel):
         return
     kernel(
-        (multiprocessors(out.get_device()),), 32 * _WARPS, _share(_room(rows, columns), beside), matrix.parts[0].weight,
+        (multiprocessors(out.get_device()),), 32 * _WARPS, max(_room(rows, columns), _ALONE), matrix.parts[0].weight,
         matrix.parts[0].bias, *read.tensors, out, matrix.rows, *read.numbers, pdl=pdl,
     )  # fmt: skip
-
-
-def _share(needed: int, beside: int) -> int:
-    """Bytes that a product's block asks for: so many that no second one fits, nor two of the attention's."""
-    return WHOLE - beside if beside else max(needed, _ALONE)
 
 
 class _Read(NamedTuple):
@@ -167,6 +150,44 @@ def _kind(norm: Norm | None) -> int:
 
 def _weights(norm: Norm | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     return (None, None) if norm is None else (norm.gain, norm.bias)
+
+
+def attend(
+    qkv: torch.Tensor,
+    heads: Heads,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    position: torch.Tensor,
+    rope_position: torch.Tensor,
+    first: torch.Tensor | None,
+    out: Attended,
+    pdl: bool = True,
+    warps: int = 4,
+    stages: int = 2,
+) -> None:
+    """One launch of decode_step_attention.cu."""
+    size, rotated = heads.size, 0 if heads.inv_freq is None else 2 * heads.inv_freq.numel()
+    group, wide = heads.query // heads.kv, -(-size // 32) * 32
+    together = -(-group // chunks(heads))
+    floats = wide * (bool(rotated % 64) + together) * warps + max(rotated, 2) + 16 * (warps + 1)
+    shared = warps * stages * (16 if size > 128 else 32) * 2 * wide + 2 * wide * (together + 2) + 4 * floats
+    norms = 0 if heads.q_gain is None else 1 if heads.q_gain.numel() == size else 2
+    kernel = _kernel("attention").variant(
+        None, **_COMMON, FMT=0, BF16=int(keys.dtype == torch.bfloat16), HD=size, ALL=group,
+        GQ=together, HKV=heads.kv, SPLITS=out.values.shape[2], ROT=rotated, NORMS=norms,
+        GROUPED=int(heads.grouped), CAP=int(heads.cap > 0), ALIBI=0 if heads.slopes is None else 1 + heads.rounded,
+        CLIP=int(heads.clip > 0), WARPS=warps, STAGES=stages,
+    )  # fmt: skip
+    if _collected(kernel):
+        return
+    length = keys.shape[2]
+    kernel(
+        (multiprocessors(qkv.get_device()),), 32 * warps, max(shared, _ALONE),
+        qkv, position, rope_position, first, keys, values, heads.inv_freq, heads.q_gain, heads.k_gain, heads.slopes,
+        *out, len(qkv), length, heads.window or length, int(position.numel() > 1),
+        int(rope_position.numel() > 1), heads.scale, heads.rope_scale, heads.eps, heads.one, heads.cap, heads.clip,
+        pdl=pdl,
+    )  # fmt: skip
 
 
 def embed(
@@ -250,4 +271,4 @@ def source(kind: str) -> str:
 @lru_cache(maxsize=8)
 def _kernel(kind: str) -> CudaKernel:
     name, arguments = _KERNELS[kind]
-    return CudaKernel("decode_step", source(kind), name, arguments, all_shared=True)
+    return CudaKernel("decode_step", source(kind), name, arguments)

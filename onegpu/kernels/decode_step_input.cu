@@ -9,7 +9,6 @@
 // A norm is 0 none, 1 RMSNorm, 2 LayerNorm: NORM for the inner one, OUTER_NORM for the outer. Gains and biases may be missing;
 // `one` is added to gains.
 constexpr int THREADS = WARPS * 32;
-constexpr int BOUND = THREADS + (BESIDE ? WARPS % 4 ? 256 : 128 : 0);  // BESIDE: a quarter of the registers is the attention's, which lies on the SM too
 constexpr int KB = FMT == 0 ? CB / 2 : FMT == 1 ? CB : 2 * CB;         // columns of a piece
 constexpr int TO_FP16 = FMT == 2 && BF16;
 constexpr int PITCH = (SHARE * 2 + 127) / 128 * 128 + (FMT == 0 ? 64 : 16);  // bytes of a row of x

@@ -61,10 +61,10 @@ class Shape(NamedTuple):
         bars = 0 if self.own else -(-16 * self.slots // 128) * 128
         return table + rows * pitch + sums + shares + bars + self.ring(form)
 
-    def serves(self, form: str, rows: int, columns: int, nested: bool, beside: int = 0) -> bool:
-        """Whether it fits, less so many bytes for the attention, and every block of the cluster has columns."""
+    def serves(self, form: str, rows: int, columns: int, nested: bool) -> bool:
+        """Whether it fits, and every block of the cluster has columns."""
         whole = (self.cluster - 1) * self.share(form, columns) < columns
-        return whole and self.shared(form, rows, columns, nested) <= WHOLE - beside
+        return whole and self.shared(form, rows, columns, nested) <= WHOLE
 
 
 # The layout of each format: what measured best for Llama-2-7B's products on an H100 (docs/worklog.md). Up to OWN_ROWS
@@ -82,20 +82,20 @@ _FEWEST = 3  # slots
 
 
 @lru_cache(maxsize=1024)
-def shape(form: str, rows: int, columns: int, nested: bool, beside: int = 0) -> Shape | None:
-    """The layout for a product; None if x does not fit into shared memory, less what the attention beside it takes."""
+def shape(form: str, rows: int, columns: int, nested: bool) -> Shape | None:
+    """The layout for a product; None if x does not fit into shared memory."""
     few = rows <= OWN_ROWS
     best: Shape | None = None
     if few and (own := OWN.get(form)) is not None:
         for alone in (own, own._replace(slots=2, table_shift=7)):
-            if alone.serves(form, rows, columns, nested, beside):
+            if alone.serves(form, rows, columns, nested):
                 return alone
     layout = (LAYOUTS if few else MANY)[form]
     for cluster, width in itertools.product(CLUSTERS, (layout.width, layout.width // 2)):
         tried = (
             layout._replace(cluster=cluster, width=width, slots=slots) for slots in range(layout.slots, _FEWEST - 1, -1)
         )
-        found = next((one for one in tried if one.serves(form, rows, columns, nested, beside)), None)
+        found = next((one for one in tried if one.serves(form, rows, columns, nested)), None)
         if found is not None and (best is None or found.ring(form) > best.ring(form)):
             best = found
         if best is not None and (few or best.ring(form) >= FULL):

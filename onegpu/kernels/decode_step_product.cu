@@ -31,7 +31,7 @@ static_assert(TG * 16 * M <= CONSUMERS * 32, "a thread finishes one sum");
 
 struct Part { const u8* w; const void* absmax; const float *nested, *offset; const u16* bias; };
 
-__global__ void __launch_bounds__(BOUND, 1)
+__global__ void __launch_bounds__(THREADS, 1)
 product(const u8* w0, const u8* w1, const u8* w2, const void* absmax0, const void* absmax1, const void* absmax2,
         const float* nested0, const float* nested1, const float* nested2, const float* offset0, const float* offset1, const float* offset2,
         const u16* bias0, const u16* bias1, const u16* bias2, const float* map, const u16* gain, const u16* norm_bias, const u16* outer_gain,

@@ -12,7 +12,7 @@ static_assert(STRIP * M <= THREADS, "a thread finishes one sum");
 
 struct Held { uint2 rows[HELD][4]; };
 
-__global__ void __launch_bounds__(BOUND, 1)
+__global__ void __launch_bounds__(THREADS, 1)
 transposed_product(const u16* w, const u16* bias, const u16* gain, const u16* norm_bias, const u16* outer_gain, const u16* outer_bias,
                    const void* in, const float2* ml, const float* added, float* stream, void* out, int n,
                    float eps, float one, float outer_eps, float outer_one) {

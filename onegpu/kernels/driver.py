@@ -18,7 +18,7 @@ from typing import Any
 from onegpu.errors import KernelError
 
 # CUfunction_attribute, CUdevice_attribute and CUlaunchAttributeID of cuda.h
-_MAX_DYNAMIC_SHARED, _SHARED_CARVEOUT, _NON_PORTABLE_CLUSTER, _SHARED_OPTIN = 8, 9, 14, 97
+_MAX_DYNAMIC_SHARED, _NON_PORTABLE_CLUSTER, _SHARED_OPTIN = 8, 14, 97
 _COOPERATIVE, _CLUSTER, _CLUSTER_SPREAD, _PROGRAMMATIC = 2, 4, 5, 6
 _INVALID_CONTEXT = 201
 
@@ -119,11 +119,6 @@ class LoadedKernel:
             what = f"{self.op}: {size} bytes of shared memory a block"
             check(library().cuKernelSetAttribute(_MAX_DYNAMIC_SHARED, size, self.handle, device), what)
             self._shared[device] = size
-
-    def prefer_shared(self, device: int) -> None:
-        """Asks for SMs with as much shared memory, and as little first-level cache, as there can be."""
-        what = f"{self.op}: the division of shared memory and cache"
-        check(library().cuKernelSetAttribute(_SHARED_CARVEOUT, 100, self.handle, device), what)
 
     def allow_large_cluster(self, device: int) -> None:
         """Opts in to clusters of more than 8 blocks."""

@@ -48,8 +48,6 @@ class CudaKernel:
             kernel when it is loaded.
         constants: macros.
         options: compiler options, see `nvrtc.compile_cubin`.
-        all_shared: an SM that runs it has as much shared memory as there is. Else the driver may leave the first-level
-            cache what the kernel's own blocks do not take, and no other kernel's block fits beside them.
     """
 
     def __init__(
@@ -60,11 +58,9 @@ class CudaKernel:
         arguments: str,
         constants: Mapping[str, object] | None = None,
         options: tuple[str, ...] = (),
-        all_shared: bool = False,
     ) -> None:
         self.op, self.name, self.arguments = op, name, arguments
         self._source, self._constants, self._options = source, dict(constants or {}), options
-        self._all_shared = all_shared
         self._tensors = [kind == "P" for kind in arguments]
         self._first = arguments.index("P")
         self._loaded: dict[str, driver.LoadedKernel] = {}  # by architecture
@@ -79,9 +75,7 @@ class CudaKernel:
         found = self._variants.get(key)
         if found is None:
             merged = {**self._constants, **constants}
-            found = CudaKernel(
-                self.op, self._source, name or self.name, self.arguments, merged, self._options, self._all_shared
-            )
+            found = CudaKernel(self.op, self._source, name or self.name, self.arguments, merged, self._options)
             self._variants[key] = found
         return found
 
@@ -160,8 +154,6 @@ class CudaKernel:
                 self._loaded[arch] = kernel
             with torch.cuda.device(device):
                 kernel.load(device)
-                if self._all_shared:
-                    kernel.prefer_shared(device)
             self._packer = self._packer or driver.Packer(self.arguments)
             self._ready[device] = kernel
             return kernel

@@ -32,7 +32,6 @@ template <int THREADS_> void meet_threads() {
   meet(meetings[now->block]);
 }
 inline Shared shared_of_lane(void* p) { return (Shared)p; }
-inline int again(int v) { return v; }
 inline uint32_t turned(uint32_t a) {
   Warp& w = warp_(); int g = now->thread % 32 / 4, t = now->thread % 4;
   w.v[now->thread % 32] = a; __syncwarp();
@@ -41,7 +40,6 @@ inline uint32_t turned(uint32_t a) {
   __syncwarp();
   return r;
 }
-inline void prefetch_to_l2(const void* from, int bytes) { static volatile uint8_t seen; if ((uint64_t)from % 16 || bytes % 16) abort(); seen = ((const uint8_t*)from)[0] ^ ((const uint8_t*)from)[bytes - 1]; }
 inline void* there(const void* p, int rank) { return blocks[rank].smem + ((const uint8_t*)p - block().smem); }
 inline void send(float* p, int rank, float v, void* b) { memcpy(there(p, rank), &v, 4); b = there(b, rank); owed_(b) -= 4; settle(b); }
 inline void cluster_ready() { cluster_sync(); }

@@ -6,7 +6,6 @@ import struct
 from collections.abc import Iterator
 
 _FRAME_SIZE = 0x11  # EIATTR_FRAME_SIZE of a section .nv.info: a symbol, and its stack in bytes
-_REGISTERS = 0x2F  # EIATTR_REGCOUNT, the same
 _COPY_UNIFORM = 0xDAE  # LDGSTS with a uniform base register
 _GRID_WAIT, _LOAD, _COPY = 0x82E, 0x981, 0xFAE
 _WGMMA, _WGMMA_WAIT, _MOVE, _MOVE_BY_IMAD = 0xDF0, 0x9C5, 0x202, 0x224
@@ -25,21 +24,12 @@ def sections(code: bytes) -> Iterator[tuple[str, bytes]]:
 
 def stack_bytes(code: bytes) -> int:
     """The largest stack of the kernels: registers that spilled and local arrays."""
-    return _largest(code, _FRAME_SIZE)
-
-
-def registers(code: bytes) -> int:
-    """The most that a thread of the kernels takes."""
-    return _largest(code, _REGISTERS)
-
-
-def _largest(code: bytes, wanted: int) -> int:
     largest = 0
     for name, data in sections(code):
         at = 0
         while name == ".nv.info" and at < len(data):
             form, attribute, value = struct.unpack_from("<BBH", data, at)
-            if form == 4 and attribute == wanted:
+            if form == 4 and attribute == _FRAME_SIZE:
                 largest = max(largest, struct.unpack_from("<II", data, at + 4)[1])
             at += 4 + (value if form == 4 else 0)
     return largest

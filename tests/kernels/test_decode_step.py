@@ -129,8 +129,7 @@ ATTENTION = [
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", ATTENTION, ids=range(len(ATTENTION)))
-@pytest.mark.parametrize("beside", [0, 1])
-def test_attention(device: str, case: tuple, beside: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention(device: str, case: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     (query, kv, size), length, position, first, window, rotated, norms, *more = case
     rows, dtype = len(first or [0]), DTYPES[position % 2]
     inv_freq = 100.0 ** (-torch.arange(0, rotated, 2) / rotated) if rotated else None
@@ -160,9 +159,7 @@ def test_attention(device: str, case: tuple, beside: int, monkeypatch: pytest.Mo
         torch.full((rows, query, 3, size), float("nan"), dtype=dtype, device=place),
         torch.full((rows, query, 3, 2), float("nan"), device=place),
     )
-    ops.attend(
-        qkv.to(place), moved(heads, place), k, v, at.to(place), turn.to(place), moved(begin, place), got, beside=beside
-    )
+    ops.attend(qkv.to(place), moved(heads, place), k, v, at.to(place), turn.to(place), moved(begin, place), got)
     monkeypatch.undo()
     reference = wanted.values[:, :, 0].flatten(1)
     slot = position % length

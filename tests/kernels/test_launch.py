@@ -45,14 +45,6 @@ def test_b_one_kernel_for_each_architecture_source_and_constants(fake: FakeDrive
     assert made == [("scale<3>", False), ("scale<4>", False), ("scale<3>", True)]
 
 
-def test_an_sm_that_kernels_share_has_as_much_shared_memory_as_there_is(fake: FakeDriver, compiled: list[Any]) -> None:
-    x = on_gpu(torch.zeros(4))
-    kernel = CudaKernel("scale", "text", "scale", "PPqf", all_shared=True).variant(None, SHARED=False)
-    kernel((1,), 32, 60000, x, x, 1, 1.0)
-    kernel((1,), 32, 60000, x, x, 1, 1.0)
-    assert fake.shared == [(100, 0), (60000, 0)]  # percent, bytes
-
-
 def test_b_threads_compile_once(fake: FakeDriver, compiled: list[Any]) -> None:
     kernel, x = scale_kernel(), on_gpu(torch.zeros(4))
     threads = [threading.Thread(target=kernel, args=((1,), 32, 0, x, x, i, 1.0)) for i in range(8)]
