@@ -137,19 +137,17 @@ def padded(x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(x, (0, -x.shape[-1] % 8))
 
 
-def again(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+def again(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rest: tuple[Any, ...]
+) -> tuple[torch.Tensor, torch.Tensor] | None:
     """What was settled for such tensors, with these; None where nothing was."""
     ready = _ready.get(_key((q, k, v), rest))
-    if ready is None:
-        return None
-    out, lse = forward_fake(q, k, v)
-    ready(q, k, v, out, lse, *_rows(rest))
-    return out, lse
+    return None if ready is None else ready(q, k, v, *_rows(rest))
 
 
 def forward_cuda(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """The op on CUDA tensors."""
-    return again(q, k, v, *rest) or _settle_forward(q, k, v, *rest)
+    return again(q, k, v, rest) or _settle_forward(q, k, v, *rest)
 
 
 def _settle_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -171,17 +169,16 @@ def _settle_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: An
             *turned, None, True, 0.0, options.right == 0, scale=options.scale
         )
         return made[0].transpose(1, 2).contiguous(), made[1].reshape(q.shape[0], q.shape[2], q.shape[1])
-    out, lse = forward_fake(q, k, v)
     if name == "hopper":
         from onegpu.kernels import attention_hopper
 
-        ready = attention_hopper.forward(q, k, v, out, lse, *rest[:-2])
-        ready(q, k, v, out, lse, *_rows(rest))
+        ready = attention_hopper.forward(q, k, v, *rest[:-2])
         _keep(_key((q, k, v), rest), ready)
-    else:
-        from onegpu.kernels import attention_triton
+        return ready(q, k, v, *_rows(rest))
+    from onegpu.kernels import attention_triton
 
-        attention_triton.forward(q, k, v, out, lse, *rest[:-2])
+    out, lse = forward_fake(q, k, v)
+    attention_triton.forward(q, k, v, out, lse, *rest[:-2])
     return out, lse
 
 
@@ -200,7 +197,7 @@ def backward_cuda(
 
 
 def _gradients(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: bool) -> Gradients:
-    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     if packed:  # the kernels write the rows of sequences only
         for x in (dq, dk, dv):
             x.zero_()

@@ -177,6 +177,15 @@ def pass_turn(p, at, row0, bar):
 
 
 @gluon.jit
+def drawn(p, tiles):
+    """The next number of a counter. All blocks together draw `tiles` times, and the last draw leaves zero again."""
+    i = gl.atomic_add(p, 1)
+    if i == tiles - 1:
+        gl.store(p, 0)
+    return i
+
+
+@gluon.jit
 def publish_next(a, tile, slot, phase):
     """Producer: draw a tile and tell the consumers. Returns tile, slot, phase.
 
@@ -184,9 +193,10 @@ def publish_next(a, tile, slot, phase):
     that whoever waits for an earlier tile waits for a block that runs, whatever else the GPU does.
     """
     if a.DRAW:
-        tile = gl.atomic_add(a.p_counter, 1)
         if a.DRAW == 1:
-            tile += gl.num_programs(0)
+            tile = drawn(a.p_counter, a.NN * a.HK * a.B) + gl.num_programs(0)
+        else:
+            tile = gl.atomic_add(a.p_counter, 1)
         mbarrier.wait(a.t_empty.index(slot), phase)
         layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
         a.t_buf.index(slot).store(gl.full([1], 0, gl.int32, layout) + tile)
