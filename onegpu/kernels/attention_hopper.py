@@ -301,8 +301,8 @@ def backward(
     main = triton_bind(
         attention_sm90_backward.backward_kernel, (started,), descriptor(q, m), descriptor(k, 64), descriptor(v, 64),
         descriptor(grad, m), descriptor(dk, 64), descriptor(dv, 64), *scratch(rows, total), dk, dv, q_rows,
-        k_rows, _zeros(1, device), batch, heads, heads_kv, s_q, s_k, n_b, n_n, section, scale, scale * LOG2E.value, left, right,
-        **constants, num_warps=4,
+        k_rows, _zeros(1, device), batch, heads, heads_kv, s_q, s_k, n_b, n_n, section, scale, scale * LOG2E.value,
+        left, right, **constants, num_warps=4,
     )  # fmt: skip
     tiles_q = triton.cdiv(max_seqlen_q if packed else s_q, 64) * (wide // 64)
     after = triton_bind(
