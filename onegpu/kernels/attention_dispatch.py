@@ -27,6 +27,7 @@ CUDNN: dict[tuple[bool, int, bool], tuple[int, ...]] = {
     (False, 128, True): (512,),
     (False, 128, False): (512, 1024),
     (False, 192, True): (4096,),
+    (False, 192, False): (4096,),
     (True, 192, True): (4096,),
     (True, 192, False): (4096,),
     (True, 256, True): (4096,),

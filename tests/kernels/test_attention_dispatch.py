@@ -61,6 +61,7 @@ def test_what_serves(monkeypatch: pytest.MonkeyPatch) -> None:
 
     big = 16, 512, 32, 128
     assert serves(*big) == serves(4, 4096, 64, 64) == serves(4, 4096, 21, 192) == "cudnn"
+    assert serves(4, 4096, 21, 192, right=-1) == serves(4, 4096, 21, 192, right=-1, backward=True) == "cudnn"
     assert serves(*big, left=100) == serves(*big, right=3) == "hopper"
     assert serves(4, 512, 32, 128) == serves(16, 500, 32, 128) == serves(4, 4096, 32, 128) == "hopper"
     assert serves(1, 64, 2, 16) == serves(1, 64, 2, 64, dtype=torch.float32) == "portable"
