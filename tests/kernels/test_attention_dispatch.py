@@ -134,7 +134,8 @@ def test_gradients_by_cudnn_through_our_log_sum_exp(d: int, causal: bool) -> Non
     q, k, v = inputs(512, 512, 3, 3, d, d, device="cuda", dtype=torch.bfloat16)
     options = (d**-0.5, -1, 0 if causal else -1, None, None, None, None, 512, 512)
     upstream = torch.randn_like(q)
-    wide, other = ([x.detach().to(dtype).requires_grad_() for x in (q, k, v)] for dtype in (torch.float64, torch.bfloat16))
+    dtypes = torch.float64, torch.bfloat16
+    wide, other = ([x.detach().to(dtype).requires_grad_() for x in (q, k, v)] for dtype in dtypes)
     expected = torch.autograd.grad(plain(*wide, causal=causal), wide, upstream.double())
     allowed = torch.autograd.grad(plain(*other, causal=causal), other, upstream)
     for first, second in (("hopper", "cudnn"), ("cudnn", "auto")):
