@@ -178,8 +178,11 @@ def pass_turn(p, at, row0, bar):
 
 @gluon.jit
 def drawn(p, tiles):
-    """The next number of a counter. All blocks together draw `tiles` times, and the last draw leaves zero again."""
-    i = gl.atomic_add(p, 1)
+    """The next number of a counter. All blocks together draw `tiles` times, and the last draw leaves zero again.
+
+    Relaxed: nothing else in memory hangs on it, and a fence of the whole GPU would come with each draw.
+    """
+    i = gl.atomic_add(p, 1, sem="relaxed")
     if i == tiles - 1:
         gl.store(p, 0)
     return i
@@ -196,7 +199,7 @@ def publish_next(a, tile, slot, phase):
         if a.DRAW == 1:
             tile = drawn(a.p_counter, a.NN * a.HK * a.B) + gl.num_programs(0)
         else:
-            tile = gl.atomic_add(a.p_counter, 1)
+            tile = gl.atomic_add(a.p_counter, 1, sem="relaxed")
         mbarrier.wait(a.t_empty.index(slot), phase)
         layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
         a.t_buf.index(slot).store(gl.full([1], 0, gl.int32, layout) + tile)
