@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -100,21 +101,21 @@ def rows_of(rows: torch.Tensor | None, cu_seqlens: torch.Tensor | None) -> tuple
 
 
 def _counter(device: int) -> torch.Tensor:
-    """What tiles are drawn from: zero, and zero again when the kernel has ended.
-
-    One for each stream, on which kernels run one after the other. While a graph is captured, one of this call alone,
-    zeroed by the graph: graphs may run at the same time.
+    """What tiles are drawn from: zero, and of this call alone. A sheet of them is zeroed at once, on the same stream;
+    while a graph is captured one, by the graph.
     """
     if device != current_device() or torch.cuda.is_current_stream_capturing():
         return _zeros(1, device)
-    stream = device, raw_stream(device)
-    found = _counters.get(stream)
-    if found is None:
-        found = _counters[stream] = _zeros(1, device)
-    return found
+    sheet = _sheets[device, raw_stream(device)]
+    try:
+        return sheet.pop()
+    except IndexError:
+        sheet += _zeros(4 * SHEET, device).view(SHEET, 4).unbind()  # aligned to 16 bytes each
+        return sheet.pop()
 
 
-_counters: dict[tuple[int, int], torch.Tensor] = {}  # by device and stream, whose handles come from torch's pool
+SHEET = 1024
+_sheets: defaultdict[tuple[int, int], list[torch.Tensor]] = defaultdict(list)  # by device and stream: not used yet
 
 
 def _zeros(size: int, device: int) -> torch.Tensor:

@@ -60,7 +60,7 @@ def masked(a, at, first, n):
 def draw(a, tile):
     """The block's next tile."""
     if a.DRAW:
-        tile = drawn(a.p_counter, a.NM * a.H * a.B)
+        tile = drawn(a.p_counter)
     return tile + gl.num_programs(0)
 
 

@@ -177,15 +177,11 @@ def pass_turn(p, at, row0, bar):
 
 
 @gluon.jit
-def drawn(p, tiles):
-    """The next number of a counter. All blocks together draw `tiles` times, and the last draw leaves zero again.
-
-    Relaxed: nothing else in memory hangs on it, and a fence of the whole GPU would come with each draw.
+def drawn(p):
+    """The next number of a counter. Relaxed: nothing else in memory hangs on it, and a fence of the whole GPU would
+    come with each draw.
     """
-    i = gl.atomic_add(p, 1, sem="relaxed")
-    if i == tiles - 1:
-        gl.store(p, 0)
-    return i
+    return gl.atomic_add(p, 1, sem="relaxed")
 
 
 @gluon.jit
@@ -196,10 +192,9 @@ def publish_next(a, tile, slot, phase):
     that whoever waits for an earlier tile waits for a block that runs, whatever else the GPU does.
     """
     if a.DRAW:
+        tile = drawn(a.p_counter)
         if a.DRAW == 1:
-            tile = drawn(a.p_counter, a.NN * a.HK * a.B) + gl.num_programs(0)
-        else:
-            tile = gl.atomic_add(a.p_counter, 1, sem="relaxed")
+            tile += gl.num_programs(0)
         mbarrier.wait(a.t_empty.index(slot), phase)
         layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
         a.t_buf.index(slot).store(gl.full([1], 0, gl.int32, layout) + tile)
