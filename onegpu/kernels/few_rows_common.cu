@@ -36,6 +36,14 @@ DEVICE void copy16(Shared dst, const void* src, int take, u64 policy) {
 }
 DEVICE void copy16(Shared dst, const void* src, int take) { asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(dst), "l"(src), "r"(take) : "memory"); }
 DEVICE void copy4(Shared dst, const void* src, int take) { asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" :: "r"(dst), "l"(src), "r"(take) : "memory"); }
+// 16 bytes past the first-level cache, zeros where not `inside`.
+DEVICE uint4 read16(const void* p, bool inside, u64 policy) {
+  uint4 v;
+  asm volatile("{ .reg .pred p; setp.ne.s32 p, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;\n"
+               "@p ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %6; }"
+               : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w) : "l"(p), "r"((int)inside), "l"(policy) : "memory");
+  return v;
+}
 DEVICE void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> DEVICE void copies_left() { asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory"); }
 DEVICE void wait_before_reading_x() {
@@ -125,6 +133,7 @@ DEVICE void copy_x(void* to, const XMap* map, int col, void* b) {
 }
 DEVICE void copies_seen_by_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 DEVICE int of_warp(int v) { return __shfl_sync(~0u, v, 0); }           // the compiler then knows that it is one value
+DEVICE float of_other_lane(float v, int o) { return __shfl_xor_sync(~0u, v, o); }
 DEVICE u32 warp_max(u32 v) { return __reduce_max_sync(~0u, v); }
 DEVICE u32 max_of_8(u32 v) {                                             // of eight lanes in a row
 #pragma unroll
@@ -235,4 +244,47 @@ template <int H> DEVICE u32 int8_pair(u32 w) {
 template <int WIDTH> DEVICE int swizzled(int row, int unit) {
   if (FMT == 2) return unit ^ (WIDTH == 128 ? (row & 3) << 1 : (row >> 1 & 1) << 1);
   return WIDTH == 128 ? unit ^ (row & 1) << 2 : unit;
+}
+
+// Where a warp is: it takes every STEP-th piece.
+template <int STEP> struct Walk {
+  int tile, piece, pieces;
+  DEVICE void next() { piece += STEP; while (piece >= pieces) { piece -= pieces; tile++; } }
+};
+
+// Up to ROWS rows of x, `vectors` of eight columns each from `col0` on, into shared memory: place(row, vector) says where. OF: warps. FP16: see
+// to_fp16; `top` is zeros before and the largest |x| of each row after. Begins and ends with all warps together.
+template <int ROWS, int OF, int FP16, class Place>
+DEVICE void hold_x(const u16* x, u32* top, int m, int k, int col0, int vectors, Place place) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, chunks = (vectors + 31) / 32;
+  if (FP16) __syncthreads();
+  // A warp takes 32 vectors of one row at a time, and several before it uses the first: one trip to memory, not one a row.
+  constexpr int BATCH = 8;
+  for (int u0 = warp; u0 < ROWS * chunks; u0 += BATCH * OF) {
+    uint4 q[BATCH];
+#pragma unroll
+    for (int j = 0; j < BATCH; j++) {
+      const int u = u0 + j * OF, r = u % ROWS, v = u / ROWS * 32 + lane, col = col0 + v * 8;
+      q[j] = make_uint4(0, 0, 0, 0);
+      if (u < ROWS * chunks && v < vectors && r < m && col < k) q[j] = *(const uint4*)(x + (i64)r * k + col);
+    }
+#pragma unroll
+    for (int j = 0; j < BATCH; j++) {
+      const int u = u0 + j * OF, r = u % ROWS, v = u / ROWS * 32 + lane;
+      if (u >= ROWS * chunks) break;
+      if (v < vectors) *(uint4*)place(r, v) = q[j];
+      if (FP16) {
+        const u32 biggest = warp_max(largest(q[j]));
+        if (lane == 0) atomicMax(&top[r], biggest);
+      }
+    }
+  }
+  __syncthreads();
+  if (!FP16) return;
+#pragma unroll 4
+  for (int u = warp; u < ROWS * chunks; u += OF) {                    // what this thread wrote
+    const int r = u % ROWS, v = u / ROWS * 32 + lane;
+    if (v < vectors) { uint4* p = (uint4*)place(r, v); *p = to_fp16(*p, x_scale(top[r])); }
+  }
+  __syncthreads();
 }

@@ -18,12 +18,6 @@ constexpr int IN_TABLE = FMT == 2 && TABLE_SHIFT == 8;                 // the ta
 static_assert(!IN_TABLE || SUMS <= 8192, "the sums have 32 KB in the table");
 constexpr int TO_FP16 = FMT == 2 && BF16, MMA_BF16 = BF16 && FMT != 2;
 
-// Where a warp is: it takes every WARPS-th piece.
-struct Walk {
-  int tile, piece, pieces;
-  DEVICE void next() { piece += WARPS; while (piece >= pieces) { piece -= pieces; tile++; } }
-};
-
 ENTRY __global__ void __launch_bounds__(THREADS, 1)
 few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ y, const u16* __restrict__ bias,
          const void* __restrict__ absmax, const float* __restrict__ nested, const float* __restrict__ map,
@@ -52,7 +46,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   const int f_row = lane / UNITS, f_unit = lane % UNITS, f_place = f_row * CB + swizzled<CB>(f_row, f_unit) * 16;
   const Shared first_slot = shared(ring + f_place);
   Shared f_slot = first_slot;
-  Walk ahead = {pieces ? warp / pieces : tiles, pieces ? warp % pieces : 0, pieces}, here = ahead;
+  Walk<WARPS> ahead = {pieces ? warp / pieces : tiles, pieces ? warp % pieces : 0, pieces}, here = ahead;
   auto fetch = [&]() {
     if (ahead.tile < tiles) {
       const int tile_row = r0 + ahead.tile * 16, row0 = tile_row + f_row, piece = p0 + ahead.piece, at = piece * CB + f_unit * 16, take = at < row_bytes ? 16 : 0;
@@ -78,7 +72,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
 
   let_next_kernel_start();
   if (EARLY) {                                                           // may not read weights yet, but may send for them
-    Walk walk = here;
+    Walk<WARPS> walk = here;
     for (int i = 0; i < EARLY && walk.tile < tiles; i++, walk.next()) {
       const int row = r0 + walk.tile * 16 + (lane & 15), at = (p0 + walk.piece) * CB;
       if (lane < 16 && row < r1 && at < row_bytes) send_for(w + (i64)row * row_bytes + at);
@@ -90,38 +84,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   if (NESTED) for (int i = threadIdx.x; i < 256; i += THREADS) map_[i] = map[i];
   const float plus = NESTED ? *offset : 0.f;
   if (EARLY) fill();
-  if (TO_FP16) __syncthreads();
-  // A warp takes 32 vectors of one row at a time, and several before it uses the first: one trip to memory, not one a row.
-  const int vectors = share * KB / 8, chunks = (vectors + 31) / 32;
-  constexpr int BATCH = 8;
-  for (int u0 = warp; u0 < MP * chunks; u0 += BATCH * WARPS) {
-    uint4 q[BATCH];
-#pragma unroll
-    for (int j = 0; j < BATCH; j++) {
-      const int u = u0 + j * WARPS, r = u % MP, v = u / MP * 32 + lane, col = p0 * KB + v * 8;
-      q[j] = make_uint4(0, 0, 0, 0);
-      if (u < MP * chunks && v < vectors && r < m && col < k) q[j] = *(const uint4*)(x + (i64)r * k + col);
-    }
-#pragma unroll
-    for (int j = 0; j < BATCH; j++) {
-      const int u = u0 + j * WARPS, r = u % MP, v = u / MP * 32 + lane;
-      if (u >= MP * chunks) break;
-      if (v < vectors) *(uint4*)(xs + r * pitch + v * 16) = q[j];
-      if (TO_FP16) {
-        const u32 biggest = warp_max(largest(q[j]));
-        if (lane == 0) atomicMax(&top[r], biggest);
-      }
-    }
-  }
-  __syncthreads();
-  if (TO_FP16) {
-#pragma unroll 4
-    for (int u = warp; u < MP * chunks; u += WARPS) {                    // what this thread wrote
-      const int r = u % MP, v = u / MP * 32 + lane;
-      if (v < vectors) { uint4* p = (uint4*)(xs + r * pitch + v * 16); *p = to_fp16(*p, x_scale(top[r])); }
-    }
-    __syncthreads();
-  }
+  hold_x<MP, WARPS, TO_FP16>(x, top, m, k, p0 * KB, share * KB / 8, [&](int r, int v) { return xs + r * pitch + v * 16; });
 
   const u32 lane4 = lane * 4;
   const u8* x_lane[NT];

@@ -16,11 +16,6 @@ constexpr int SUMS = DIRECT || IN_TABLE ? 0 : (ROWS * E_PITCH + 31) / 32 * 32;
 constexpr int TO_FP16 = FMT == 2 && BF16, MMA_BF16 = BF16 && FMT != 2;
 static_assert(FMT != 0 && GROUPS % 2 == 0, "products alternate between two sets of registers");
 
-struct Walk {
-  int tile, piece, pieces;
-  DEVICE void next() { piece += WK; while (piece >= pieces) { piece -= pieces; tile++; } }
-};
-
 ENTRY __global__ void __launch_bounds__(THREADS, 1)
 few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ y, const u16* __restrict__ bias,
          const void* __restrict__ absmax, const float* __restrict__ nested, const float* __restrict__ map,
@@ -48,7 +43,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   const int f_row = lane / UNITS, f_unit = lane % UNITS, f_place = f_row * CB + swizzled<CB>(f_row, f_unit) * 16;
   const Shared first_slot = shared(ring + f_place);
   Shared f_slot = first_slot;
-  Walk ahead = {pieces ? wk / pieces : tiles, pieces ? wk % pieces : 0, pieces}, here = ahead;
+  Walk<WK> ahead = {pieces ? wk / pieces : tiles, pieces ? wk % pieces : 0, pieces}, here = ahead;
   auto fetch = [&]() {
     if (ahead.tile < tiles) {
       const int tile_row = r0 + ahead.tile * BN + mine, row0 = tile_row + f_row, piece = p0 + ahead.piece, at = piece * CB + f_unit * 16, take = at < row_bytes ? 16 : 0;
@@ -73,7 +68,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
 
   let_next_kernel_start();
   if (EARLY) {
-    Walk walk = here;
+    Walk<WK> walk = here;
     for (int i = 0; i < EARLY && walk.tile < tiles; i++, walk.next()) {
       const int row = r0 + walk.tile * BN + mine + (lane & 15), at = (p0 + walk.piece) * CB;
       if (lane < 16 && row < r1 && at < row_bytes) send_for(w + (i64)row * row_bytes + at);

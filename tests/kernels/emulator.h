@@ -23,7 +23,7 @@ inline float4 make_float4(float a, float b, float c, float d) { return {a, b, c,
 struct Meeting { int expected = 0, arrived = 0; unsigned generation = 0; };
 struct Copy { void* dst; const void* src; int size, take; };
 struct Warp { Meeting meeting; uint32_t a[32][4], b[32][2], v[32]; };
-struct Block { uint8_t* smem; std::vector<uint8_t> statics = std::vector<uint8_t>(512 * 1024, 0xff); Meeting meeting; std::vector<Warp> warps; };
+struct Block { uint8_t* smem; std::vector<uint8_t> statics = std::vector<uint8_t>(1024 * 1024, 0xff); Meeting meeting; std::vector<Warp> warps; };
 struct Fiber { ucontext_t context; std::vector<char> stack; bool ended = false; int thread, block; std::vector<std::vector<Copy>> groups{{}}; };
 struct Index { int x; };
 static Index threadIdx, blockIdx, gridDim;
@@ -69,6 +69,10 @@ inline void copy(void* dst, const void* src, int size, int take) {
 }
 inline void copy16(void* dst, const void* src, int take, uint64_t = 0) { copy(dst, src, 16, take); }
 inline void copy4(void* dst, const void* src, int take) { copy(dst, src, 4, take); }
+inline uint4 read16(const void* p, bool inside, uint64_t) {
+  if ((uint64_t)p % 16) abort();
+  return inside ? *(const uint4*)p : make_uint4(0, 0, 0, 0);
+}
 inline void commit() { now->groups.emplace_back(); }
 template <int N> void copies_left() {
   while ((int)now->groups.size() - 1 > N) {
@@ -87,6 +91,11 @@ inline uint32_t warp_max(uint32_t v) {
   Warp& w = warp_(); w.v[now->thread % 32] = v; __syncwarp();
   for (uint32_t o : w.v) v = max(v, o);
   __syncwarp();
+  return v;
+}
+inline float of_other_lane(float v, int o) {
+  Warp& w = warp_(); int lane = now->thread % 32; w.v[lane] = __float_as_uint(v); __syncwarp();
+  v = __uint_as_float(w.v[lane ^ o]); __syncwarp();
   return v;
 }
 inline uint32_t max_of_8(uint32_t v) {
