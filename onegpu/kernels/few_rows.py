@@ -55,7 +55,12 @@ def fits(
     usable = sms if config.cluster <= 2 else sms - sms // 11
     clusters = min(usable // config.cluster, n)
     shared = config.shared(fmt, nested, n, k, clusters, half)
-    return (clusters, shared) if shared + _STATIC <= limit else None
+    blocks = getattr(config, "blocks", 1)
+    if shared + _STATIC > (limit + 1024) // blocks - 1024:
+        return None
+    if blocks > 1:  # and not one more, which would leave another multiprocessor without
+        shared = max(shared, (limit + 1024) // (blocks + 1))
+    return clusters, shared
 
 
 def choose(

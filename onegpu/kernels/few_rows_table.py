@@ -190,7 +190,51 @@ class Resident:
         return {**names, "CL": self.cluster, "TABLE_SHIFT": 8, "WGMMA": 1, "EARLY": self.early}
 
 
-Config = Narrow | Wide | Resident
+@dataclass(frozen=True)
+class Direct:
+    """Configuration of few_rows_direct.cu: weights go from memory to the registers, past shared memory.
+
+    rows: of x (4-bit: 1, 2 or 4; else up to 8). groups: of 64 bytes of a row of W in a piece. pieces: that a warp has sent for
+    or multiplies. tiles, early, price: as Narrow's. blocks: that may share a multiprocessor, so that the next kernel gets
+    ready while this one runs.
+    """
+
+    rows: int
+    warps: int
+    groups: int
+    pieces: int
+    tiles: int
+    blocks: int = 1
+    early: int = 0
+    price: float = 1.0
+
+    source: ClassVar[str] = "few_rows_direct.cu"
+    tile: ClassVar[int] = 16
+    cluster: ClassVar[int] = 1
+    depth: ClassVar[int] = 0
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps
+
+    def shorter(self) -> Direct:
+        raise AssertionError("there is no ring to shorten")
+
+    def piece(self, fmt: str) -> int:
+        return self.groups * {"16bit": 32, "int8": 64, "4bit": 128}[fmt]
+
+    def shared(self, fmt: str, nested: bool, n: int, k: int, clusters: int, half: bool) -> int:
+        columns = self.piece(fmt)
+        pitch = ceil_div(ceil_div(k, columns) * columns * 2, 128) * 128 + {"16bit": 64, "int8": 16, "4bit": 0}[fmt]
+        rest = 65536 if fmt == "4bit" else self.tiles * self.warps * 64 * self.rows  # the sums have room in the table
+        return 128 + 1024 * nested + self.rows * pitch + rest
+
+    def constants(self, half: bool) -> dict[str, int]:
+        names = {"MP": self.rows, "WARPS": self.warps, "ITERS": self.groups, "DEPTH": self.pieces, "TG": self.tiles}
+        return {**names, "BLOCKS": self.blocks, "CL": 1, "TABLE_SHIFT": 8, "EARLY": self.early}
+
+
+Config = Narrow | Wide | Resident | Direct
 
 
 def _bulk(eights: int, warps_n: int, warps_k: int, columns: int, stages: int, cluster: int, price: float) -> Wide:

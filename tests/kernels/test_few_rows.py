@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from onegpu import functional
 from onegpu.kernels import few_rows
-from onegpu.kernels.few_rows_table import CONFIGURATIONS, Config, Narrow, Resident, Wide
+from onegpu.kernels.few_rows_table import CONFIGURATIONS, Config, Direct, Narrow, Resident, Wide
 from onegpu.kernels.linear_4bit import Packed4bit, linear_4bit
 from onegpu.kernels.linear_int8 import linear_int8
 from tests.compare import assert_close, assert_same_nonfinite
@@ -56,6 +56,11 @@ FOUR_BIT = [
     (Resident(2, 1, 2, 128, 3, early=2), "nf4", False, 64, 13, 150, 704, torch.bfloat16),
     (Resident(4, 1, 1, 64, 2, cluster=2), "fp4", True, 128, 29, 70, 704, torch.float16),
     (Resident(1, 2, 1, 128, 2), "nf4", True, 64, 7, 150, 704, torch.bfloat16),
+    (Direct(1, 4, 2, 3, 2, early=2), "nf4", False, 64, 1, 71, 704, torch.bfloat16),
+    (Direct(1, 2, 4, 2, 3), "nf4", True, 64, 1, 70, 1664, torch.float16),
+    (Direct(2, 4, 4, 2, 1), "fp4", True, 128, 2, 70, 704, torch.bfloat16),
+    (Direct(2, 2, 2, 2, 2), "nf4", True, 4096, 2, 40, 704, torch.float16),
+    (Direct(4, 4, 2, 2, 1), "nf4", True, 64, 3, 70, 704, torch.bfloat16),
 ]
 
 
@@ -86,6 +91,9 @@ def test_4_bit_kernels_on_the_cpu(case: tuple) -> None:
     [
         Narrow(4, 4, 3, 64, 2),
         Narrow(16, 4, 2, 128, 1, cluster=2),
+        Direct(1, 4, 2, 3, 2),
+        Direct(2, 4, 4, 2, 1),
+        Direct(8, 2, 2, 2, 1),
         Wide(2, 1, 2, 1, 64, 3),
         Wide(2, 1, 4, 1, 128, 2, cluster=2, wgmma=True),
         Wide(1, 1, 4, 2, 256, 2, wgmma=True, bulk=True),
@@ -102,9 +110,9 @@ def test_int8_kernels_on_the_cpu(config: Config, dtype: torch.dtype) -> None:
 
 
 @emulated.needs_gxx
-@pytest.mark.parametrize("config", [Narrow(1, 4, 3, 64, 2), Narrow(8, 4, 2, 128, 1, cluster=2)])
+@pytest.mark.parametrize("config", [Narrow(1, 4, 3, 64, 2), Narrow(8, 4, 2, 128, 1, cluster=2), Direct(2, 4, 2, 2, 1)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_16_bit_kernels_on_the_cpu(config: Narrow, dtype: torch.dtype) -> None:
+def test_16_bit_kernels_on_the_cpu(config: Config, dtype: torch.dtype) -> None:
     n, k, m = 70, 520, config.rows
     w, x, bias = activations((n, k), dtype, seed=4) * 0.05, activations((m, k), dtype), activations((n,), dtype, seed=5)
     compare(emulated.product(config, "16bit", x, w, n, bias, None), x, w.float(), bias)
