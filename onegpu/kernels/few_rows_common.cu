@@ -1,5 +1,6 @@
 // Pieces that both few-row kernels share; few_rows.py puts one kernel's text behind this and sets, as macros: FMT (0: 16-bit
-// weights, 1: int8, 2: 4-bit), FP4 (the codebook), BF16 (activations and outputs; else fp16), NESTED (absmax is quantised),
+// weights, 1: int8, 2: 4-bit), FP4 (the codebook), BF16 (activations and outputs; else fp16), NESTED (absmax is quantised; 2: blocks of
+// 64, whole words of codes and one scale for them in every piece of a row, what few_rows.py sees to),
 // TABLE_SHIFT (log2 of a table row's bytes, 7 or 8) and CL (blocks of a cluster, which share the columns).
 typedef unsigned int u32; typedef unsigned short u16; typedef unsigned char u8; typedef long long i64; typedef unsigned long long u64;
 
@@ -71,6 +72,14 @@ DEVICE float cluster_read(const float* p, int rank) {
   float v = 0.f;
 #if __CUDA_ARCH__ >= 900
   asm volatile("{ .reg .b32 a; mapa.shared::cluster.u32 a, %1, %2; ld.shared::cluster.f32 %0, [a]; }" : "=f"(v) : "r"(saddr(p)), "r"(rank) : "memory");
+#endif
+  return v;
+}
+DEVICE float4 cluster_read4(const float* p, int rank) {
+  float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+#if __CUDA_ARCH__ >= 900
+  asm volatile("{ .reg .b32 a; mapa.shared::cluster.u32 a, %4, %5; ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [a]; }"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(saddr(p)), "r"(rank) : "memory");
 #endif
   return v;
 }
@@ -173,6 +182,29 @@ struct Output {
   }
 };
 
+// The sums of a tile of BN rows of W, from those of its cluster's blocks (at(i): of row of x r and row of W `row`, i = r * PITCH +
+// row), into y. All warps have written theirs before; after, they may be overwritten, or the block end.
+template <int BN, int PITCH, int OF, class At> DEVICE void put_tile(const Output& out, At at, int m, int rank, int row0, int r1, bool last) {
+  if (CL > 1) cluster_sync();
+  for (int i = 4 * (threadIdx.x + rank * OF); i < m * BN; i += 4 * CL * OF) {
+    const int row = i % BN, r = i / BN; const float* p = at(r * PITCH + row);
+    float4 sum = CL == 1 ? *(const float4*)p : make_float4(0.f, 0.f, 0.f, 0.f);
+    if (CL > 1) {
+      float4 v[CL];
+#pragma unroll
+      for (int j = 0; j < CL; j++) v[j] = cluster_read4(p, j);
+#pragma unroll
+      for (int j = 0; j < CL; j++) { sum.x += v[j].x; sum.y += v[j].y; sum.z += v[j].z; sum.w += v[j].w; }
+    }
+    const float s[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+      if (row0 + row + j < r1) out.put(r, row0 + row + j, s[j]);
+  }
+  if (CL > 1) cluster_sync();
+  else if (!last) __syncthreads();
+}
+
 // The float32 scale of 64 (or 32) columns of a row. Quantised scales travel as the aligned word that holds the code.
 struct Scales {
   const void* absmax; const float *nested, *map, *offset; int shift, nested_shift;
@@ -197,7 +229,12 @@ struct Scales {
     const u32 at = (u32)(u64)absmax + (block >> shift) & 3;
     return fmaf(map_[word >> (8 * at) & 255], scale, plus);
   }
+  // NESTED 2: what a row has for the piece that begins with this block: the word with its codes, and their scale.
+  DEVICE const void* word_of(u32 block) const { return (const u8*)absmax + (block & ~3u); }
+  DEVICE const void* outer_of(u32 block) const { return nested + (block >> nested_shift); }
+  DEVICE float decode_of_word(u32 word, float scale, float plus, int block_of_word, const float* map_) const { return fmaf(map_[word >> (8 * block_of_word) & 255], scale, plus); }
 };
+constexpr int PACKED = FMT == 2 && NESTED == 2;
 
 // The two values of every byte, once for each lane, so that no two lanes meet in a bank: fp16 pairs.
 constexpr int TABLE = FMT == 2 ? 256 << TABLE_SHIFT : 0;
@@ -209,23 +246,24 @@ CONSTANT float CODE[16] = {
   0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.f
 #endif
 };
+// `code`: the sixteen values in shared memory or constant memory. A thread's second nibble is always the same.
+DEVICE void build_table_of(u8* table, const float* code, int threads) {
+  const float low = code[threadIdx.x >> 3 & 15];
+#pragma unroll 4
+  for (int i = threadIdx.x; i < 2048; i += threads) {
+    u32 p = pack_h(code[i >> 7], threads % 128 ? code[i >> 3 & 15] : low);
+    *(uint4*)(table + (i >> 3 << TABLE_SHIFT) + (i & 7) * 16) = make_uint4(p, p, p, p);
+  }
+}
 DEVICE void build_table(u8* table, int threads) {
   if (FMT != 2) return;
   SHARED_ARRAY(float, code, 16);                                         // indexed by lane: from constant memory that would be serial
   if (threadIdx.x < 16) code[threadIdx.x] = CODE[threadIdx.x];
   __syncthreads();
-  for (int i = threadIdx.x; i < 2048; i += threads) {
-    u32 p = pack_h(code[i >> 7], code[i >> 3 & 15]);
-    *(uint4*)(table + (i >> 3 << TABLE_SHIFT) + (i & 7) * 16) = make_uint4(p, p, p, p);
-  }
+  build_table_of(table, code, threads);
 }
 // Without an array of its own in shared memory, so that what follows is aligned as wgmma wants it.
-DEVICE void build_plain_table(u8* table, int threads) {
-  for (int i = threadIdx.x; i < 2048; i += threads) {
-    u32 p = pack_h(CODE[i >> 7], CODE[i >> 3 & 15]);
-    *(uint4*)(table + (i >> 3 << TABLE_SHIFT) + (i & 7) * 16) = make_uint4(p, p, p, p);
-  }
-}
+DEVICE void build_plain_table(u8* table, int threads) { build_table_of(table, CODE, threads); }
 template <int B> DEVICE u32 look_up(const u8* table, u32 w, u32 lane4) {
   if (TABLE_SHIFT == 8) return *(const u32*)(table + __byte_perm(w, lane4, 0x5504 | B << 4));
   u32 at = B == 0 ? w << 7 : w >> (8 * B - 7);

@@ -6,17 +6,17 @@
 // each 64 columns when it comes, so that a lane's stored bytes are its operands in order.
 // 4-bit: looked-up fp16 pairs are the operand; the sum over each 64 columns is scaled in float32 while the next products run.
 // bf16 x becomes fp16 up to a power of two a row, of this block's columns. int8: nothing is scaled before the end.
-// Filled in: NT (eights of x), WN, WK, CB, SLOTS, EARLY (as in few_rows_narrow.cu).
+// Filled in: NT (eights of x), WN, WK, CB, SLOTS, EARLY (as in few_rows_narrow.cu), BLOCKS (as in few_rows_direct.cu).
 constexpr int WARPS = 4 * WN * WK, THREADS = 32 * WARPS, BN = 64 * WN, ROWS = 8 * NT;
 constexpr int KB = FMT == 1 ? CB : 2 * CB, GROUPS = KB / 64;           // columns of a piece
-constexpr int SCALES = FMT == 2 ? GROUPS : 0, PER_ROW = SCALES ? SCALES : 1, PIECE = 16 * CB, SLOT = PIECE + 64 * SCALES * (1 + NESTED);
+constexpr int SCALES = FMT == 2 ? GROUPS : 0, PER_ROW = SCALES ? SCALES : 1, PIECE = 16 * CB, SLOT = PIECE + (PACKED ? 128 : 64 * SCALES * (1 + NESTED));
 constexpr int E_PITCH = BN + 4, DIRECT = WK == 1 && CL == 1;           // DIRECT: no sums meet
 constexpr int IN_TABLE = FMT == 2 && ROWS * E_PITCH <= 8192;  // the sums, in what the table leaves free
 constexpr int SUMS = DIRECT || IN_TABLE ? 0 : (ROWS * E_PITCH + 31) / 32 * 32;
 constexpr int TO_FP16 = FMT == 2 && BF16, MMA_BF16 = BF16 && FMT != 2;
 static_assert(FMT != 0 && GROUPS % 2 == 0, "products alternate between two sets of registers");
 
-ENTRY __global__ void __launch_bounds__(THREADS, 1)
+ENTRY __global__ void __launch_bounds__(THREADS, BLOCKS)
 few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ y, const u16* __restrict__ bias,
          const void* __restrict__ absmax, const float* __restrict__ nested, const float* __restrict__ map,
          const float* __restrict__ offset, int m, int n, int k, int shift, int nested_shift) {
@@ -51,8 +51,13 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
 #pragma unroll
       for (int j = 0; j < 16 / STEP; j++)                                // the swizzle is the same every STEP rows
         if (row0 + j * STEP < r1) copy16(f_slot + j * STEP * CB, from + (i64)(j * STEP) * row_bytes, take, policy);
+      if (PACKED) {                                                      // 16 words, then 16 scales
+        const int row = tile_row + (lane & 15), b = piece * SCALES; const bool inside = row < r1 && b < nb;
+        const u32 block = inside ? row * nb + b : 0;
+        copy4(f_slot + (PIECE + lane * 4 - f_place), lane < 16 ? scales.word_of(block) : scales.outer_of(block), inside ? 4 : 0);
+      }
 #pragma unroll
-      for (int j = 0; j < SCALES / 2; j++) {
+      for (int j = 0; j < (PACKED ? 0 : SCALES / 2); j++) {
         int e = lane + 32 * j, row = tile_row + e / PER_ROW, b = piece * SCALES + e % PER_ROW;
         scales.fetch_both(f_slot + (PIECE + e * 4 - f_place), 64 * SCALES, row * nb + b, row < r1 && b < nb);
       }
@@ -143,7 +148,12 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
       __syncwarp();
       u8* slot = ring + slot_no * SLOT;
       if (++slot_no == SLOTS) slot_no = 0;
-      if (NESTED) {
+      u32 word0 = 0, word1 = 0; float outer0 = 0.f, outer1 = 0.f;         // of rows g and g + 8
+      if (PACKED) {
+        const u32* s = (const u32*)(slot + PIECE) + g;
+        const int low = 8 * ((u32)((row0 + mine + g) * nb + (p0 + piece) * SCALES) & 3), high = 8 * ((u32)((row0 + mine + g + 8) * nb + (p0 + piece) * SCALES) & 3);
+        word0 = s[0] >> low; word1 = s[8] >> high; outer0 = __uint_as_float(s[16]); outer1 = __uint_as_float(s[24]);
+      } else if (NESTED) {
 #pragma unroll
         for (int j = 0; j < SCALES / 2; j++) {
           int e = lane + 32 * j, row = row0 + mine + e / PER_ROW, b = (p0 + piece) * SCALES + e % PER_ROW;
@@ -173,8 +183,12 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
             for (int s = 1; s < 4; s++) wgmma<MMA_BF16>(sum, a[4 * s], a[4 * s + 1], a[4 * s + 2], a[4 * s + 3], x_group, s);
             close_products();
             if (b) { sums_ready<1>(c[b & 1 ^ 1]); add(c[b & 1 ^ 1]); }
-            const float* s = (const float*)(slot + PIECE) + g * SCALES + b;
-            before0 = s[0]; before1 = s[8 * SCALES];
+            if (PACKED) {
+              before0 = scales.decode_of_word(word0, outer0, plus, b, map_); before1 = scales.decode_of_word(word1, outer1, plus, b, map_);
+            } else {
+              const float* s = (const float*)(slot + PIECE) + g * SCALES + b;
+              before0 = s[0]; before1 = s[8 * SCALES];
+            }
           } else {
             const u8* p = slot + swizzled<CB>(g, b * 4 + t) * 16;
             const uint4 e = *(const uint4*)(p + g * CB), d = *(const uint4*)(p + (g + 8) * CB);
@@ -225,18 +239,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
       }
       __syncthreads();
     }
-    if (CL > 1) cluster_sync();
-    for (int i = threadIdx.x + rank * THREADS; i < m * BN; i += CL * THREADS) {
-      const int row = i % BN, r = i / BN; const float* p = sum_at(r * E_PITCH + row); float sum = 0.f;
-      if (CL == 1) sum = *p;
-      else {
-#pragma unroll
-        for (int j = 0; j < CL; j++) sum += cluster_read(p, j);
-      }
-      if (row0 + row < r1) out.put(r, row0 + row, sum);
-    }
-    if (CL > 1) cluster_sync();                                          // the sums have been read: overwrite them, or end
-    else if (tile + 1 < tiles) __syncthreads();
+    put_tile<BN, E_PITCH, THREADS>(out, sum_at, m, rank, row0, r1, tile + 1 == tiles);
   }
   copies_left<0>();
 }

@@ -86,6 +86,10 @@ inline void let_next_kernel_start() {}
 inline int cluster_rank() { return now->block; }
 inline void cluster_sync() { meet(cluster_meeting); }
 inline float cluster_read(const float* p, int rank) { return *(const float*)(blocks[rank].smem + ((const uint8_t*)p - block().smem)); }
+inline float4 cluster_read4(const float* p, int rank) {
+  if ((uint64_t)p % 16) abort();
+  return *(const float4*)(blocks[rank].smem + ((const uint8_t*)p - block().smem));
+}
 inline int of_warp(int v) { return v; }
 inline uint32_t warp_max(uint32_t v) {
   Warp& w = warp_(); w.v[now->thread % 32] = v; __syncwarp();

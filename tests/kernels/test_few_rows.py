@@ -56,6 +56,11 @@ FOUR_BIT = [
     (Resident(2, 1, 2, 128, 3, early=2), "nf4", False, 64, 13, 150, 704, torch.bfloat16),
     (Resident(4, 1, 1, 64, 2, cluster=2), "fp4", True, 128, 29, 70, 704, torch.float16),
     (Resident(1, 2, 1, 128, 2), "nf4", True, 64, 7, 150, 704, torch.bfloat16),
+    (Resident(1, 1, 2, 128, 2, cluster=2), "nf4", True, 64, 7, 70, 1280, torch.bfloat16),  # words of codes from here
+    (Resident(2, 2, 1, 64, 2), "fp4", True, 64, 9, 75, 768, torch.bfloat16),
+    (Wide(1, 1, 4, 2, 256, 2, wgmma=True, bulk=True), "nf4", True, 64, 8, 70, 768, torch.bfloat16),
+    (Wide(1, 1, 4, 2, 128, 2, cluster=2, wgmma=True, bulk=True), "nf4", True, 64, 3, 70, 768, torch.float16),
+    (Wide(1, 1, 2, 2, 128, 2), "nf4", True, 64, 3, 70, 768, torch.bfloat16),
     (Direct(1, 4, 2, 3, 2, early=2), "nf4", False, 64, 1, 71, 704, torch.bfloat16),
     (Direct(1, 2, 4, 2, 3), "nf4", True, 64, 1, 70, 1664, torch.float16),
     (Direct(2, 4, 4, 2, 1), "fp4", True, 128, 2, 70, 704, torch.bfloat16),
