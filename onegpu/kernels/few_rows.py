@@ -44,7 +44,8 @@ def fits(
 ) -> tuple[int, int] | None:
     """(clusters, bytes of shared memory) of a launch with this configuration, or None where it cannot serve.
 
-    nested: 0 plain scales, 1 quantised, 2 so that a piece of a row has a whole word of codes. half: scales for 32 columns. sms, limit: multiprocessors, and bytes of shared memory that a block may have.
+    nested: 0 plain scales, 1 quantised, 2 so that a piece of a row has its codes in one word. half: scales for 32
+    columns. sms, limit: multiprocessors, and bytes of shared memory that a block may have.
     """
     if m > config.rows or (half and not isinstance(config, Wide)):
         return None
@@ -55,11 +56,12 @@ def fits(
     usable = sms if config.cluster <= 2 else sms - sms // 11
     clusters = min(usable // config.cluster, n)
     shared = config.shared(fmt, nested, n, k, clusters, half)
-    if shared + _STATIC > (limit + 1024) // config.blocks - 1024:
+    if config.blocks == 1:
+        return (clusters, shared) if shared + _STATIC <= limit else None
+    driver = 1024  # bytes of each block
+    if shared + driver > (limit + driver) // config.blocks:
         return None
-    if config.blocks > 1:  # and not one more, which would leave another multiprocessor without
-        shared = max(shared, (limit + 1024) // (config.blocks + 1))
-    return clusters, shared
+    return clusters, max(shared, (limit + driver) // (config.blocks + 1))  # one more would not be on a free one
 
 
 def choose(

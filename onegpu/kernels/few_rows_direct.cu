@@ -88,7 +88,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
     }
   } else fill();
   if (threadIdx.x < 32) top[threadIdx.x] = 0;                            // and the zeros
-  build_table(table, THREADS);
+  if (FMT == 2) build_plain_table(table, THREADS);
   wait_before_reading_x();
   if (NESTED) for (int i = threadIdx.x; i < 256; i += THREADS) map_[i] = map[i];
   const float plus = NESTED ? *offset : 0.f;

@@ -202,9 +202,9 @@ class Resident:
 class Direct:
     """Configuration of few_rows_direct.cu: weights go from memory to the registers, past shared memory.
 
-    rows: of x (4-bit: 1, 2 or 4; else up to 8). groups: of 64 bytes of a row of W in a piece. pieces: that a warp has sent for
-    or multiplies. tiles, early, price: as Narrow's. blocks: that may share a multiprocessor, so that the next kernel gets
-    ready while this one runs.
+    rows: of x (4-bit: 1, 2 or 4; else up to 8). groups: of 64 bytes of a row of W in a piece. pieces: that a warp has
+    sent for or multiplies. tiles, early, price: as Narrow's. blocks: that share a multiprocessor, so that the next
+    kernel gets ready while this one runs.
     """
 
     rows: int
