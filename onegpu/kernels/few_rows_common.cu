@@ -140,6 +140,7 @@ struct alignas(64) XMap { u8 bytes[128]; };
 DEVICE void copy_x(void* to, const XMap* map, int col, void* b) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" :: "r"(saddr(to)), "l"(map), "r"(saddr(b)), "r"(col), "r"(0) : "memory");
 }
+DEVICE void send_for_map(const XMap* map) { asm volatile("prefetch.tensormap [%0];" :: "l"(map) : "memory"); }
 DEVICE void copies_seen_by_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 DEVICE int of_warp(int v) { return __shfl_sync(~0u, v, 0); }           // the compiler then knows that it is one value
 DEVICE float of_other_lane(float v, int o) { return __shfl_xor_sync(~0u, v, o); }
@@ -179,6 +180,13 @@ struct Output {
     if (FMT == 1) sum *= row_scale[row] * (1.f / 127.f);
     if (bias) sum += value(bias[row]);
     y[(i64)m * n + row] = (u16)pack(sum, 0.f);
+  }
+  // What is read last, into L2: from memory, the end would wait for it.
+  DEVICE void send_for_rows(int r0, int r1) const {
+    const int row = r0 + 32 * (int)threadIdx.x;
+    if (row >= r1 + 31) return;
+    if (FMT == 1) send_for(row_scale + min(row, r1 - 1));
+    if (bias) send_for(bias + min(row, r1 - 1));
   }
 };
 
@@ -235,6 +243,19 @@ struct Scales {
   DEVICE float decode_of_word(u32 word, float scale, float plus, int block_of_word, const float* map_) const { return fmaf(map_[word >> (8 * block_of_word) & 255], scale, plus); }
 };
 constexpr int PACKED = FMT == 2 && NESTED == 2;
+// The values of quantised scales, on their way into shared memory while x is too, by OF threads.
+template <int OF> struct Values {
+  static constexpr int EACH = (256 + OF - 1) / OF;
+  float v[EACH];
+  DEVICE void fetch(const float* map) {
+#pragma unroll
+    for (int i = 0; i < EACH; i++) v[i] = NESTED && (int)threadIdx.x + i * OF < 256 ? map[threadIdx.x + i * OF] : 0.f;
+  }
+  DEVICE void put(float* map_) const {
+#pragma unroll
+    for (int i = 0; i < EACH; i++) if (NESTED && (int)threadIdx.x + i * OF < 256) map_[threadIdx.x + i * OF] = v[i];
+  }
+};
 
 // The two values of every byte, once for each lane, so that no two lanes meet in a bank: fp16 pairs.
 constexpr int TABLE = FMT == 2 ? 256 << TABLE_SHIFT : 0;

@@ -71,6 +71,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   };
 
   let_next_kernel_start();
+  out.send_for_rows(r0, r1);
   if (EARLY) {                                                           // may not read weights yet, but may send for them
     Walk<WARPS> walk = here;
     for (int i = 0; i < EARLY && walk.tile < tiles; i++, walk.next()) {
@@ -81,10 +82,11 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   if (threadIdx.x < 16) top[threadIdx.x] = 0;
   build_table(table, THREADS);
   wait_before_reading_x();
-  if (NESTED) for (int i = threadIdx.x; i < 256; i += THREADS) map_[i] = map[i];
-  const float plus = NESTED ? *offset : 0.f;
   if (EARLY) fill();
+  Values<THREADS> values; values.fetch(map);
+  const float plus = NESTED ? *offset : 0.f;
   hold_x<MP, WARPS, TO_FP16>(x, top, m, k, p0 * KB, share * KB / 8, [&](int r, int v) { return xs + r * pitch + v * 16; });
+  if (NESTED) { values.put(map_); __syncthreads(); }
 
   const u32 lane4 = lane * 4;
   const u8* x_lane[NT];

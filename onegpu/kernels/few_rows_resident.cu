@@ -72,6 +72,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   };
 
   let_next_kernel_start();
+  out.send_for_rows(r0, r1);
   if (EARLY) {
     Walk<WK> walk = here;
     for (int i = 0; i < EARLY && walk.tile < tiles; i++, walk.next()) {
@@ -82,9 +83,9 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   if (threadIdx.x < 64) top[threadIdx.x] = 0;
   if (FMT == 2) build_plain_table(table, THREADS);
   wait_before_reading_x();
-  if (NESTED) for (int i = threadIdx.x; i < 256; i += THREADS) map_[i] = map[i];
-  const float plus = NESTED ? *offset : 0.f;
   if (EARLY) fill();
+  Values<THREADS> values; values.fetch(map);
+  const float plus = NESTED ? *offset : 0.f;
   if (TO_FP16) __syncthreads();
 
   // x: a warp takes 64 columns of four rows at a time. Columns 16 t + 4 s + 2 h + {0, 1} of 64 go where lane t finds pair h of step s.
@@ -121,6 +122,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
       *p = to_fp16(*p, x_scale(top[u % FOURS * 4 + (lane >> 3)]));
     }
   }
+  values.put(map_);
   copies_seen_by_wgmma();
   __syncthreads();
 

@@ -104,6 +104,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
 
   // Weights may be read before `wait`, x must not: the first stages come in two halves.
   let_next_kernel_start();
+  out.send_for_rows(r0, r1);
   Cursor f = {r0, 0, 0, shared(ring)}, c = f;
 #pragma unroll
   for (int i = 0; i < STAGES - 1; i++) { if (i < items && !EARLY) fetch_w(f); f.next(pieces); }
@@ -113,20 +114,24 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
       for (int r = threadIdx.x; r < BN; r += THREADS)
         if (f.row0 + r < r1 && (p0 + f.piece) * CB < row_bytes) send_for(w + (i64)(f.row0 + r) * row_bytes + (p0 + f.piece) * CB);
   }
-  if (XT && threadIdx.x == 0) {
+#if XT
+  if (threadIdx.x == 0) {
+    send_for_map(&x_map);
     for (int i = 0; i < STAGES; i++) barrier_init(bars + 8 * i, 1);
     barriers_ready();
   }
+#endif
   if (FMT == 2) {
     if (WGMMA) build_plain_table(table, THREADS);
     else build_table(table, THREADS);
   }
   wait_before_reading_x();
-  if (NESTED) for (int i = threadIdx.x; i < 256; i += THREADS) map_[i] = map[i];
-  const float plus = NESTED ? *offset : 0.f;
   f = c;
 #pragma unroll
   for (int i = 0; i < STAGES - 1; i++) { if (i < items) { if (EARLY) fetch_w(f); fetch_x(f); } f.next(pieces); commit(); }
+  Values<THREADS> values; values.fetch(map);
+  const float plus = NESTED ? *offset : 0.f;
+  values.put(map_);                                                      // seen when the warps meet at the first stage
 
   float acc[RT][NT][4];
 #pragma unroll
