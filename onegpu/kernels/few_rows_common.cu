@@ -347,3 +347,76 @@ DEVICE void hold_x(const u16* x, u32* top, int m, int k, int col0, int vectors, 
   }
   __syncthreads();
 }
+
+#ifdef SLOTS
+// The kernels in which each warp streams 16 rows of a tile of W at a time through a ring of its own. Filled in: CB (bytes of each row in
+// a piece), SLOTS (of the ring), EARLY (0: weights may be read at once; else the kernel in front may be writing them, and so many pieces
+// of each warp are only sent for, into L2, until it has ended).
+constexpr int KB = FMT == 0 ? CB / 2 : FMT == 1 ? CB : 2 * CB;         // columns of a piece
+constexpr int GROUP = FMT == 0 ? 32 : 64, GROUPS = KB / GROUP;         // columns that the four lanes of a row take together
+constexpr int SCALES = FMT == 2 ? GROUPS : 0, PER_ROW = SCALES ? SCALES : 1;
+constexpr int PIECE = 16 * CB, SLOT = PIECE + (PACKED ? 128 : 64 * SCALES * (1 + NESTED));
+
+// Of a warp that takes every STEP-th piece; `rows`: its first row of the first tile, `tile`: rows to the next.
+template <int STEP> struct Ring {
+  static constexpr int UNITS = CB / 16, AT_ONCE = 32 / UNITS;           // rows that a warp copies at once
+  const u8 *w, *begin; Scales scales; int rows, tile, r1, tiles, p0, row_bytes, nb; u64 policy;
+  Walk<STEP> ahead; Shared slot, first; int number;
+  DEVICE int row_of_lane() const { return (threadIdx.x & 31) / UNITS; }
+  DEVICE int place() const { return row_of_lane() * CB + swizzled<CB>(row_of_lane(), (threadIdx.x & 31) % UNITS) * 16; }
+  DEVICE void open(Walk<STEP> from) { ahead = from; slot = first = shared(begin + place()); number = 0; }
+  DEVICE void fetch() {
+    const int lane = threadIdx.x & 31;
+    if (ahead.tile < tiles) {
+      const int tile_row = rows + ahead.tile * tile, row0 = tile_row + row_of_lane(), piece = p0 + ahead.piece, at = piece * CB + lane % UNITS * 16, take = at < row_bytes ? 16 : 0;
+      const u8* from = w + (i64)row0 * row_bytes + (take ? at : 0);
+#pragma unroll
+      for (int j = 0; j < 16 / AT_ONCE; j++)                             // the swizzle is the same every AT_ONCE rows
+        if (row0 + j * AT_ONCE < r1) copy16(slot + j * AT_ONCE * CB, from + (i64)(j * AT_ONCE) * row_bytes, take, policy);
+      if (PACKED) {                                                      // 16 words, then 16 scales
+        const int row = tile_row + (lane & 15), b = piece * SCALES; const bool inside = row < r1 && b < nb;
+        const u32 block = inside ? row * nb + b : 0;
+        copy4(slot + (PIECE + lane * 4 - place()), lane < 16 ? scales.word_of(block) : scales.outer_of(block), inside ? 4 : 0);
+      }
+#pragma unroll
+      for (int j = 0; j < (PACKED ? 0 : SCALES / 2); j++) {
+        int e = lane + 32 * j, row = tile_row + e / PER_ROW, b = piece * SCALES + e % PER_ROW;
+        scales.fetch_both(slot + (PIECE + e * 4 - place()), 64 * SCALES, row * nb + b, row < r1 && b < nb);
+      }
+      ahead.next();
+    }
+    slot = slot == first + (SLOTS - 1) * SLOT ? first : slot + SLOT;
+    commit();
+  }
+  DEVICE void fill() {
+#pragma unroll
+    for (int i = 0; i < SLOTS - 1; i++) fetch();
+  }
+  DEVICE void begin_early() const {                                      // may not read weights yet, but may send for them
+    Walk<STEP> walk = ahead;
+    for (int i = 0; i < EARLY && walk.tile < tiles; i++, walk.next()) {
+      const int row = rows + walk.tile * tile + (threadIdx.x & 15), at = (p0 + walk.piece) * CB;
+      if ((threadIdx.x & 31) < 16 && row < r1 && at < row_bytes) send_for(w + (i64)row * row_bytes + at);
+    }
+  }
+  // The next piece, of this tile and number: its bytes, its scales as floats behind them (not where PACKED).
+  DEVICE u8* next(int of_tile, int piece, float plus, const float* map_) {
+    const int lane = threadIdx.x & 31;
+    fetch();
+    copies_left<SLOTS - 1>();
+    __syncwarp();
+    u8* at = (u8*)begin + number * SLOT;
+    if (++number == SLOTS) number = 0;
+    if (NESTED && !PACKED) {
+#pragma unroll
+      for (int j = 0; j < SCALES / 2; j++) {
+        int e = lane + 32 * j, row = rows + of_tile * tile + e / PER_ROW, b = (p0 + piece) * SCALES + e % PER_ROW;
+        float* s = (float*)(at + PIECE) + e;
+        *s = scales.decode(__float_as_uint(*s), s[16 * SCALES], plus, row * nb + b, map_);
+      }
+      __syncwarp();
+    }
+    return at;
+  }
+};
+#endif
