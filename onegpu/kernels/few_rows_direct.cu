@@ -18,9 +18,12 @@ constexpr int IN_TABLE = FMT == 2;                                     // the ta
 constexpr int TO_FP16 = FMT == 2 && BF16, MMA_BF16 = BF16 && FMT != 2;
 static_assert(!IN_TABLE || (SUMS <= 8192 && TABLE_SHIFT == 8 && MP <= 4), "the sums have 32 KB in the table");
 
+constexpr int EACH = PACKED ? 2 : 4;
+
 struct Piece {
   uint4 up[ITERS], low[ITERS];                                          // rows g and g + 8
-  float scale[FMT == 2 ? 4 * TURNS : 1], outer[FMT == 2 && NESTED ? 4 * TURNS : 1];
+  // 4-bit, of what a lane sums: two blocks of row g, two of row g + 8. Quantised: codes (PACKED: two in one), and their own scales.
+  float scale[FMT == 2 ? EACH * TURNS : 1], outer[FMT == 2 && NESTED ? EACH * TURNS : 1];
 };
 
 ENTRY __global__ void __launch_bounds__(THREADS, BLOCKS)
@@ -60,14 +63,14 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
 #pragma unroll
         for (int j = 0; j < TURNS; j++)
 #pragma unroll
-          for (int i = 0; i < 4; i++) {                                  // rows g (two blocks), g + 8
-            const int block = ahead.piece * (KB / 64) + 2 * (j * SUB + own) + (i & 1);
-            const u32 at = (u32)((i < 2 ? row : low) * nb + block) >> shift;
-            const bool inside = sums_own && block < nb;
-            if (NESTED) {
-              p.scale[4 * j + i] = __uint_as_float(inside ? ((const u8*)absmax)[at] : 0u);
-              p.outer[4 * j + i] = inside ? nested[at >> nested_shift] : 0.f;
-            } else p.scale[4 * j + i] = inside ? ((const float*)absmax)[at] : 0.f;
+          for (int i = 0; i < EACH; i++) {
+            const int block = ahead.piece * (KB / 64) + 2 * (j * SUB + own) + (PACKED ? 0 : i & 1);
+            const u32 at = (u32)((i < EACH / 2 ? row : low) * nb + block) >> (PACKED ? 0 : shift);
+            const bool inside = sums_own && block < nb; float& scale = p.scale[EACH * j + i];
+            if (PACKED) scale = __uint_as_float(inside ? ((const u16*)absmax)[at >> 1] : 0u);
+            else if (NESTED) scale = __uint_as_float(inside ? ((const u8*)absmax)[at] : 0u);
+            else scale = inside ? ((const float*)absmax)[at] : 0.f;
+            if (NESTED) p.outer[EACH * j + i] = inside ? nested[at >> nested_shift] : 0.f;
           }
       }
       ahead.next();
@@ -159,7 +162,10 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
           if (SUB == 1 || own == s) {
             float scale[4];
 #pragma unroll
-            for (int i = 0; i < 4; i++) scale[i] = NESTED ? fmaf(map_[__float_as_uint(p.scale[4 * j + i])], p.outer[4 * j + i], plus) : p.scale[4 * j + i];
+            for (int i = 0; i < 4; i++) {
+              const int from = EACH * j + (PACKED ? i >> 1 : i); const u32 code = __float_as_uint(p.scale[from]) >> (PACKED ? 8 * (i & 1) : 0) & 255;
+              scale[i] = NESTED ? fmaf(map_[code], p.outer[from], plus) : p.scale[from];
+            }
             acc[0] = fmaf(c[0], scale[0], fmaf(c[1], scale[1], acc[0])); acc[1] = fmaf(c[2], scale[2], fmaf(c[3], scale[3], acc[1]));
           }
         } else {

@@ -217,7 +217,7 @@ class Direct:
     price: float = 1.0
 
     source: ClassVar[str] = "few_rows_direct.cu"
-    packs: ClassVar[int] = 1
+    packs: ClassVar[int] = 2
     tile: ClassVar[int] = 16
     cluster: ClassVar[int] = 1
     depth: ClassVar[int] = 0

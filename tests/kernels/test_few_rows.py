@@ -63,6 +63,8 @@ FOUR_BIT = [
     (Wide(1, 1, 2, 2, 128, 2), "nf4", True, 64, 3, 70, 768, torch.bfloat16),
     (Direct(1, 4, 2, 3, 2, early=2), "nf4", False, 64, 1, 71, 704, torch.bfloat16),
     (Direct(1, 2, 4, 2, 3), "nf4", True, 64, 1, 70, 1664, torch.float16),
+    (Direct(1, 2, 2, 3, 3), "nf4", True, 64, 1, 70, 768, torch.bfloat16),
+    (Direct(4, 2, 2, 2, 2), "nf4", True, 64, 4, 40, 768, torch.float16),
     (Direct(2, 4, 4, 2, 1), "fp4", True, 128, 2, 70, 704, torch.bfloat16),
     (Direct(2, 2, 2, 2, 2), "nf4", True, 4096, 2, 40, 704, torch.float16),
     (Direct(4, 4, 2, 2, 1), "nf4", True, 64, 3, 70, 704, torch.bfloat16),
