@@ -190,12 +190,16 @@ struct Output {
   }
 };
 
-// The sums of a tile of BN rows of W, from those of its cluster's blocks (at(i): of row of x r and row of W `row`, i = r * PITCH +
-// row), into y. All warps have written theirs before; after, they may be overwritten, or the block end.
-template <int BN, int PITCH, int OF, class At> DEVICE void put_tile(const Output& out, At at, int m, int rank, int row0, int r1, bool last) {
+// The sums of tiles of BN rows of W, from those of their cluster's blocks, into y. Tile number q of them begins at row0 + q * BN, and
+// at(q * ROWS8 * PITCH + r * PITCH + row) is where row of x r and row of W `row` have their sum. CL 1: all have been written and seen. After
+// it they may be overwritten, or the block end.
+template <int BN, int PITCH, int ROWS8, int OF, class At>
+DEVICE void put_tiles(const Output& out, At at, int m, int rank, int row0, int r1, int tiles, bool last) {
   if (CL > 1) cluster_sync();
-  for (int i = 4 * (threadIdx.x + rank * OF); i < m * BN; i += 4 * CL * OF) {
-    const int row = i % BN, r = i / BN; const float* p = at(r * PITCH + row);
+  for (int i = 4 * (threadIdx.x + rank * OF), q = 0; q < tiles; i += 4 * CL * OF) {
+    while (i >= m * BN && q < tiles) { i -= m * BN; q++; row0 += BN; }
+    if (q == tiles) break;
+    const int row = i % BN, r = i / BN; const float* p = at((q * ROWS8 + r) * PITCH + row);
     float4 sum = CL == 1 ? *(const float4*)p : make_float4(0.f, 0.f, 0.f, 0.f);
     if (CL > 1) {
       float4 v[CL];
@@ -209,6 +213,7 @@ template <int BN, int PITCH, int OF, class At> DEVICE void put_tile(const Output
     for (int j = 0; j < 4; j++)
       if (row0 + row + j < r1) out.put(r, row0 + row + j, s[j]);
   }
+  __syncwarp();
   if (CL > 1) cluster_sync();
   else if (!last) __syncthreads();
 }

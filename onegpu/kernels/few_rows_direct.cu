@@ -31,7 +31,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
          const void* __restrict__ absmax, const float* __restrict__ nested, const float* __restrict__ map,
          const float* __restrict__ offset, int m, int n, int k, int shift, int nested_shift) {
   SHARED(smem);
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
+  const int lane = threadIdx.x & 31, warp = of_warp(threadIdx.x >> 5), g = lane >> 2, t = lane & 3;
   const int r0 = (int)((i64)n * blockIdx.x / gridDim.x), r1 = (int)((i64)n * (blockIdx.x + 1) / gridDim.x);
   const int tiles = (r1 - r0 + 15) / 16, pieces = (k + KB - 1) / KB;
   const int pitch = (pieces * KB * 2 + 127) / 128 * 128 + (FMT == 0 ? 64 : FMT == 1 ? 16 : 0), nb = k / 64;

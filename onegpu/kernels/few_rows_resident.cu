@@ -10,7 +10,9 @@
 constexpr int WARPS = 4 * WN * WK, THREADS = 32 * WARPS, BN = 64 * WN, ROWS = 8 * NT;
 constexpr int E_PITCH = BN + 4, DIRECT = WK == 1 && CL == 1;           // DIRECT: no sums meet
 constexpr int IN_TABLE = FMT == 2 && ROWS * E_PITCH <= 8192;  // the sums, in what the table leaves free
-constexpr int SUMS = DIRECT || IN_TABLE ? 0 : (ROWS * E_PITCH + 31) / 32 * 32;
+// Tiles between two meetings of the blocks of a cluster: as many as the table has room for; else two, where x leaves room.
+constexpr int MEET = IN_TABLE ? 8192 / (ROWS * E_PITCH) : ROWS <= 16 && CL >= 4 ? 2 : 1;
+constexpr int SUMS = DIRECT || IN_TABLE ? 0 : (MEET * ROWS * E_PITCH + 31) / 32 * 32;
 constexpr int TO_FP16 = FMT == 2 && BF16, MMA_BF16 = BF16 && FMT != 2;
 static_assert(FMT != 0 && GROUPS % 2 == 0, "products alternate between two sets of registers");
 
@@ -179,20 +181,21 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
         }
       continue;
     }
+    const int before = tile % MEET; const bool meet = before == MEET - 1 || tile + 1 == tiles;
     for (int turn = 0; turn < WK; turn++) {                              // in this order, whoever is first
       if (wk == turn) {
 #pragma unroll
         for (int i = 0; i < NT; i++)
 #pragma unroll
           for (int j = 0; j < 4; j++) {
-            float* p = sum_at((8 * i + 2 * t + (j & 1)) * E_PITCH + mine + g + 8 * (j >> 1));
+            float* p = sum_at((before * ROWS + 8 * i + 2 * t + (j & 1)) * E_PITCH + mine + g + 8 * (j >> 1));
             *p = turn ? acc[i][j] + *p : acc[i][j];
             acc[i][j] = 0.f;
           }
       }
-      __syncthreads();
+      if (turn + 1 < WK || (CL == 1 && meet)) __syncthreads();
     }
-    put_tile<BN, E_PITCH, THREADS>(out, sum_at, m, rank, row0, r1, tile + 1 == tiles);
+    if (meet) put_tiles<BN, E_PITCH, ROWS, THREADS>(out, sum_at, m, rank, row0 - before * BN, r1, before + 1, tile + 1 == tiles);
   }
   copies_left<0>();
 }

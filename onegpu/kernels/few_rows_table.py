@@ -189,7 +189,7 @@ class Resident:
         total += ceil_div(ceil_div(k, columns), self.cluster) * columns * 2 * self.rows
         sums, meets = self.rows * (self.tile + 4), self.warps_k * self.cluster > 1
         if meets and not (four and sums <= 8192):
-            total += ceil_div(sums, 32) * 128
+            total += ceil_div(sums * (2 if self.rows <= 16 and self.cluster >= 4 else 1), 32) * 128
         scales = 128 if nested == 2 else columns * (1 + nested)
         return total + warps * self.slots * (16 * self.width + scales * four)
 

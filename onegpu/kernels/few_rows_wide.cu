@@ -165,7 +165,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
       }
       __syncthreads();
     }
-    put_tile<BN, E_PITCH, THREADS>(out, [&](int i) { return sums + i; }, m, rank, row0, r1, true);
+    put_tiles<BN, E_PITCH, ROWS, THREADS>(out, [&](int i) { return sums + i; }, m, rank, row0, r1, 1, true);
   };
 
   for (int item = 0; item < items; item++, c.next(pieces)) {

@@ -105,11 +105,13 @@ def test_4_bit_kernels_on_the_cpu(case: tuple) -> None:
         Wide(2, 1, 4, 1, 128, 2, cluster=2, wgmma=True),
         Wide(1, 1, 4, 2, 256, 2, wgmma=True, bulk=True),
         Resident(2, 1, 2, 128, 2, cluster=2),
+        Resident(2, 1, 1, 128, 2, cluster=4),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_int8_kernels_on_the_cpu(config: Config, dtype: torch.dtype) -> None:
-    n, k, m = 70, 752, min(config.rows, 9)
+    n, k = (70, 752) if config.cluster < 4 else (300, 1008)  # three tiles, which meet twice
+    m = min(config.rows, 9)
     weight = torch.randint(-128, 128, (n, k), dtype=torch.int8, generator=torch.Generator().manual_seed(1))
     SCB = torch.rand(n, generator=torch.Generator().manual_seed(2)) + 0.1
     x, bias = activations((m, k), dtype), activations((n,), dtype, seed=5)
