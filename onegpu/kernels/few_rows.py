@@ -107,7 +107,7 @@ def plan(fmt: str, m: int, n: int, k: int, bf16: bool, fp4: bool, nested: int, h
 
 @lru_cache(maxsize=4)
 def _kernel(source: str, bulk: bool) -> CudaKernel:
-    text = source_text("few_rows_common.cu") + source_text(source)
+    text = "".join(map(source_text, ("few_rows_common.cu", "few_rows_parts.cu", source)))
     return CudaKernel("few_rows", text, "few_rows", "PPPPPPPPiiiii" + "T" * bulk)
 
 

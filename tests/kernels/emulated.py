@@ -30,7 +30,8 @@ extern "C" void emulate(int grid, long shared, const u8* w, const u16* x, u16* y
 @functools.cache
 def _library(source: str, constants: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
     text = "".join(f"#define {name} {value}\n" for name, value in constants)
-    text += (Path(__file__).parent / "emulator.h").read_text() + source_text("few_rows_common.cu") + source_text(source)
+    text += (Path(__file__).parent / "emulator.h").read_text()
+    text += "".join(map(source_text, ("few_rows_common.cu", "few_rows_parts.cu", source)))
     folder = Path(tempfile.mkdtemp())
     x_map = ", XMap{x, ROWS, m, k}" if dict(constants).get("XT") else ""
     (folder / "kernel.cpp").write_text(text + _CALL.replace(" X_MAP", x_map))
