@@ -226,10 +226,15 @@ class Layers:
             build = getattr(home, "build_alibi_tensor", None)
             if build is None or heads.kv != heads.query:
                 raise Declined("positions of another form")
-            both = build(torch.ones(1, 2, dtype=torch.int64), heads.query, torch.float32).view(heads.query, 2)
-            factor = heads.scale if getattr(module, "beta", 1.0) == heads.scale else 1.0  # falcon scales them too
-            slopes = (both[:, 1] - both[:, 0]).float() * factor
-            return heads._replace(slopes=slopes.to(self.modules.table.device))
+            steps, coarse = (
+                build(torch.ones(1, 300, dtype=torch.int64), heads.query, dtype).view(heads.query, 300)
+                for dtype in (torch.float32, torch.bfloat16)
+            )
+            slopes = steps[:, 1] - steps[:, 0]
+            scaled = getattr(module, "beta", 1.0) == heads.scale  # Falcon's, which it adds to scores in float32
+            rounded = not scaled and torch.equal((slopes[:, None] * torch.arange(300)).bfloat16(), coarse)
+            slopes = slopes * heads.scale if scaled else slopes
+            return heads._replace(slopes=slopes.to(self.modules.table.device), rounded=rounded)
         turns = getattr(home, "apply_rotary_pos_emb", None)
         if self.rotary is None:
             if turns is not None or hasattr(module, "rotary_ndims"):

@@ -137,9 +137,10 @@ class Heads(NamedTuple):
     None. inv_freq: float32 ``[rotated / 2]`` of the rotary embedding, None for none; rope_scale: what its sines and
     cosines are multiplied by. q_gain, k_gain: ``[HD]`` of the head norms, or ``[HQ HD]`` and ``[HKV HD]`` of norms over
     all heads, with their epsilon and what is added to the gains, or None. cap: scores are ``cap tanh(score / cap)``.
-    slopes: float32 ``[HQ]`` (ALiBi): less slope times how far back a key is. clip: queries, keys and values are cut off
-    at it; 0 for no cap, no clip. grouped: in qkv stand for each key head its queries, the key and the value, else all
-    queries, all keys, all values.
+    slopes: float32 ``[HQ]`` (ALiBi): less slope times how far back a key is; if rounded, plus slope times how many keys
+    of the row are in front of it, in the cache's dtype, to which the sum with the score is rounded too (BLOOM). clip:
+    queries, keys and values are cut off at it; 0 for no cap, no clip. grouped: in qkv stand for each key head its
+    queries, the key and the value, else all queries, all keys, all values.
     """
 
     query: int
@@ -157,6 +158,7 @@ class Heads(NamedTuple):
     slopes: torch.Tensor | None = None
     clip: float = 0.0
     grouped: bool = False
+    rounded: bool = False
 
     @property
     def width(self) -> int:
@@ -289,7 +291,12 @@ def attend(
     if heads.cap:
         scores = heads.cap * torch.tanh(scores / heads.cap)
     if heads.slopes is not None:
-        scores = scores - heads.slopes[:, None] * ago[:, None]
+        if heads.rounded:
+            place = torch.as_tensor(now[:, None] - begin) - ago
+            bias = (heads.slopes[:, None] * place[:, None]).to(keys.dtype)
+            scores = (scores + bias.float()).to(keys.dtype).float()
+        else:
+            scores = scores - heads.slopes[:, None] * ago[:, None]
     scores = scores.masked_fill(~seen[:, None], float("-inf"))
     out.values.zero_()
     out.values[:, :, 0] = torch.einsum("bhj,bhjd->bhd", scores.softmax(-1), v).to(out.values.dtype)

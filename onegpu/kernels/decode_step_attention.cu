@@ -6,7 +6,8 @@
 // Filled in: HD (a multiple of 8, padded to 32), ALL (query heads of a key head), GQ (of them taken at a time, up to 8), HKV,
 // SPLITS, ROT (rotated values of a head), NORMS (1: of each query and key; 2: of all queries, and all keys, together), GROUPED (qkv
 // has for each key head its queries, the key, the value; else all queries, all keys, all values), CAP (scores are
-// cap tanh(score / cap)), ALIBI (slopes, float32 [HKV * ALL]), CLIP (qkv is cut off at +-clip), WARPS, STAGES (tiles of a warp's ring).
+// cap tanh(score / cap)), ALIBI (slopes, float32 [HKV * ALL]; 2: rounded, as Heads in decode_step.py says), CLIP (qkv is cut off at
+// +-clip), WARPS, STAGES (tiles of a warp's ring).
 //
 // A warp takes 16 keys at a time: K and V by asynchronous copies into a ring of its own, both products by mma with the
 // query heads as rows. Keys that a row may not see are copied as zeros. The new key never goes through the cache: the
@@ -22,6 +23,7 @@ constexpr int RING = WARPS * STAGES * STAGE;                           // later 
 static_assert(STAGE >= 8 * WIDE * 4, "room for the outputs");
 static_assert(HD % 8 == 0 && HD <= 256 && GQ <= 8 && ROT <= HD, "head dimensions");
 
+DEVICE float rounded(float v) { return value((u16)pack(v, 0.f)); }
 DEVICE int key_at(int key, int unit) { return key * ROW + (unit ^ (key & 1 ? K_SWAP : 0)) * 16; }
 DEVICE int value_at(int key, int unit) { return key * ROW + (unit ^ (key & V_MASK)) * 16; }
 
@@ -186,7 +188,10 @@ attend(const float* qkv, const i64* position, const i64* rope_position, const in
         const int j = 2 * t + i % 2 + i / 2 * 8;
         w[i] *= scale;
         if (CAP) w[i] = cap * (1.f - 2.f / (exp2_(2.f * LOG2E * (w[i] / cap)) + 1.f));
-        if (ALIBI) { int ago = seen.slot - slot - j; w[i] -= slope * (float)(ago < 0 ? ago + length : ago); }
+        if (ALIBI) {
+          int ago = seen.slot - slot - j; ago = ago < 0 ? ago + length : ago;
+          w[i] = ALIBI == 1 ? w[i] - slope * (float)ago : rounded(w[i] + rounded(slope * (float)(seen.back - ago)));
+        }
         w[i] = mask >> j & 1 ? w[i] * LOG2E : ninf;
         most = larger(most, w[i]);
       }

@@ -97,6 +97,7 @@ def test_numbers_of_attention() -> None:
     bloom = read(decoder("bloom")).layers[0].heads
     assert bloom.slopes is not None
     assert bloom.slopes.tolist() == [2.0**-4, 2.0**-8]
+    assert bloom.rounded
 
 
 def _capped(model: Any) -> None:

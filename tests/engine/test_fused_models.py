@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from transformers import BloomConfig, BloomForCausalLM, DynamicCache
 
 import onegpu
 from onegpu.engine.fused_step import FusedStep, plan
@@ -48,6 +50,29 @@ def test_generate_takes_it(name: str) -> None:
     assert torch.equal(model.generate(ids, attention_mask=mask, max_new_tokens=30, do_sample=False), want)
     assert engine.last is not None
     assert engine.last.fused
+
+
+def test_rounding_of_alibi_is_the_models() -> None:
+    """In bf16 a bias of 100 is a multiple of 1/2, whichever way it was computed: BLOOM's logits follow from that."""
+    config = BloomConfig(vocab_size=64, hidden_size=1024, n_layer=2, n_head=16)
+    torch.manual_seed(2)
+    model = BloomForCausalLM(config).eval().bfloat16()
+    ids = torch.randint(0, 64, (4, 200), generator=torch.Generator().manual_seed(1))
+    cache = DynamicCache(config=config)
+    with torch.no_grad():
+        model(ids[:, :-1], past_key_values=cache)
+        want = model(ids).logits[:, -1].float()
+    step = plan(model)
+    assert isinstance(step, FusedStep), step
+    at, error = torch.tensor([199]), []
+    for rounded in (True, False):
+        heads = step.structure.layers[0].heads._replace(rounded=rounded)
+        layers = [dataclasses.replace(layer, heads=heads) for layer in step.structure.layers]
+        found = dataclasses.replace(step.structure, layers=layers)
+        memory = [(F.pad(layer.keys, (0, 0, 0, 1)), F.pad(layer.values, (0, 0, 0, 1))) for layer in cache.layers]
+        error.append(float((FusedStep(found)(ids[:, -1:], at, at[None], memory) - want).norm()))
+    assert step.structure.layers[0].heads.rounded
+    assert 2 * error[0] < error[1]
 
 
 def test_a_cache_of_another_shape_takes_the_models_forward() -> None:

@@ -187,6 +187,34 @@ def test_attention(device: str, case: tuple, monkeypatch: pytest.MonkeyPatch) ->
         assert torch.equal(new.cpu()[:, :, rest][kept], old[:, :, rest][kept])
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rounded_alibi(device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole numbers, whose sums are exact in any order: so the same scores are rounded."""
+    rows, query, size, length, position = 2, 4, 64, 512, 401
+    begin = torch.tensor([0, 37], dtype=torch.int32)
+    slopes = torch.tensor([0.84, 0.25, 0.07, 0.5])
+    heads = ops.Heads(query, query, size, 1 / 8, slopes=slopes, rounded=True)
+    qkv = random(rows, heads.width).mul(2).round()
+    keys, values = (random(rows, query, length, size, seed=s).mul(2).round().to(dtype) for s in (2, 3))
+    k, v, q = keys.float(), values.float(), qkv.view(rows, 3, query, size)
+    k[:, :, position], v[:, :, position] = q[:, 1], q[:, 2]
+    place = torch.arange(length) - begin[:, None]
+    scores = torch.einsum("rhd,rhjd->rhj", q[:, 0], k) / 8 + (slopes[:, None] * place[:, None]).to(dtype).float()
+    seen = (place >= 0) & (torch.arange(length) <= position)
+    weights = scores.to(dtype).float().masked_fill(~seen[:, None], float("-inf")).softmax(-1)
+    want = torch.einsum("rhj,rhjd->rhd", weights, v).flatten(1)
+    there = on(device, monkeypatch)
+    out = ops.Attended(
+        torch.empty(rows, query, 3, size, dtype=dtype, device=there), torch.empty(rows, query, 3, 2, device=there)
+    )
+    at, turn = torch.tensor([position], device=there), torch.zeros(rows, 1, dtype=torch.int64, device=there)
+    arguments = qkv.to(there), moved(heads, there), keys.to(there), values.to(there), at, turn, begin.to(there), out
+    ops.attend(*arguments)
+    monkeypatch.undo()
+    check(ops.combine(moved(out, "cpu")), want, want.to(dtype), "values")
+
+
 # form, rows, how the stream comes to be and what the norms are
 STREAMS = [
     ("16bit", 3, "added", "layer", "rms"), ("nf4", 2, "added", "rms", "layer"), ("int8", 1, "behind", "layer", None),
