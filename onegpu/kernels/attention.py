@@ -20,7 +20,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from onegpu.errors import bad_argument
-from onegpu.kernels.attention_definition import Options, backward, backward_fake, forward, forward_fake
+from onegpu.kernels.attention_definition import backward, backward_fake, forward, forward_fake
 from onegpu.kernels.attention_dispatch import IMPLEMENTATIONS, again, backward_cuda, forward_cuda, plain
 from onegpu.kernels.autocast import autocast_dtype
 from onegpu.kernels.library import define
@@ -48,7 +48,7 @@ define(
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, deterministic: bool, options: Options
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, deterministic: bool, options: tuple[Any, ...]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         made = forward_cuda if plain(q, k, v) else torch.ops.onegpu.attention_forward
         out, lse = made(q, k, v, *options)
@@ -107,7 +107,7 @@ def attention(
     Raises:
         ArgumentError: shapes, dtypes or combinations that cannot work.
     """
-    dtype = autocast_dtype(q.device.type)
+    dtype = autocast_dtype("cuda" if q.is_cuda else q.device.type)
     if dtype is not None and q.dtype != torch.float64:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if q.ndim < 3 or k.ndim < 3:
@@ -117,7 +117,7 @@ def attention(
     left, right = (-1, -1) if window is None else window
     if causal:
         right = 0 if right < 0 else min(right, 0)
-    options = Options(
+    options = (  # of `Options`, which would take longer to make
         q.shape[-1] ** -0.5 if scale is None else scale, left, right, q_range, k_range, cu_seqlens_q, cu_seqlens_k,
         max_seqlen_q or q.shape[-3], max_seqlen_k or k.shape[-3],
         "auto" if implementation is None else implementation,
@@ -128,7 +128,7 @@ def attention(
             deterministic = torch.are_deterministic_algorithms_enabled()
         out, lse = _Attention.apply(q, k, v, deterministic, options)
     else:
-        made = again(q, k, v, *options) if plain(q, k, v) else None
+        made = again(q, k, v, options) if plain(q, k, v) else None
         if made is None:
             _check(q, k, v, q_range, k_range, cu_seqlens_q, cu_seqlens_k, implementation)
             made = torch.ops.onegpu.attention_forward(q, k, v, *options)

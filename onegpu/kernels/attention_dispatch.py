@@ -19,14 +19,18 @@ _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_HEAD_DIM = 256  # of the kernels
 
 # Where cuDNN, through torch's SDPA, was measured faster than the Hopper kernels on an H100 (torch 2.11, Triton 3.6;
-# rows of benchmarks/cases/attention_sweep.py): (backward, head dim, causal): lengths. What was not measured is not
-# here, nor is a backward, whose way through our log-sum-exp was not compared on a device.
+# rows of benchmarks/cases/attention.py and attention_sweep.py): (backward, head dim, causal): lengths. What was not
+# measured is not here. A backward gets our log-sum-exp, which is natural as cuDNN's is.
 CUDNN: dict[tuple[bool, int, bool], tuple[int, ...]] = {
     (False, 64, True): (512, 1024, 2048, 4096, 8192),
     (False, 64, False): (512, 1024, 2048, 4096, 8192, 16384),
     (False, 128, True): (512,),
     (False, 128, False): (512, 1024),
     (False, 192, True): (4096,),
+    (False, 192, False): (4096,),
+    (True, 192, True): (4096,),
+    (True, 192, False): (4096,),
+    (True, 256, True): (4096,),
 }
 
 _CUDNN_ELEMENTS = 1 << 25  # of q, in the smallest of those measurements; its 80 microseconds of host time are hidden
@@ -137,19 +141,17 @@ def padded(x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(x, (0, -x.shape[-1] % 8))
 
 
-def again(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+def again(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rest: tuple[Any, ...]
+) -> tuple[torch.Tensor, torch.Tensor] | None:
     """What was settled for such tensors, with these; None where nothing was."""
     ready = _ready.get(_key((q, k, v), rest))
-    if ready is None:
-        return None
-    out, lse = forward_fake(q, k, v)
-    ready(q, k, v, out, lse, *_rows(rest))
-    return out, lse
+    return None if ready is None else ready(q, k, v, *_rows(rest))
 
 
 def forward_cuda(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """The op on CUDA tensors."""
-    return again(q, k, v, *rest) or _settle_forward(q, k, v, *rest)
+    return again(q, k, v, rest) or _settle_forward(q, k, v, *rest)
 
 
 def _settle_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -171,17 +173,16 @@ def _settle_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: An
             *turned, None, True, 0.0, options.right == 0, scale=options.scale
         )
         return made[0].transpose(1, 2).contiguous(), made[1].reshape(q.shape[0], q.shape[2], q.shape[1])
-    out, lse = forward_fake(q, k, v)
     if name == "hopper":
         from onegpu.kernels import attention_hopper
 
-        ready = attention_hopper.forward(q, k, v, out, lse, *rest[:-2])
-        ready(q, k, v, out, lse, *_rows(rest))
+        ready = attention_hopper.forward(q, k, v, *rest[:-2])
         _keep(_key((q, k, v), rest), ready)
-    else:
-        from onegpu.kernels import attention_triton
+        return ready(q, k, v, *_rows(rest))
+    from onegpu.kernels import attention_triton
 
-        attention_triton.forward(q, k, v, out, lse, *rest[:-2])
+    out, lse = forward_fake(q, k, v)
+    attention_triton.forward(q, k, v, out, lse, *rest[:-2])
     return out, lse
 
 
@@ -200,7 +201,7 @@ def backward_cuda(
 
 
 def _gradients(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: bool) -> Gradients:
-    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     if packed:  # the kernels write the rows of sequences only
         for x in (dq, dk, dv):
             x.zero_()

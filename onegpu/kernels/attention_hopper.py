@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -11,6 +12,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from onegpu.kernels import attention_sm90, attention_sm90_backward, attention_sm90_rows
+from onegpu.kernels.attention_definition import forward_fake
+from onegpu.kernels.guard import current_device, raw_stream
 from onegpu.kernels.hopper import LOG2E
 from onegpu.kernels.launch import triton_bind
 from onegpu.kernels.triton_kernel import Bound
@@ -90,18 +93,39 @@ def _scratch_layout(swizzle: int) -> Any:
     return gl.NVMMASharedLayout(swizzle, 32, rank=2)
 
 
-def rows_of(
-    rows: torch.Tensor | None, cu_seqlens: torch.Tensor | None, unused: torch.Tensor
-) -> tuple[torch.Tensor, int]:
+def rows_of(rows: torch.Tensor | None, cu_seqlens: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:
     """Where the kernels read a sequence's first row and length, and how."""
     if cu_seqlens is not None:
         return cu_seqlens, 2
-    return (unused, 0) if rows is None else (rows, 1)
+    return rows, 0 if rows is None else 1
 
 
-def _counter(device: torch.device, size: int = 1) -> torch.Tensor:
-    """What tiles are drawn from, and turns counted in: of one call alone, so that two graphs never share it."""
-    return torch.zeros(size, dtype=torch.int32, device=device)
+def _counter(device: int) -> torch.Tensor:
+    """What tiles are drawn from: zero, and of this call alone. A sheet of them is zeroed at once, on the same stream;
+    while a graph is captured one, by the graph.
+    """
+    if device != current_device() or torch.cuda.is_current_stream_capturing():
+        return _zeros(1, device)
+    sheet = _sheets[device, raw_stream(device)]
+    try:
+        return sheet.pop()
+    except IndexError:
+        sheet += _zeros(4 * SHEET, device).view(SHEET, 4).unbind()  # aligned to 16 bytes each
+        return sheet.pop()
+
+
+SHEET = 1024
+_sheets: defaultdict[tuple[int, int], list[torch.Tensor]] = defaultdict(list)  # by device and stream: not used yet
+
+
+def _zeros(size: int, device: int) -> torch.Tensor:
+    return torch.zeros(size, dtype=torch.int32, device=torch.device("cuda", device))
+
+
+@lru_cache
+def _number(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """What, expanded, `torch.empty_like` makes tensors from, in two thirds of the time of `torch.empty`."""
+    return torch.empty((), dtype=dtype, device=device)
 
 
 def for_tma(x: torch.Tensor) -> torch.Tensor:
@@ -114,17 +138,30 @@ class Forward(NamedTuple):
 
     launch: Bound
     draws: bool
+    device: int
+    like_out: torch.Tensor | None  # None: q
+    like_lse: torch.Tensor
 
     def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
-        q_rows: torch.Tensor | None, k_rows: torch.Tensor | None,
-    ) -> None:  # fmt: skip
-        """q_rows, k_rows: ranges or cu_seqlens."""
-        unused = lse
-        drawn = _counter(q.device) if self.draws else unused
-        self.launch(
-            q, k, v, out, out, lse, unused if q_rows is None else q_rows, unused if k_rows is None else k_rows, drawn
-        )
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_rows: torch.Tensor | None,
+        k_rows: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """(out, lse). q_rows, k_rows: ranges or cu_seqlens."""
+        like = q if self.like_out is None else self.like_out
+        out = torch.empty_like(like, memory_format=torch.contiguous_format)
+        lse = torch.empty_like(self.like_lse, memory_format=torch.contiguous_format)
+        given = [q, k, v, out]
+        if q_rows is not None:
+            given.append(out)
+        given.append(lse)
+        if q_rows is not None:
+            given.append(q_rows)
+        if k_rows is not None:
+            given.append(k_rows)
+        if self.draws:
+            given.append(_counter(self.device))
+        self.launch(*given)
+        return out, lse
 
 
 def _dense(
@@ -145,17 +182,18 @@ def _dense(
 
 
 def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, scale: float, left: int,
-    right: int, q_range: torch.Tensor | None, k_range: torch.Tensor | None, cu_seqlens_q: torch.Tensor | None,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, left: int, right: int,
+    q_range: torch.Tensor | None, k_range: torch.Tensor | None, cu_seqlens_q: torch.Tensor | None,
     cu_seqlens_k: torch.Tensor | None, max_seqlen_q: int, **options: Any,
 ) -> Forward:  # fmt: skip
-    """As the op, for what `serves`; out contiguous. options: constants of the kernel, other than chosen here.
+    """As the op, for what `serves`. options: constants of the kernel, other than chosen here.
 
     Does not run it: returns what does.
     """
     (s_q, heads, d), (s_k, heads_kv, d_v) = q.shape[-3:], v.shape[-3:]
-    q_rows, how_q = rows_of(q_range, cu_seqlens_q, lse)
-    k_rows, how_k = rows_of(k_range, cu_seqlens_k, lse)
+    out, lse = forward_fake(q, k, v)
+    q_rows, how_q = rows_of(q_range, cu_seqlens_q)
+    k_rows, how_k = rows_of(k_range, cu_seqlens_k)
     batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.numel() - 1
     alias = boxed(d) == boxed(d_v) == 256
     aligned = right >= 0 and not how_q and not how_k and (s_k - s_q + right) % 64 == 0
@@ -177,13 +215,15 @@ def forward(
         constants |= found | options
         section = options.get("section") or section
     del constants["section"]
-    drawn = _counter(q.device) if constants["DRAW"] else lse
+    device = q.get_device()
+    drawn = _counter(device) if constants["DRAW"] else None
     launch = triton_bind(
         attention_sm90.forward_kernel, (blocks,), descriptor(q, 64), descriptor(k, bn), descriptor(v, bn),
-        descriptor(out, 64), out, lse, q_rows, k_rows, drawn, batch, heads, group, s_q, s_k, n_m, section,
-        scale * LOG2E.value, left, right, **constants, num_warps=4,
+        descriptor(out, 64), out if how_q else None, lse, q_rows, k_rows, drawn, batch, heads, group, s_q, s_k, n_m,
+        section, scale * LOG2E.value, left, right, **constants, num_warps=4,
     )  # fmt: skip
-    return Forward(launch, constants["DRAW"])
+    like_out = None if d == d_v else _number(out.dtype, out.device).expand(out.shape)
+    return Forward(launch, constants["DRAW"], device, like_out, _number(lse.dtype, lse.device).expand(lse.shape))
 
 
 class Backward(NamedTuple):
@@ -192,7 +232,9 @@ class Backward(NamedTuple):
     before: Bound
     main: Bound
     after: Bound
-    counters: int
+    device: int
+    draws: bool
+    turns: int  # numbers that a deterministic one counts in, the first of which tiles are drawn from
     sum_shape: tuple[int, int]
     rows_shape: tuple[int, int]
 
@@ -207,7 +249,7 @@ class Backward(NamedTuple):
         total, rows = lse.new_empty(self.sum_shape), lse.new_empty(self.rows_shape)
         given = (out, grad, lse) if grad_lse is None else (out, grad, lse, grad_lse)
         self.before(*given, rows, total, q_rows)
-        drawn = _counter(q.device, self.counters) if self.counters else lse
+        drawn = _zeros(self.turns, self.device) if self.turns else _counter(self.device) if self.draws else lse
         self.main(q, k, v, grad, dk, dv, rows, total, dk, dv, q_rows, k_rows, drawn)
         self.after(total, dq, q_rows)
 
@@ -226,8 +268,9 @@ def backward(
     """
     (s_q, heads, d), (s_k, heads_kv, d_v) = q.shape[-3:], v.shape[-3:]
     dq, dk, dv = gradients
-    q_rows, how_q = rows_of(q_range, cu_seqlens_q, lse)
-    k_rows, how_k = rows_of(k_range, cu_seqlens_k, lse)
+    q_rows, how_q = rows_of(q_range, cu_seqlens_q)
+    k_rows, how_k = rows_of(k_range, cu_seqlens_k)
+    q_rows, k_rows = lse if q_rows is None else q_rows, lse if k_rows is None else k_rows
     packed = cu_seqlens_q is not None
     batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.numel() - 1
     wide = boxed(d)
@@ -249,26 +292,22 @@ def backward(
         "HEAD": d, "HEAD_V": d_v, "ST": 2, "LEFT": left >= 0, "RIGHT": right >= 0,
         "EVEN": not how_k and s_k % 128 == 0, "RQ": how_q, "RK": how_k,
         "DRAW": 2 if deterministic else int(tiles > started), "SWAP": wide == 64 or diagonal,
-        "SPLIT": diagonal,
-        "ORDER": deterministic, "FIRST": False,
+        "SPLIT": diagonal, "ORDER": deterministic,
     } | options  # fmt: skip
-    # With ranges or windows, blocks of queries may see nothing, and nobody would write their sum.
-    constants["FIRST"] &= not how_q and not how_k and left < 0 and (right < 0 or s_k - s_q + right >= 0)
     before = triton_bind(
         attention_sm90_rows.before_kernel, (n_m * heads * batch,), out, grad, lse, grad_lse, rows, total, q_rows,
-        *strides, heads, s_q, n_b, n_m, HEAD=d_v, **sizes, CLEAR=not constants["FIRST"], num_warps=4,
+        *strides, heads, s_q, n_b, n_m, HEAD=d_v, **sizes, num_warps=4,
     )  # fmt: skip
-    counters = 2 + 2 * blocks if constants["ORDER"] else int(constants["DRAW"])
-    drawn = _counter(q.device, counters) if counters else lse
+    device, draws, turns = q.get_device(), bool(constants["DRAW"]), 2 + 2 * blocks if constants["ORDER"] else 0
     main = triton_bind(
         attention_sm90_backward.backward_kernel, (started,), descriptor(q, m), descriptor(k, 64), descriptor(v, 64),
         descriptor(grad, m), descriptor(dk, 64), descriptor(dv, 64), *scratch(rows, total), dk, dv, q_rows,
-        k_rows, drawn, batch, heads, heads_kv, s_q, s_k, n_b, n_n, section, scale, scale * LOG2E.value, left, right,
-        **constants, num_warps=4,
+        k_rows, _zeros(1, device), batch, heads, heads_kv, s_q, s_k, n_b, n_n, section, scale, scale * LOG2E.value,
+        left, right, **constants, num_warps=4,
     )  # fmt: skip
     tiles_q = triton.cdiv(max_seqlen_q if packed else s_q, 64) * (wide // 64)
     after = triton_bind(
         attention_sm90_rows.after_kernel, (tiles_q * heads * batch,), total, dq, q_rows, heads, s_q, n_b, tiles_q,
         scale, HEAD=d, **sizes, num_warps=4,
     )  # fmt: skip
-    return Backward(before, main, after, counters, (blocks * m, wide), (blocks, 2 * m))
+    return Backward(before, main, after, device, draws, turns, (blocks * m, wide), (blocks, 2 * m))

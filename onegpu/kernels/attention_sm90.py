@@ -273,6 +273,11 @@ def forward_kernel(q_desc, k_desc, v_desc, o_desc, p_o, p_lse, p_q_rows, p_k_row
                    LEFT: gl.constexpr, RIGHT: gl.constexpr, ALIGNED: gl.constexpr, WIDE: gl.constexpr,
                    RQ: gl.constexpr, RK: gl.constexpr, DRAW: gl.constexpr, ROTATE: gl.constexpr,
                    ALIAS: gl.constexpr):  # fmt: skip
+    """p_o, p_q_rows, p_k_rows, p_counter: None where they are not read."""
+    p_o = p_lse if p_o is None else p_o
+    p_q_rows = p_lse if p_q_rows is None else p_q_rows
+    p_k_rows = p_lse if p_k_rows is None else p_k_rows
+    p_counter = p_lse if p_counter is None else p_counter
     dtype: gl.constexpr = q_desc.dtype
     D: gl.constexpr = q_desc.block_shape[3]
     DV: gl.constexpr = v_desc.block_shape[3]

@@ -58,7 +58,7 @@ FIELDS = {
     **dict.fromkeys(("B", "H", "HK", "SQ", "SK", "NB", "NN", "section", "scale", "scale_log2", "left", "right"),
                     gl.tensor),
     **dict.fromkeys(("M", "D", "HEAD", "HEAD_V", "ST", "LEFT", "RIGHT", "EVEN", "RQ", "RK", "DRAW", "LOADERS",
-                     "SPLIT", "ORDER", "FIRST"), gl.constexpr),
+                     "SPLIT", "ORDER"), gl.constexpr),
 }  # fmt: skip
 
 
@@ -68,7 +68,7 @@ class _Args:
     NB: blocks of M queries that a head has in the scratch memory. NN: tiles of a head. HEAD and HEAD_V: the real head
     dims, D the one in shared memory. EVEN: every tile has 128 keys. RQ, RK: how rows are told: 0 all, 1 by ranges, 2
     packed. DRAW: tiles from a counter, 2 the first too. LOADERS: threads of the producer. SPLIT: query blocks with a
-    mask have a loop of their own. ORDER: dQ is added in one order. FIRST: into memory that nobody has cleared.
+    mask have a loop of their own. ORDER: dQ is added in one order.
     """
 
     __annotations__ = FIELDS
@@ -91,12 +91,9 @@ def _add_dq(a, dq, block, turn, last, WG: gl.constexpr):
     fence_async_shared()
     row = block * 64 if a.D == 128 else block * 128 + WG * 64
     column: gl.constexpr = WG * 64 if a.D == 128 else 0
-    if a.FIRST and turn == 0:
-        tma.async_copy_shared_to_global(a.sum_desc, [row, column], buf)
-    else:
-        if a.ORDER:
-            wait_turn(a.p_counter + last, turn)
-        tma_add(a.sum_desc, [row, column], buf)
+    if a.ORDER:
+        wait_turn(a.p_counter + last, turn)
+    tma_add(a.sum_desc, [row, column], buf)
 
 
 @gluon.jit
@@ -358,8 +355,7 @@ def backward_kernel(q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, rows_desc
                     p_q_rows, p_k_rows, p_counter, B, H, HK, SQ, SK, NB, NN, section, scale, scale_log2, left, right,
                     HEAD: gl.constexpr, HEAD_V: gl.constexpr, ST: gl.constexpr, LEFT: gl.constexpr,
                     RIGHT: gl.constexpr, EVEN: gl.constexpr, RQ: gl.constexpr, RK: gl.constexpr, DRAW: gl.constexpr,
-                    SWAP: gl.constexpr, SPLIT: gl.constexpr, ORDER: gl.constexpr,
-                    FIRST: gl.constexpr):  # fmt: skip
+                    SWAP: gl.constexpr, SPLIT: gl.constexpr, ORDER: gl.constexpr):  # fmt: skip
     """SWAP: the four warps of the default partition load; the consumers spill less then, and three warps idle."""
     dtype: gl.constexpr = q_desc.dtype
     M: gl.constexpr = q_desc.block_shape[2]
@@ -393,7 +389,7 @@ def backward_kernel(q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, rows_desc
     a = Args(q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, rows_desc, sum_desc, p_dk, p_dv, p_q_rows, p_k_rows,
              p_counter, q_bufs, do_bufs, row_bufs, k_bufs, v_bufs, ds_bufs, out_bufs, q_full, do_full, k_full, v_full,
              kv_empty, t_buf, t_full, t_empty, B, H, HK, SQ, SK, NB, NN, section, scale, scale_log2, left, right, M, D,
-             HEAD, HEAD_V, ST, LEFT, RIGHT, EVEN, RQ, RK, DRAW, 128 if SWAP else 32, SPLIT, ORDER, FIRST)  # fmt: skip
+             HEAD, HEAD_V, ST, LEFT, RIGHT, EVEN, RQ, RK, DRAW, 128 if SWAP else 32, SPLIT, ORDER)  # fmt: skip
     if SWAP:
         gl.warp_specialize([(_producer, (a,)), (_consumer, (a, 0)), (_consumer, (a, 1))], [4, 4], [240, 240])
     else:

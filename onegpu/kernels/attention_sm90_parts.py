@@ -4,7 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from onegpu.kernels.hopper import sequence
+from onegpu.kernels.hopper import drawn, sequence
 
 
 @gluon.jit
@@ -60,7 +60,7 @@ def masked(a, at, first, n):
 def draw(a, tile):
     """The block's next tile."""
     if a.DRAW:
-        tile = gl.atomic_add(a.p_counter, 1)
+        tile = drawn(a.p_counter)
     return tile + gl.num_programs(0)
 
 

@@ -32,8 +32,7 @@ def _block(p_q_rows, i_b, i_h, H, SQ, NB, M: tl.constexpr, RQ: tl.constexpr):
 
 @triton.jit(do_not_specialize=["H", "SQ", "NB", "NM"])
 def before_kernel(p_o, p_do, p_lse, p_dlse, p_rows, p_sum, p_q_rows, do_b, do_s, do_h, H, SQ, NB, NM,
-                  HEAD: tl.constexpr, D: tl.constexpr, M: tl.constexpr, RQ: tl.constexpr,
-                  CLEAR: tl.constexpr):  # fmt: skip
+                  HEAD: tl.constexpr, D: tl.constexpr, M: tl.constexpr, RQ: tl.constexpr):  # fmt: skip
     i_m = tl.program_id(0) % NM
     i_h = tl.program_id(0) // NM % H
     i_b = tl.program_id(0) // NM // H
@@ -59,8 +58,7 @@ def before_kernel(p_o, p_do, p_lse, p_dlse, p_rows, p_sum, p_q_rows, do_b, do_s,
     p_r = p_rows + (block + i_m) * (2 * M) + tl.arange(0, M)
     tl.store(p_r, b_lse)
     tl.store(p_r + M, b_delta)
-    if CLEAR:
-        tl.store(p_sum + (block + i_m) * (M * D) + tl.arange(0, M * D), tl.zeros([M * D], tl.float32))
+    tl.store(p_sum + (block + i_m) * (M * D) + tl.arange(0, M * D), tl.zeros([M * D], tl.float32))
 
 
 @triton.jit(do_not_specialize=["H", "SQ", "NB", "NM"])

@@ -40,11 +40,12 @@ class Plan(NamedTuple):
 
 
 def fits(
-    config: Config, fmt: str, nested: bool, m: int, n: int, k: int, half: bool, sms: int, limit: int
+    config: Config, fmt: str, nested: int, m: int, n: int, k: int, half: bool, sms: int, limit: int
 ) -> tuple[int, int] | None:
     """(clusters, bytes of shared memory) of a launch with this configuration, or None where it cannot serve.
 
-    half: scales for 32 columns. sms, limit: multiprocessors, and bytes of shared memory that a block may have.
+    nested: 0 plain scales, 1 quantised, 2 so that a piece of a row has its codes in one word. half: scales for 32
+    columns. sms, limit: multiprocessors, and bytes of shared memory that a block may have.
     """
     if m > config.rows or (half and not isinstance(config, Wide)):
         return None
@@ -55,11 +56,16 @@ def fits(
     usable = sms if config.cluster <= 2 else sms - sms // 11
     clusters = min(usable // config.cluster, n)
     shared = config.shared(fmt, nested, n, k, clusters, half)
-    return (clusters, shared) if shared + _STATIC <= limit else None
+    if config.blocks == 1:
+        return (clusters, shared) if shared + _STATIC <= limit else None
+    driver = 1024  # bytes of each block
+    if shared + driver > (limit + driver) // config.blocks:
+        return None
+    return clusters, max(shared, (limit + driver) // (config.blocks + 1))  # one more would not be on a free one
 
 
 def choose(
-    fmt: str, nested: bool, m: int, n: int, k: int, half: bool, sms: int, limit: int, major: int
+    fmt: str, nested: int, m: int, n: int, k: int, half: bool, sms: int, limit: int, major: int
 ) -> tuple[Config, int, int] | None:
     """The configuration for a product, with its clusters and its bytes of shared memory; arguments as those of `fits`.
 
@@ -83,7 +89,7 @@ def choose(
 
 
 @lru_cache(maxsize=4096)
-def plan(fmt: str, m: int, n: int, k: int, bf16: bool, fp4: bool, nested: bool, half: bool, device: int) -> Plan | None:
+def plan(fmt: str, m: int, n: int, k: int, bf16: bool, fp4: bool, nested: int, half: bool, device: int) -> Plan | None:
     """The launch for a product, or None where no configuration serves it."""
     properties = torch.cuda.get_device_properties(device)
     if properties.major < 8:
@@ -101,13 +107,13 @@ def plan(fmt: str, m: int, n: int, k: int, bf16: bool, fp4: bool, nested: bool, 
 
 @lru_cache(maxsize=4)
 def _kernel(source: str, bulk: bool) -> CudaKernel:
-    text = source_text("few_rows_common.cu") + source_text(source)
+    text = "".join(map(source_text, ("few_rows_common.cu", "few_rows_parts.cu", source)))
     return CudaKernel("few_rows", text, "few_rows", "PPPPPPPPiiiii" + "T" * bulk)
 
 
-def kernel(config: Config, fmt: str, bf16: bool, fp4: bool, nested: bool, half: bool) -> CudaKernel:
+def kernel(config: Config, fmt: str, bf16: bool, fp4: bool, nested: int, half: bool) -> CudaKernel:
     """The kernel of a configuration, not yet compiled."""
-    constants = {"FMT": FORMATS[fmt], "BF16": int(bf16), "FP4": int(fp4), "NESTED": int(nested)}
+    constants = {"FMT": FORMATS[fmt], "BF16": int(bf16), "FP4": int(fp4), "NESTED": min(int(nested), config.packs)}
     return _kernel(config.source, getattr(config, "bulk", False)).variant(None, **constants, **config.constants(half))
 
 
@@ -150,7 +156,11 @@ def launch(
     """
     m, k = x.shape
     half, device = blocksize == 32, x.get_device()
-    found = plan(fmt, m, n, k, x.dtype == torch.bfloat16, quant_type == "fp4", nested is not None, half, device)
+    quantised = 0
+    if nested is not None and scales is not None:
+        whole = blocksize == 64 and k % 256 == 0 and nested_blocksize >= 4 and scales.data_ptr() % 4 == 0
+        quantised = 2 if whole else 1
+    found = plan(fmt, m, n, k, x.dtype == torch.bfloat16, quant_type == "fp4", quantised, half, device)
     if found is None:
         return None
     y = x.new_empty((m, n))

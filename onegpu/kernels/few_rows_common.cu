@@ -1,5 +1,6 @@
-// Pieces that both few-row kernels share; few_rows.py puts one kernel's text behind this and sets, as macros: FMT (0: 16-bit
-// weights, 1: int8, 2: 4-bit), FP4 (the codebook), BF16 (activations and outputs; else fp16), NESTED (absmax is quantised),
+// Pieces that the few-row kernels share; few_rows.py puts one kernel's text behind this and sets, as macros: FMT (0: 16-bit
+// weights, 1: int8, 2: 4-bit), FP4 (the codebook), BF16 (activations and outputs; else fp16), NESTED (absmax is quantised; 2: blocks of
+// 64, whole words of codes and one scale for them in every piece of a row, what few_rows.py sees to),
 // TABLE_SHIFT (log2 of a table row's bytes, 7 or 8) and CL (blocks of a cluster, which share the columns).
 typedef unsigned int u32; typedef unsigned short u16; typedef unsigned char u8; typedef long long i64; typedef unsigned long long u64;
 
@@ -36,6 +37,14 @@ DEVICE void copy16(Shared dst, const void* src, int take, u64 policy) {
 }
 DEVICE void copy16(Shared dst, const void* src, int take) { asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(dst), "l"(src), "r"(take) : "memory"); }
 DEVICE void copy4(Shared dst, const void* src, int take) { asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" :: "r"(dst), "l"(src), "r"(take) : "memory"); }
+// 16 bytes past the first-level cache, zeros where not `inside`.
+DEVICE uint4 read16(const void* p, bool inside, u64 policy) {
+  uint4 v;
+  asm volatile("{ .reg .pred p; setp.ne.s32 p, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;\n"
+               "@p ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %6; }"
+               : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w) : "l"(p), "r"((int)inside), "l"(policy) : "memory");
+  return v;
+}
 DEVICE void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> DEVICE void copies_left() { asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory"); }
 DEVICE void wait_before_reading_x() {
@@ -63,6 +72,14 @@ DEVICE float cluster_read(const float* p, int rank) {
   float v = 0.f;
 #if __CUDA_ARCH__ >= 900
   asm volatile("{ .reg .b32 a; mapa.shared::cluster.u32 a, %1, %2; ld.shared::cluster.f32 %0, [a]; }" : "=f"(v) : "r"(saddr(p)), "r"(rank) : "memory");
+#endif
+  return v;
+}
+DEVICE float4 cluster_read4(const float* p, int rank) {
+  float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+#if __CUDA_ARCH__ >= 900
+  asm volatile("{ .reg .b32 a; mapa.shared::cluster.u32 a, %4, %5; ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [a]; }"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(saddr(p)), "r"(rank) : "memory");
 #endif
   return v;
 }
@@ -123,8 +140,10 @@ struct alignas(64) XMap { u8 bytes[128]; };
 DEVICE void copy_x(void* to, const XMap* map, int col, void* b) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" :: "r"(saddr(to)), "l"(map), "r"(saddr(b)), "r"(col), "r"(0) : "memory");
 }
+DEVICE void send_for_map(const XMap* map) { asm volatile("prefetch.tensormap [%0];" :: "l"(map) : "memory"); }
 DEVICE void copies_seen_by_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 DEVICE int of_warp(int v) { return __shfl_sync(~0u, v, 0); }           // the compiler then knows that it is one value
+DEVICE float of_other_lane(float v, int o) { return __shfl_xor_sync(~0u, v, o); }
 DEVICE u32 warp_max(u32 v) { return __reduce_max_sync(~0u, v); }
 DEVICE u32 max_of_8(u32 v) {                                             // of eight lanes in a row
 #pragma unroll
@@ -162,6 +181,13 @@ struct Output {
     if (bias) sum += value(bias[row]);
     y[(i64)m * n + row] = (u16)pack(sum, 0.f);
   }
+  // What is read last, into L2: from memory, the end would wait for it.
+  DEVICE void send_for_rows(int r0, int r1) const {
+    const int row = r0 + 32 * (int)threadIdx.x;
+    if (row >= r1 + 31) return;
+    if (FMT == 1) send_for(row_scale + min(row, r1 - 1));
+    if (bias) send_for(bias + min(row, r1 - 1));
+  }
 };
 
 // The float32 scale of 64 (or 32) columns of a row. Quantised scales travel as the aligned word that holds the code.
@@ -188,7 +214,12 @@ struct Scales {
     const u32 at = (u32)(u64)absmax + (block >> shift) & 3;
     return fmaf(map_[word >> (8 * at) & 255], scale, plus);
   }
+  // NESTED 2: what a row has for the piece that begins with this block: the word with its codes, and their scale.
+  DEVICE const void* word_of(u32 block) const { return (const u8*)absmax + (block & ~3u); }
+  DEVICE const void* outer_of(u32 block) const { return nested + (block >> nested_shift); }
+  DEVICE float decode_of_word(u32 word, float scale, float plus, int block_of_word, const float* map_) const { return fmaf(map_[word >> (8 * block_of_word) & 255], scale, plus); }
 };
+constexpr int PACKED = FMT == 2 && NESTED == 2;
 
 // The two values of every byte, once for each lane, so that no two lanes meet in a bank: fp16 pairs.
 constexpr int TABLE = FMT == 2 ? 256 << TABLE_SHIFT : 0;
@@ -200,23 +231,24 @@ CONSTANT float CODE[16] = {
   0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.f
 #endif
 };
+// `code`: the sixteen values in shared memory or constant memory. A thread's second nibble is always the same.
+DEVICE void build_table_of(u8* table, const float* code, int threads) {
+  const float low = code[threadIdx.x >> 3 & 15];
+#pragma unroll 4
+  for (int i = threadIdx.x; i < 2048; i += threads) {
+    u32 p = pack_h(code[i >> 7], threads % 128 ? code[i >> 3 & 15] : low);
+    *(uint4*)(table + (i >> 3 << TABLE_SHIFT) + (i & 7) * 16) = make_uint4(p, p, p, p);
+  }
+}
 DEVICE void build_table(u8* table, int threads) {
   if (FMT != 2) return;
   SHARED_ARRAY(float, code, 16);                                         // indexed by lane: from constant memory that would be serial
   if (threadIdx.x < 16) code[threadIdx.x] = CODE[threadIdx.x];
   __syncthreads();
-  for (int i = threadIdx.x; i < 2048; i += threads) {
-    u32 p = pack_h(code[i >> 7], code[i >> 3 & 15]);
-    *(uint4*)(table + (i >> 3 << TABLE_SHIFT) + (i & 7) * 16) = make_uint4(p, p, p, p);
-  }
+  build_table_of(table, code, threads);
 }
 // Without an array of its own in shared memory, so that what follows is aligned as wgmma wants it.
-DEVICE void build_plain_table(u8* table, int threads) {
-  for (int i = threadIdx.x; i < 2048; i += threads) {
-    u32 p = pack_h(CODE[i >> 7], CODE[i >> 3 & 15]);
-    *(uint4*)(table + (i >> 3 << TABLE_SHIFT) + (i & 7) * 16) = make_uint4(p, p, p, p);
-  }
-}
+DEVICE void build_plain_table(u8* table, int threads) { build_table_of(table, CODE, threads); }
 template <int B> DEVICE u32 look_up(const u8* table, u32 w, u32 lane4) {
   if (TABLE_SHIFT == 8) return *(const u32*)(table + __byte_perm(w, lane4, 0x5504 | B << 4));
   u32 at = B == 0 ? w << 7 : w >> (8 * B - 7);

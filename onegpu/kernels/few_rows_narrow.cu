@@ -7,22 +7,12 @@
 //
 // 4-bit: looked-up fp16 pairs are the operand, the sum over each 64 columns is scaled in float32. bf16 x becomes fp16,
 // exactly up to a factor: each row is scaled by a power of two (its largest value below 2^15; sums are float32).
-// Filled in: MP, WARPS, SLOTS, CB, TG, EARLY (0: weights may be read at once; else the kernel in front may be writing them, and
-// so many pieces of each warp are only sent for, into L2, until it has ended).
+// Filled in: MP, WARPS, TG, and those of Ring.
 constexpr int NT = MP > 8 ? 2 : 1, THREADS = WARPS * 32;
-constexpr int KB = FMT == 0 ? CB / 2 : FMT == 1 ? CB : 2 * CB;         // columns of a piece
-constexpr int GROUP = FMT == 0 ? 32 : 64, GROUPS = KB / GROUP;         // columns that the four lanes of a row take together
-constexpr int SCALES = FMT == 2 ? GROUPS : 0, PER_ROW = SCALES ? SCALES : 1, PIECE = 16 * CB, SLOT = PIECE + 64 * SCALES * (1 + NESTED);
 constexpr int SUMS = TG * WARPS * 16 * MP;                              // of the warps, in floats
 constexpr int IN_TABLE = FMT == 2 && TABLE_SHIFT == 8;                 // the table leaves 128 of every 256 bytes free: the sums go there
 static_assert(!IN_TABLE || SUMS <= 8192, "the sums have 32 KB in the table");
 constexpr int TO_FP16 = FMT == 2 && BF16, MMA_BF16 = BF16 && FMT != 2;
-
-// Where a warp is: it takes every WARPS-th piece.
-struct Walk {
-  int tile, piece, pieces;
-  DEVICE void next() { piece += WARPS; while (piece >= pieces) { piece -= pieces; tile++; } }
-};
 
 ENTRY __global__ void __launch_bounds__(THREADS, 1)
 few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ y, const u16* __restrict__ bias,
@@ -48,80 +38,21 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   const Output out = {y, bias, (const float*)absmax, n};
   const u64 policy = evict_first();
 
-  constexpr int UNITS = CB / 16, STEP = 32 / UNITS;                      // a warp copies STEP rows at once
-  const int f_row = lane / UNITS, f_unit = lane % UNITS, f_place = f_row * CB + swizzled<CB>(f_row, f_unit) * 16;
-  const Shared first_slot = shared(ring + f_place);
-  Shared f_slot = first_slot;
-  Walk ahead = {pieces ? warp / pieces : tiles, pieces ? warp % pieces : 0, pieces}, here = ahead;
-  auto fetch = [&]() {
-    if (ahead.tile < tiles) {
-      const int tile_row = r0 + ahead.tile * 16, row0 = tile_row + f_row, piece = p0 + ahead.piece, at = piece * CB + f_unit * 16, take = at < row_bytes ? 16 : 0;
-      const u8* from = w + (i64)row0 * row_bytes + (take ? at : 0);
-#pragma unroll
-      for (int j = 0; j < 16 / STEP; j++)                                // the swizzle is the same every STEP rows
-        if (row0 + j * STEP < r1) copy16(f_slot + j * STEP * CB, from + (i64)(j * STEP) * row_bytes, take, policy);
-#pragma unroll
-      for (int j = 0; j < SCALES / 2; j++) {
-        int e = lane + 32 * j, row = tile_row + e / PER_ROW, b = piece * SCALES + e % PER_ROW;
-        scales.fetch_both(f_slot + (PIECE + e * 4 - f_place), 64 * SCALES, row * nb + b, row < r1 && b < nb);
-      }
-      ahead.next();
-    }
-    f_slot = f_slot == first_slot + (SLOTS - 1) * SLOT ? first_slot : f_slot + SLOT;
-    commit();
-  };
-
-  auto fill = [&]() {
-#pragma unroll
-    for (int i = 0; i < SLOTS - 1; i++) fetch();
-  };
+  const Walk<WARPS> start = {pieces ? warp / pieces : tiles, pieces ? warp % pieces : 0, pieces}; Walk<WARPS> here = start;
+  Ring<WARPS> stream = {w, ring, scales, r0, 16, r1, tiles, p0, row_bytes, nb, policy};
+  stream.open(start);
 
   let_next_kernel_start();
-  if (EARLY) {                                                           // may not read weights yet, but may send for them
-    Walk walk = here;
-    for (int i = 0; i < EARLY && walk.tile < tiles; i++, walk.next()) {
-      const int row = r0 + walk.tile * 16 + (lane & 15), at = (p0 + walk.piece) * CB;
-      if (lane < 16 && row < r1 && at < row_bytes) send_for(w + (i64)row * row_bytes + at);
-    }
-  } else fill();
+  out.send_for_rows(r0, r1);
+  if (EARLY) stream.begin_early(); else stream.fill();
   if (threadIdx.x < 16) top[threadIdx.x] = 0;
   build_table(table, THREADS);
   wait_before_reading_x();
-  if (NESTED) for (int i = threadIdx.x; i < 256; i += THREADS) map_[i] = map[i];
+  if (EARLY) stream.fill();
+  Values<THREADS> values; values.fetch(map);
   const float plus = NESTED ? *offset : 0.f;
-  if (EARLY) fill();
-  if (TO_FP16) __syncthreads();
-  // A warp takes 32 vectors of one row at a time, and several before it uses the first: one trip to memory, not one a row.
-  const int vectors = share * KB / 8, chunks = (vectors + 31) / 32;
-  constexpr int BATCH = 8;
-  for (int u0 = warp; u0 < MP * chunks; u0 += BATCH * WARPS) {
-    uint4 q[BATCH];
-#pragma unroll
-    for (int j = 0; j < BATCH; j++) {
-      const int u = u0 + j * WARPS, r = u % MP, v = u / MP * 32 + lane, col = p0 * KB + v * 8;
-      q[j] = make_uint4(0, 0, 0, 0);
-      if (u < MP * chunks && v < vectors && r < m && col < k) q[j] = *(const uint4*)(x + (i64)r * k + col);
-    }
-#pragma unroll
-    for (int j = 0; j < BATCH; j++) {
-      const int u = u0 + j * WARPS, r = u % MP, v = u / MP * 32 + lane;
-      if (u >= MP * chunks) break;
-      if (v < vectors) *(uint4*)(xs + r * pitch + v * 16) = q[j];
-      if (TO_FP16) {
-        const u32 biggest = warp_max(largest(q[j]));
-        if (lane == 0) atomicMax(&top[r], biggest);
-      }
-    }
-  }
-  __syncthreads();
-  if (TO_FP16) {
-#pragma unroll 4
-    for (int u = warp; u < MP * chunks; u += WARPS) {                    // what this thread wrote
-      const int r = u % MP, v = u / MP * 32 + lane;
-      if (v < vectors) { uint4* p = (uint4*)(xs + r * pitch + v * 16); *p = to_fp16(*p, x_scale(top[r])); }
-    }
-    __syncthreads();
-  }
+  hold_x<MP, WARPS, TO_FP16>(x, top, m, k, p0 * KB, share * KB / 8, [&](int r, int v) { return xs + r * pitch + v * 16; });
+  if (NESTED) { values.put(map_); __syncthreads(); }
 
   const u32 lane4 = lane * 4;
   const u8* x_lane[NT];
@@ -130,7 +61,6 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   float acc[NT][4];
 #pragma unroll
   for (int i = 0; i < NT; i++) acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = 0.f;
-  int slot_no = 0;
   for (int q0 = 0; q0 < tiles; q0 += TG) {
     const int q1 = min(q0 + TG, tiles); int done = q0;
     auto flush = [&](int upto) {
@@ -150,20 +80,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
     while (here.tile < q1) {
       const int tile = here.tile, piece = here.piece;
       flush(tile);
-      fetch();
-      copies_left<SLOTS - 1>();
-      __syncwarp();
-      u8* slot = ring + slot_no * SLOT;
-      if (++slot_no == SLOTS) slot_no = 0;
-      if (NESTED) {
-#pragma unroll
-        for (int j = 0; j < SCALES / 2; j++) {
-          int e = lane + 32 * j, row = r0 + tile * 16 + e / PER_ROW, b = (p0 + piece) * SCALES + e % PER_ROW;
-          float* s = (float*)(slot + PIECE) + e;
-          *s = scales.decode(__float_as_uint(*s), s[16 * SCALES], plus, row * nb + b, map_);
-        }
-        __syncwarp();
-      }
+      const u8* slot = stream.next(tile, piece, plus, map_);
       float s0[SCALES + 1], s1[SCALES + 1];
 #pragma unroll
       for (int b = 0; b < SCALES; b++) { s0[b] = ((const float*)(slot + PIECE))[g * SCALES + b]; s1[b] = ((const float*)(slot + PIECE))[(g + 8) * SCALES + b]; }

@@ -6,22 +6,17 @@
 // each 64 columns when it comes, so that a lane's stored bytes are its operands in order.
 // 4-bit: looked-up fp16 pairs are the operand; the sum over each 64 columns is scaled in float32 while the next products run.
 // bf16 x becomes fp16 up to a power of two a row, of this block's columns. int8: nothing is scaled before the end.
-// Filled in: NT (eights of x), WN, WK, CB, SLOTS, EARLY (as in few_rows_narrow.cu).
+// Filled in: NT (eights of x), WN, WK, BLOCKS (as in few_rows_direct.cu), and those of Ring.
 constexpr int WARPS = 4 * WN * WK, THREADS = 32 * WARPS, BN = 64 * WN, ROWS = 8 * NT;
-constexpr int KB = FMT == 1 ? CB : 2 * CB, GROUPS = KB / 64;           // columns of a piece
-constexpr int SCALES = FMT == 2 ? GROUPS : 0, PER_ROW = SCALES ? SCALES : 1, PIECE = 16 * CB, SLOT = PIECE + 64 * SCALES * (1 + NESTED);
 constexpr int E_PITCH = BN + 4, DIRECT = WK == 1 && CL == 1;           // DIRECT: no sums meet
 constexpr int IN_TABLE = FMT == 2 && ROWS * E_PITCH <= 8192;  // the sums, in what the table leaves free
-constexpr int SUMS = DIRECT || IN_TABLE ? 0 : (ROWS * E_PITCH + 31) / 32 * 32;
+// Tiles between two meetings of the blocks of a cluster: as many as the table has room for; else two, where x leaves room.
+constexpr int MEET = IN_TABLE ? 8192 / (ROWS * E_PITCH) : ROWS <= 16 && CL >= 4 ? 2 : 1;
+constexpr int SUMS = DIRECT || IN_TABLE ? 0 : (MEET * ROWS * E_PITCH + 31) / 32 * 32;
 constexpr int TO_FP16 = FMT == 2 && BF16, MMA_BF16 = BF16 && FMT != 2;
 static_assert(FMT != 0 && GROUPS % 2 == 0, "products alternate between two sets of registers");
 
-struct Walk {
-  int tile, piece, pieces;
-  DEVICE void next() { piece += WK; while (piece >= pieces) { piece -= pieces; tile++; } }
-};
-
-ENTRY __global__ void __launch_bounds__(THREADS, 1)
+ENTRY __global__ void __launch_bounds__(THREADS, BLOCKS)
 few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ y, const u16* __restrict__ bias,
          const void* __restrict__ absmax, const float* __restrict__ nested, const float* __restrict__ map,
          const float* __restrict__ offset, int m, int n, int k, int shift, int nested_shift) {
@@ -44,47 +39,19 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   const Output out = {y, bias, (const float*)absmax, n};
   const u64 policy = evict_first();
 
-  constexpr int UNITS = CB / 16, STEP = 32 / UNITS;                      // a warp copies STEP rows at once
-  const int f_row = lane / UNITS, f_unit = lane % UNITS, f_place = f_row * CB + swizzled<CB>(f_row, f_unit) * 16;
-  const Shared first_slot = shared(ring + f_place);
-  Shared f_slot = first_slot;
-  Walk ahead = {pieces ? wk / pieces : tiles, pieces ? wk % pieces : 0, pieces}, here = ahead;
-  auto fetch = [&]() {
-    if (ahead.tile < tiles) {
-      const int tile_row = r0 + ahead.tile * BN + mine, row0 = tile_row + f_row, piece = p0 + ahead.piece, at = piece * CB + f_unit * 16, take = at < row_bytes ? 16 : 0;
-      const u8* from = w + (i64)row0 * row_bytes + (take ? at : 0);
-#pragma unroll
-      for (int j = 0; j < 16 / STEP; j++)                                // the swizzle is the same every STEP rows
-        if (row0 + j * STEP < r1) copy16(f_slot + j * STEP * CB, from + (i64)(j * STEP) * row_bytes, take, policy);
-#pragma unroll
-      for (int j = 0; j < SCALES / 2; j++) {
-        int e = lane + 32 * j, row = tile_row + e / PER_ROW, b = piece * SCALES + e % PER_ROW;
-        scales.fetch_both(f_slot + (PIECE + e * 4 - f_place), 64 * SCALES, row * nb + b, row < r1 && b < nb);
-      }
-      ahead.next();
-    }
-    f_slot = f_slot == first_slot + (SLOTS - 1) * SLOT ? first_slot : f_slot + SLOT;
-    commit();
-  };
-  auto fill = [&]() {
-#pragma unroll
-    for (int i = 0; i < SLOTS - 1; i++) fetch();
-  };
+  const Walk<WK> start = {pieces ? wk / pieces : tiles, pieces ? wk % pieces : 0, pieces}; Walk<WK> here = start;
+  Ring<WK> stream = {w, ring, scales, r0 + mine, BN, r1, tiles, p0, row_bytes, nb, policy};
+  stream.open(start);
 
   let_next_kernel_start();
-  if (EARLY) {
-    Walk walk = here;
-    for (int i = 0; i < EARLY && walk.tile < tiles; i++, walk.next()) {
-      const int row = r0 + walk.tile * BN + mine + (lane & 15), at = (p0 + walk.piece) * CB;
-      if (lane < 16 && row < r1 && at < row_bytes) send_for(w + (i64)row * row_bytes + at);
-    }
-  } else fill();
+  out.send_for_rows(r0, r1);
+  if (EARLY) stream.begin_early(); else stream.fill();
   if (threadIdx.x < 64) top[threadIdx.x] = 0;
   if (FMT == 2) build_plain_table(table, THREADS);
   wait_before_reading_x();
-  if (NESTED) for (int i = threadIdx.x; i < 256; i += THREADS) map_[i] = map[i];
+  if (EARLY) stream.fill();
+  Values<THREADS> values; values.fetch(map);
   const float plus = NESTED ? *offset : 0.f;
-  if (EARLY) fill();
   if (TO_FP16) __syncthreads();
 
   // x: a warp takes 64 columns of four rows at a time. Columns 16 t + 4 s + 2 h + {0, 1} of 64 go where lane t finds pair h of step s.
@@ -121,6 +88,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
       *p = to_fp16(*p, x_scale(top[u % FOURS * 4 + (lane >> 3)]));
     }
   }
+  values.put(map_);
   copies_seen_by_wgmma();
   __syncthreads();
 
@@ -137,25 +105,17 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
       acc[i][2] = fmaf(sum[i][2], before1, acc[i][2]); acc[i][3] = fmaf(sum[i][3], before1, acc[i][3]);
     }
   };
-  int slot_no = 0;
   for (int tile = 0; tile < tiles; tile++) {
     const int row0 = r0 + tile * BN;
     const bool filled = row0 + wn * 64 < r1;                             // for whole warpgroups
     while (here.tile == tile) {
       const int piece = here.piece;
-      fetch();
-      copies_left<SLOTS - 1>();
-      __syncwarp();
-      u8* slot = ring + slot_no * SLOT;
-      if (++slot_no == SLOTS) slot_no = 0;
-      if (NESTED) {
-#pragma unroll
-        for (int j = 0; j < SCALES / 2; j++) {
-          int e = lane + 32 * j, row = row0 + mine + e / PER_ROW, b = (p0 + piece) * SCALES + e % PER_ROW;
-          float* s = (float*)(slot + PIECE) + e;
-          *s = scales.decode(__float_as_uint(*s), s[16 * SCALES], plus, row * nb + b, map_);
-        }
-        __syncwarp();
+      const u8* slot = stream.next(tile, piece, plus, map_);
+      u32 word0 = 0, word1 = 0; float outer0 = 0.f, outer1 = 0.f;         // of rows g and g + 8
+      if (PACKED) {
+        const u32* s = (const u32*)(slot + PIECE) + g;
+        const int low = 8 * ((u32)((row0 + mine + g) * nb + (p0 + piece) * SCALES) & 3), high = 8 * ((u32)((row0 + mine + g + 8) * nb + (p0 + piece) * SCALES) & 3);
+        word0 = s[0] >> low; word1 = s[8] >> high; outer0 = __uint_as_float(s[16]); outer1 = __uint_as_float(s[24]);
       }
       if (filled) {
 #pragma unroll
@@ -178,8 +138,12 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
             for (int s = 1; s < 4; s++) wgmma<MMA_BF16>(sum, a[4 * s], a[4 * s + 1], a[4 * s + 2], a[4 * s + 3], x_group, s);
             close_products();
             if (b) { sums_ready<1>(c[b & 1 ^ 1]); add(c[b & 1 ^ 1]); }
-            const float* s = (const float*)(slot + PIECE) + g * SCALES + b;
-            before0 = s[0]; before1 = s[8 * SCALES];
+            if (PACKED) {
+              before0 = scales.decode_of_word(word0, outer0, plus, b, map_); before1 = scales.decode_of_word(word1, outer1, plus, b, map_);
+            } else {
+              const float* s = (const float*)(slot + PIECE) + g * SCALES + b;
+              before0 = s[0]; before1 = s[8 * SCALES];
+            }
           } else {
             const u8* p = slot + swizzled<CB>(g, b * 4 + t) * 16;
             const uint4 e = *(const uint4*)(p + g * CB), d = *(const uint4*)(p + (g + 8) * CB);
@@ -217,31 +181,21 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
         }
       continue;
     }
+    const int before = tile % MEET; const bool meet = before == MEET - 1 || tile + 1 == tiles;
     for (int turn = 0; turn < WK; turn++) {                              // in this order, whoever is first
       if (wk == turn) {
 #pragma unroll
         for (int i = 0; i < NT; i++)
 #pragma unroll
           for (int j = 0; j < 4; j++) {
-            float* p = sum_at((8 * i + 2 * t + (j & 1)) * E_PITCH + mine + g + 8 * (j >> 1));
+            float* p = sum_at((before * ROWS + 8 * i + 2 * t + (j & 1)) * E_PITCH + mine + g + 8 * (j >> 1));
             *p = turn ? acc[i][j] + *p : acc[i][j];
             acc[i][j] = 0.f;
           }
       }
-      __syncthreads();
+      if (turn + 1 < WK || (CL == 1 && meet)) __syncthreads();
     }
-    if (CL > 1) cluster_sync();
-    for (int i = threadIdx.x + rank * THREADS; i < m * BN; i += CL * THREADS) {
-      const int row = i % BN, r = i / BN; const float* p = sum_at(r * E_PITCH + row); float sum = 0.f;
-      if (CL == 1) sum = *p;
-      else {
-#pragma unroll
-        for (int j = 0; j < CL; j++) sum += cluster_read(p, j);
-      }
-      if (row0 + row < r1) out.put(r, row0 + row, sum);
-    }
-    if (CL > 1) cluster_sync();                                          // the sums have been read: overwrite them, or end
-    else if (tile + 1 < tiles) __syncthreads();
+    if (meet) put_tiles<BN, E_PITCH, ROWS, THREADS>(out, sum_at, m, rank, row0 - before * BN, r1, before + 1, tile + 1 == tiles);
   }
   copies_left<0>();
 }

@@ -34,6 +34,8 @@ class Narrow:
     price: float = 1.0
 
     source: ClassVar[str] = "few_rows_narrow.cu"
+    packs: ClassVar[int] = 1
+    blocks: ClassVar[int] = 1
     tile: ClassVar[int] = 16
     depth: ClassVar[int] = 0
 
@@ -48,14 +50,14 @@ class Narrow:
         """Columns of a piece, the unit that the blocks of a cluster share out."""
         return self.width // 2 if fmt == "16bit" else self.width if fmt == "int8" else 2 * self.width
 
-    def shared(self, fmt: str, nested: bool, n: int, k: int, clusters: int, half: bool) -> int:
+    def shared(self, fmt: str, nested: int, n: int, k: int, clusters: int, half: bool) -> int:
         """Bytes of shared memory; the kernel lays it out in this order."""
         columns, four = self.piece(fmt), fmt == "4bit"
         share = ceil_div(ceil_div(k, columns), self.cluster)
         pitch = ceil_div(share * columns * 2, 128) * 128 + (64 if fmt == "16bit" else 16)
         sums = self.tiles * self.warps * 16 * self.rows * 4
-        slot = 16 * self.width + (columns * (1 + nested) if four else 0)
-        total = (256 << self.table_shift) + 1024 * nested if four else 0
+        slot = 16 * self.width + (columns * (1 + (nested > 0)) if four else 0)
+        total = (256 << self.table_shift) + 1024 * (nested > 0) if four else 0
         total += self.rows * pitch + (0 if four and self.table_shift == 8 else sums) + self.warps * self.slots * slot
         if self.cluster > 1:
             total += ceil_div(ceil_div(n, clusters), 16) * 64 * self.rows
@@ -72,6 +74,7 @@ class Wide:
 
     eights: rows of x, in eights. warps_n x warps_k warps share the rows and the columns. stages: of the ring.
     wgmma: Hopper only. bulk: its engine for bulk copies brings x. early: as Narrow's, in stages. price: as Narrow's.
+    blocks: as Direct's.
     """
 
     eights: int
@@ -86,8 +89,10 @@ class Wide:
     price: float = 1.0
     bulk: bool = False
     early: int = 0
+    blocks: int = 1
 
     source: ClassVar[str] = "few_rows_wide.cu"
+    packs: ClassVar[int] = 2
 
     @property
     def rows(self) -> int:
@@ -109,12 +114,12 @@ class Wide:
     def piece(self, fmt: str) -> int:
         return self.columns
 
-    def shared(self, fmt: str, nested: bool, n: int, k: int, clusters: int, half: bool) -> int:
+    def shared(self, fmt: str, nested: int, n: int, k: int, clusters: int, half: bool) -> int:
         tile, four = self.tile, fmt == "4bit"
-        scales = tile * self.columns // (32 if half else 64) * 4 * (1 + nested) if four else 0
+        scales = tile * (8 if nested == 2 else self.columns // (32 if half else 64) * 4 * (1 + nested)) if four else 0
         gap, unit = (0, 1024) if self.wgmma else (16, 16)
         stage = tile * self.columns // (2 if four else 1) + self.rows * (self.columns * 2 + gap) + scales
-        total = (256 << self.table_shift) + 1024 * nested if four else 0
+        total = (256 << self.table_shift) + 1024 * (nested > 0) if four else 0
         if not (self.wgmma and self.warps_k == self.cluster == 1):
             total += ceil_div(self.rows * (tile + 4) * 4, unit) * unit
         return total + self.stages * ceil_div(stage, unit) * unit + 8 * self.stages * self.bulk
@@ -128,7 +133,7 @@ class Wide:
         names = {"NT": self.eights, "RT": self.row_tiles, "WN": self.warps_n, "WK": self.warps_k, "KC": self.columns}
         return {**names, "STAGES": self.stages, "CL": self.cluster, "TABLE_SHIFT": self.table_shift,
                 "HALF_BLOCK": int(half), "WGMMA": int(self.wgmma), "XT": int(self.bulk),
-                "EARLY": self.early}  # fmt: skip
+                "EARLY": self.early, "BLOCKS": self.blocks}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -136,7 +141,7 @@ class Resident:
     """Configuration of few_rows_resident.cu (Hopper): as Wide with wgmma, but x stays in shared memory.
 
     eights: rows of x, in eights (1, 2, 4, 8). warps_n x warps_k groups of four warps share the rows and the columns.
-    width, slots, early, price: as Narrow's.
+    width, slots, early, price: as Narrow's. blocks: as Direct's.
     """
 
     eights: int
@@ -147,9 +152,11 @@ class Resident:
     cluster: int = 1
     early: int = 0
     price: float = 1.0
+    blocks: int = 1
 
     source: ClassVar[str] = "few_rows_resident.cu"
     wgmma: ClassVar[bool] = True
+    packs: ClassVar[int] = 2
 
     @property
     def rows(self) -> int:
@@ -176,21 +183,67 @@ class Resident:
     def piece(self, fmt: str) -> int:
         return self.width if fmt == "int8" else 2 * self.width
 
-    def shared(self, fmt: str, nested: bool, n: int, k: int, clusters: int, half: bool) -> int:
+    def shared(self, fmt: str, nested: int, n: int, k: int, clusters: int, half: bool) -> int:
         columns, four, warps = self.piece(fmt), fmt == "4bit", self.threads // 32
-        total = 65536 * four + 256 + 1024 * nested
+        total = 65536 * four + 256 + 1024 * (nested > 0)
         total += ceil_div(ceil_div(k, columns), self.cluster) * columns * 2 * self.rows
         sums, meets = self.rows * (self.tile + 4), self.warps_k * self.cluster > 1
         if meets and not (four and sums <= 8192):
-            total += ceil_div(sums, 32) * 128
-        return total + warps * self.slots * (16 * self.width + (columns * (1 + nested) if four else 0))
+            total += ceil_div(sums * (2 if self.rows <= 16 and self.cluster >= 4 else 1), 32) * 128
+        scales = 128 if nested == 2 else columns * (1 + nested)
+        return total + warps * self.slots * (16 * self.width + scales * four)
 
     def constants(self, half: bool) -> dict[str, int]:
         names = {"NT": self.eights, "WN": self.warps_n, "WK": self.warps_k, "CB": self.width, "SLOTS": self.slots}
-        return {**names, "CL": self.cluster, "TABLE_SHIFT": 8, "WGMMA": 1, "EARLY": self.early}
+        return {**names, "CL": self.cluster, "TABLE_SHIFT": 8, "WGMMA": 1, "EARLY": self.early, "BLOCKS": self.blocks}
 
 
-Config = Narrow | Wide | Resident
+@dataclass(frozen=True)
+class Direct:
+    """Configuration of few_rows_direct.cu: weights go from memory to the registers, past shared memory.
+
+    rows: of x (4-bit: 1, 2 or 4; else up to 8). groups: of 64 bytes of a row of W in a piece. pieces: that a warp has
+    sent for or multiplies. tiles, early, price: as Narrow's. blocks: that share a multiprocessor, so that the next
+    kernel gets ready while this one runs.
+    """
+
+    rows: int
+    warps: int
+    groups: int
+    pieces: int
+    tiles: int
+    blocks: int = 1
+    early: int = 0
+    price: float = 1.0
+
+    source: ClassVar[str] = "few_rows_direct.cu"
+    packs: ClassVar[int] = 2
+    tile: ClassVar[int] = 16
+    cluster: ClassVar[int] = 1
+    depth: ClassVar[int] = 0
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps
+
+    def shorter(self) -> Direct:
+        raise AssertionError("there is no ring to shorten")
+
+    def piece(self, fmt: str) -> int:
+        return self.groups * {"16bit": 32, "int8": 64, "4bit": 128}[fmt]
+
+    def shared(self, fmt: str, nested: int, n: int, k: int, clusters: int, half: bool) -> int:
+        columns = self.piece(fmt)
+        pitch = ceil_div(ceil_div(k, columns) * columns * 2, 128) * 128 + {"16bit": 64, "int8": 16, "4bit": 0}[fmt]
+        rest = 65536 if fmt == "4bit" else self.tiles * self.warps * 64 * self.rows  # the sums have room in the table
+        return 128 + 1024 * (nested > 0) + self.rows * pitch + rest
+
+    def constants(self, half: bool) -> dict[str, int]:
+        names = {"MP": self.rows, "WARPS": self.warps, "ITERS": self.groups, "DEPTH": self.pieces, "TG": self.tiles}
+        return {**names, "BLOCKS": self.blocks, "CL": 1, "TABLE_SHIFT": 8, "EARLY": self.early}
+
+
+Config = Narrow | Wide | Resident | Direct
 
 
 def _bulk(eights: int, warps_n: int, warps_k: int, columns: int, stages: int, cluster: int, price: float) -> Wide:

@@ -8,7 +8,8 @@
 // their order, so a lane picks its byte of every word. The products run while the next weights are expanded.
 // XT (with WGMMA): the bulk engine brings x, one copy for 64 columns.
 // Filled in: NT, RT, WN, WK, KC, STAGES, WGMMA, HALF_BLOCK (a scale for 32 columns), XT,
-// EARLY (stages that are sent for into L2 before the kernel in front has ended; 0: weights may be read at once).
+// EARLY (stages that are sent for into L2 before the kernel in front has ended; 0: weights may be read at once),
+// BLOCKS (as in few_rows_direct.cu).
 #ifndef XT
 #define XT 0
 #endif
@@ -16,7 +17,7 @@ constexpr int THREADS = WN * WK * 32, BN = WN * RT * 16, ROWS = 8 * NT;
 constexpr int CB = FMT == 1 ? KC : KC / 2, GROUPS = KC / 64 / WK;
 constexpr int SPAN = HALF_BLOCK ? 32 : 64, SCALES = FMT == 2 ? KC / SPAN : 0, PER_ROW = SCALES ? SCALES : 1;
 constexpr int X_PITCH = WGMMA ? KC * 2 : KC * 2 + 16, W_BYTES = BN * CB, X_BYTES = ROWS * X_PITCH;
-constexpr int ALIGN = WGMMA ? 1024 : 16, STAGE = (W_BYTES + X_BYTES + BN * SCALES * 4 * (1 + NESTED) + ALIGN - 1) / ALIGN * ALIGN;
+constexpr int ALIGN = WGMMA ? 1024 : 16, STAGE = (W_BYTES + X_BYTES + BN * (PACKED ? 8 : SCALES * 4 * (1 + NESTED)) + ALIGN - 1) / ALIGN * ALIGN;
 constexpr int E_PITCH = BN + 4, DIRECT = WGMMA && WK == 1 && CL == 1;      // DIRECT: no sums meet
 constexpr int SUMS = DIRECT ? 0 : (ROWS * E_PITCH * 4 + ALIGN - 1) / ALIGN * ALIGN;
 static_assert(!WGMMA || (RT == 1 && WN % 4 == 0), "a warpgroup multiplies 64 rows");
@@ -35,7 +36,7 @@ template <int B> DEVICE u32 weights(const u8* table, u32 w, u32 lane, float scal
   return pack(h2f(v & 0xffffu) * scale, h2f(v >> 16) * scale);
 }
 
-ENTRY __global__ void __launch_bounds__(THREADS, 1)
+ENTRY __global__ void __launch_bounds__(THREADS, BLOCKS)
 few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ y, const u16* __restrict__ bias,
          const void* __restrict__ absmax, const float* __restrict__ nested, const float* __restrict__ map,
          const float* __restrict__ offset, int m, int n, int k, int shift, int nested_shift
@@ -69,6 +70,15 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
       int row = u / (CB / 16), unit = u % (CB / 16), byte = piece * CB + unit * 16;
       if (at.row0 + row < r1) copy16(at.to + row * CB + (WGMMA ? spread(row, unit) : swizzled<CB>(row, unit)) * 16, w + (i64)(at.row0 + row) * row_bytes + (byte < row_bytes ? byte : 0), byte < row_bytes ? 16 : 0, policy);
     }
+    if (PACKED) {                                                        // the words of all rows, then their scales
+#pragma unroll
+      for (int e = threadIdx.x; e < BN; e += THREADS) {
+        const int row = at.row0 + e, b = piece * SCALES; const bool inside = row < r1 && b < nb;
+        const u32 block = inside ? row * nb + b : 0; const Shared to = at.to + W_BYTES + X_BYTES + e * 4;
+        copy4(to, scales.word_of(block), inside ? 4 : 0); copy4(to + BN * 4, scales.outer_of(block), inside ? 4 : 0);
+      }
+      return;
+    }
     for (int e = threadIdx.x; e < BN * SCALES; e += THREADS) {
       int row = at.row0 + e / PER_ROW, b = piece * SCALES + e % PER_ROW;
       scales.fetch_both(at.to + W_BYTES + X_BYTES + e * 4, BN * SCALES * 4, row * nb + b, row < r1 && b < nb);
@@ -94,6 +104,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
 
   // Weights may be read before `wait`, x must not: the first stages come in two halves.
   let_next_kernel_start();
+  out.send_for_rows(r0, r1);
   Cursor f = {r0, 0, 0, shared(ring)}, c = f;
 #pragma unroll
   for (int i = 0; i < STAGES - 1; i++) { if (i < items && !EARLY) fetch_w(f); f.next(pieces); }
@@ -103,20 +114,24 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
       for (int r = threadIdx.x; r < BN; r += THREADS)
         if (f.row0 + r < r1 && (p0 + f.piece) * CB < row_bytes) send_for(w + (i64)(f.row0 + r) * row_bytes + (p0 + f.piece) * CB);
   }
-  if (XT && threadIdx.x == 0) {
+#if XT
+  if (threadIdx.x == 0) {
+    send_for_map(&x_map);
     for (int i = 0; i < STAGES; i++) barrier_init(bars + 8 * i, 1);
     barriers_ready();
   }
+#endif
   if (FMT == 2) {
     if (WGMMA) build_plain_table(table, THREADS);
     else build_table(table, THREADS);
   }
   wait_before_reading_x();
-  if (NESTED) for (int i = threadIdx.x; i < 256; i += THREADS) map_[i] = map[i];
-  const float plus = NESTED ? *offset : 0.f;
   f = c;
 #pragma unroll
   for (int i = 0; i < STAGES - 1; i++) { if (i < items) { if (EARLY) fetch_w(f); fetch_x(f); } f.next(pieces); commit(); }
+  Values<THREADS> values; values.fetch(map);
+  const float plus = NESTED ? *offset : 0.f;
+  values.put(map_);                                                      // seen when the warps meet at the first stage
 
   float acc[RT][NT][4];
 #pragma unroll
@@ -150,17 +165,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
       }
       __syncthreads();
     }
-    if (CL > 1) cluster_sync();
-    for (int i = threadIdx.x + rank * THREADS; i < m * BN; i += CL * THREADS) {
-      const int row = i % BN, r = i / BN; const float* p = sums + r * E_PITCH + row; float sum = 0.f;
-      if (CL == 1) sum = *p;
-      else {
-#pragma unroll
-        for (int j = 0; j < CL; j++) sum += cluster_read(p, j);
-      }
-      if (row0 + row < r1) out.put(r, row0 + row, sum);
-    }
-    if (CL > 1) cluster_sync();                                          // the sums have been read: overwrite them, or end
+    put_tiles<BN, E_PITCH, ROWS, THREADS>(out, [&](int i) { return sums + i; }, m, rank, row0, r1, 1, true);
   };
 
   for (int item = 0; item < items; item++, c.next(pieces)) {
@@ -184,9 +189,10 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
 #pragma unroll
           for (int i = 0; i < 4; i++) {
             const int r = row + 8 * (i & 1), at = HALF_BLOCK ? group * 2 + (i >> 1) : group;
-            const float* code = (const float*)(stage + W_BYTES + X_BYTES) + r * SCALES + at;
+            const float* code = (const float*)(stage + W_BYTES + X_BYTES) + r * (PACKED ? 1 : SCALES) + (PACKED ? 0 : at);
             s[i] = *code;
-            if (NESTED) s[i] = scales.decode(__float_as_uint(s[i]), code[BN * SCALES], plus, (c.row0 + r) * nb + (p0 + c.piece) * SCALES + at, map_);
+            if (PACKED) s[i] = scales.decode_of_word(__float_as_uint(s[i]), code[BN], plus, (SCALES == 4 ? 0 : (c.row0 + r) * nb + (p0 + c.piece) * SCALES & 3) + at, map_);
+            else if (NESTED) s[i] = scales.decode(__float_as_uint(s[i]), code[BN * SCALES], plus, (c.row0 + r) * nb + (p0 + c.piece) * SCALES + at, map_);
             if (!HALF_BLOCK && i == 1) { s[2] = s[0]; s[3] = s[1]; break; }
           }
 #pragma unroll
@@ -222,9 +228,13 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
         if (FMT == 2) {
           const float* s = (const float*)(stage + W_BYTES + X_BYTES);
           const int at = HALF_BLOCK ? group * 2 + (t >> 1) : group;
-          s += row * SCALES + at;
-          float s0 = s[0], s1 = s[8 * SCALES];
-          if (NESTED) {
+          s += PACKED ? row : row * SCALES + at;
+          float s0 = s[0], s1 = s[PACKED ? 8 : 8 * SCALES];
+          if (PACKED) {
+            const int first = SCALES == 4 ? 0 : (c.row0 + row) * nb + (p0 + c.piece) * SCALES & 3, other = SCALES == 4 ? 0 : (c.row0 + row + 8) * nb + (p0 + c.piece) * SCALES & 3;
+            s0 = scales.decode_of_word(__float_as_uint(s0), s[BN], plus, first + at, map_);
+            s1 = scales.decode_of_word(__float_as_uint(s1), s[BN + 8], plus, other + at, map_);
+          } else if (NESTED) {
             const u32 block = (c.row0 + row) * nb + (p0 + c.piece) * SCALES + at;
             s0 = scales.decode(__float_as_uint(s0), s[BN * SCALES], plus, block, map_);
             s1 = scales.decode(__float_as_uint(s1), s[(BN + 8) * SCALES], plus, block + 8 * nb, map_);

@@ -90,7 +90,6 @@ def hopper() -> Iterator[tuple[str, int, Any]]:
                     "SPLIT": diagonal,
                     "DRAW": 2 if order else 1,
                     "ORDER": order,
-                    "FIRST": False,
                 }
 
                 def make(given: dict[str, Any] = given, d: int = d) -> Any:

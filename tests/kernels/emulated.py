@@ -30,7 +30,8 @@ extern "C" void emulate(int grid, long shared, const u8* w, const u16* x, u16* y
 @functools.cache
 def _library(source: str, constants: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
     text = "".join(f"#define {name} {value}\n" for name, value in constants)
-    text += (Path(__file__).parent / "emulator.h").read_text() + source_text("few_rows_common.cu") + source_text(source)
+    text += (Path(__file__).parent / "emulator.h").read_text()
+    text += "".join(map(source_text, ("few_rows_common.cu", "few_rows_parts.cu", source)))
     folder = Path(tempfile.mkdtemp())
     x_map = ", XMap{x, ROWS, m, k}" if dict(constants).get("XT") else ""
     (folder / "kernel.cpp").write_text(text + _CALL.replace(" X_MAP", x_map))
@@ -56,8 +57,9 @@ def product(
 ) -> torch.Tensor:
     """As `few_rows.launch`, with the configuration given, on `clusters` clusters."""
     (m, k), half = x.shape, blocksize == 32
-    kernel = few_rows.kernel(config, fmt, x.dtype == torch.bfloat16, quant_type == "fp4", nested is not None, half)
-    found = few_rows.fits(config, fmt, nested is not None, m, n, k, half, clusters * config.cluster, 227 * 1024)
+    quantised = 0 if nested is None else 2 if blocksize == 64 and k % 256 == 0 else 1
+    kernel = few_rows.kernel(config, fmt, x.dtype == torch.bfloat16, quant_type == "fp4", quantised, half)
+    found = few_rows.fits(config, fmt, quantised, m, n, k, half, clusters * config.cluster, 227 * 1024)
     assert found is not None, "this configuration does not fit"
     library = _library(config.source, tuple(kernel._constants.items()))
     y = torch.full((m, n), float("nan"), dtype=x.dtype)

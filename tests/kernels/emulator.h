@@ -23,7 +23,7 @@ inline float4 make_float4(float a, float b, float c, float d) { return {a, b, c,
 struct Meeting { int expected = 0, arrived = 0; unsigned generation = 0; };
 struct Copy { void* dst; const void* src; int size, take; };
 struct Warp { Meeting meeting; uint32_t a[32][4], b[32][2], v[32]; };
-struct Block { uint8_t* smem; std::vector<uint8_t> statics = std::vector<uint8_t>(512 * 1024, 0xff); Meeting meeting; std::vector<Warp> warps; };
+struct Block { uint8_t* smem; std::vector<uint8_t> statics = std::vector<uint8_t>(1024 * 1024, 0xff); Meeting meeting; std::vector<Warp> warps; };
 struct Fiber { ucontext_t context; std::vector<char> stack; bool ended = false; int thread, block; std::vector<std::vector<Copy>> groups{{}}; };
 struct Index { int x; };
 static Index threadIdx, blockIdx, gridDim;
@@ -69,6 +69,10 @@ inline void copy(void* dst, const void* src, int size, int take) {
 }
 inline void copy16(void* dst, const void* src, int take, uint64_t = 0) { copy(dst, src, 16, take); }
 inline void copy4(void* dst, const void* src, int take) { copy(dst, src, 4, take); }
+inline uint4 read16(const void* p, bool inside, uint64_t) {
+  if ((uint64_t)p % 16) abort();
+  return inside ? *(const uint4*)p : make_uint4(0, 0, 0, 0);
+}
 inline void commit() { now->groups.emplace_back(); }
 template <int N> void copies_left() {
   while ((int)now->groups.size() - 1 > N) {
@@ -82,11 +86,20 @@ inline void let_next_kernel_start() {}
 inline int cluster_rank() { return now->block; }
 inline void cluster_sync() { meet(cluster_meeting); }
 inline float cluster_read(const float* p, int rank) { return *(const float*)(blocks[rank].smem + ((const uint8_t*)p - block().smem)); }
+inline float4 cluster_read4(const float* p, int rank) {
+  if ((uint64_t)p % 16) abort();
+  return *(const float4*)(blocks[rank].smem + ((const uint8_t*)p - block().smem));
+}
 inline int of_warp(int v) { return v; }
 inline uint32_t warp_max(uint32_t v) {
   Warp& w = warp_(); w.v[now->thread % 32] = v; __syncwarp();
   for (uint32_t o : w.v) v = max(v, o);
   __syncwarp();
+  return v;
+}
+inline float of_other_lane(float v, int o) {
+  Warp& w = warp_(); int lane = now->thread % 32; w.v[lane] = __float_as_uint(v); __syncwarp();
+  v = __uint_as_float(w.v[lane ^ o]); __syncwarp();
   return v;
 }
 inline uint32_t max_of_8(uint32_t v) {
@@ -165,6 +178,7 @@ inline void copy_x(uint8_t* to, const XMap* map, int col, void* b) {
       bulks.push_back({to + row * 128 + ((unit ^ row) & 7) * 16, row < map->m && at < map->k ? map->x + (int64_t)row * map->k + at : zeros, 16, b});
     }
 }
+inline void send_for_map(const XMap*) {}
 static void run_grid(int grid, int threads, int cluster, size_t smem_bytes, std::function<void()> f) {
   body = f; gridDim.x = grid;
   for (cluster_first = 0; cluster_first < grid; cluster_first += cluster) {

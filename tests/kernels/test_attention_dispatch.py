@@ -10,6 +10,8 @@ import torch
 from onegpu.errors import ArgumentError
 from onegpu.kernels import attention_dispatch as dispatch
 from onegpu.kernels.attention_definition import Options, backward, forward
+from tests.compare import assert_close
+from tests.kernels.test_attention import inputs, plain
 from tests.triton_tools import needs_triton
 
 
@@ -59,6 +61,7 @@ def test_what_serves(monkeypatch: pytest.MonkeyPatch) -> None:
 
     big = 16, 512, 32, 128
     assert serves(*big) == serves(4, 4096, 64, 64) == serves(4, 4096, 21, 192) == "cudnn"
+    assert serves(4, 4096, 21, 192, right=-1) == serves(4, 4096, 21, 192, right=-1, backward=True) == "cudnn"
     assert serves(*big, left=100) == serves(*big, right=3) == "hopper"
     assert serves(4, 512, 32, 128) == serves(16, 500, 32, 128) == serves(4, 4096, 32, 128) == "hopper"
     assert serves(1, 64, 2, 16) == serves(1, 64, 2, 64, dtype=torch.float32) == "portable"
@@ -69,9 +72,10 @@ def test_what_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     assert serves(*big, name="cudnn", backward=True, deterministic=True) == "portable"
     assert serves(*big, name="cudnn", left=100, backward=True) == "portable"
     wide = 4, 4096, 16, 256
-    assert serves(*wide, backward=True) == "portable" and serves(*wide, backward=True, name="cudnn") == "cudnn"
-    monkeypatch.setitem(dispatch.CUDNN, (True, 256, True), (4096,))
     assert serves(*wide, backward=True) == "cudnn" and serves(*wide, backward=True, left=9) == "portable"
+    assert serves(*wide, backward=True, deterministic=True) == "portable"
+    assert serves(1, 64, 2, 256, backward=True) == "portable" and serves(*wide) == "hopper"
+    assert serves(1, 64, 2, 256, backward=True, name="cudnn") == "cudnn"
     monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: False)
     assert serves(*big) == "hopper"
     with pytest.raises(ArgumentError, match="implementation"):
@@ -119,3 +123,24 @@ def test_a_layout_is_all_but_addresses() -> None:
     others = [key(x, 2.0), key(x, 1.0, -1, 0), key(x.bfloat16(), 1.0), key(x.transpose(0, 1), 1.0)]
     others += [key(x, 1.0, -1, -1, None, None, ends, ends), key(x, 1.0, -1, -1, ends, ends)]
     assert len({key(x, 1.0), *others}) == 7
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("d", "causal"), [(64, True), (192, True), (192, False), (256, True), (256, False)])
+def test_gradients_by_cudnn_through_our_log_sum_exp(d: int, causal: bool) -> None:
+    """As they come where `CUDNN` names a backward and no forward, and it the other way round."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("dispatched to on Hopper only")
+    q, k, v = inputs(512, 512, 3, 3, d, d, device="cuda", dtype=torch.bfloat16)
+    options = (d**-0.5, -1, 0 if causal else -1, None, None, None, None, 512, 512)
+    upstream = torch.randn_like(q)
+    dtypes = torch.float64, torch.bfloat16
+    wide, other = ([x.detach().to(dtype).requires_grad_() for x in (q, k, v)] for dtype in dtypes)
+    expected = torch.autograd.grad(plain(*wide, causal=causal), wide, upstream.double())
+    allowed = torch.autograd.grad(plain(*other, causal=causal), other, upstream)
+    for first, second in (("hopper", "cudnn"), ("cudnn", "auto")):
+        out, lse = torch.ops.onegpu.attention_forward(q, k, v, *options, first)
+        got = torch.ops.onegpu.attention_backward(upstream, None, q, k, v, out, lse, False, *options, second)
+        for name, x, y, z in zip(("dq", "dk", "dv"), got, expected, allowed, strict=True):
+            assert x.is_contiguous()
+            assert_close(x, y, z, what=f"{first}, {second}, {name}")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from typing import Any
+
 import pytest
 import torch
 
+from onegpu.kernels.attention import attention
 from tests.triton_tools import needs_triton
 
 
@@ -56,3 +60,103 @@ def test_short_sequences_are_dealt_out() -> None:
     assert _dense(128, True, True, 8, 64, 132) == ({}, 16)
     assert _dense(64, True, True, 32, 8, 132) == ({"ST": 3}, 8)
     assert _dense(256, True, True, 4, 8, 132) == _dense(128, True, False, 4, 8, 132) == ({}, 8)  # not measured
+
+
+ENDS = torch.tensor([0, 100, 300], dtype=torch.int32)
+ROWS = torch.tensor([[0, 150], [10, 100]], dtype=torch.int32)
+
+
+@needs_triton
+@pytest.mark.parametrize("how", ["dense", "one block", "padded", "padded keys", "packed", "another head dim of v"])
+def test_a_forward_is_launched_with_what_its_kernel_was_bound_to(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tensors of the same layout, in the same order, and those that the variant does not read left out."""
+    from onegpu.kernels import attention_hopper as hopper
+
+    bound: list[list[Any]] = []
+    launched: list[tuple[torch.Tensor, ...]] = []
+
+    def bind(kernel: Any, grid: Any, *args: Any, **constants: Any) -> Any:
+        bound.append([getattr(x, "base", x) for x in args if hasattr(x, "base") or isinstance(x, torch.Tensor)])
+        return lambda *given: launched.append(given)
+
+    monkeypatch.setattr(hopper, "triton_bind", bind)
+    monkeypatch.setattr(hopper, "processors", lambda device: 4)
+    counter = torch.zeros(1, dtype=torch.int32)
+    monkeypatch.setattr(hopper, "_counter", lambda device: counter)
+    heads, d_v = 1 if how == "one block" else 8, 96 if how == "another head dim of v" else 64
+    shape = (300,) if how == "packed" else (2, 150)
+
+    def tensors() -> list[torch.Tensor]:
+        return [torch.zeros(*shape, heads, d, dtype=torch.bfloat16) for d in (64, 64, d_v)]
+
+    q_rows = {"padded": ROWS, "packed": ENDS}.get(how)
+    k_rows = ROWS if how == "padded keys" else q_rows
+    told = (None, None, q_rows, k_rows) if how == "packed" else (q_rows, k_rows, None, None)
+    forward = hopper.forward(*tensors(), 0.1, -1, 0, *told, 200)
+    given = tensors()
+    out, lse = forward(*given, q_rows, k_rows)
+    assert out.shape == (*shape, heads, d_v) and out.is_contiguous() and out.dtype == torch.bfloat16
+    assert lse.shape == ((heads, 300) if how == "packed" else (2, heads, 150)) and lse.is_contiguous()
+    assert lse.dtype == torch.float32
+    written = [out, out] if how in ("padded", "packed") else [out]
+    rows = [x for x in (q_rows, k_rows) if x is not None]
+    expected = [*given, *written, lse, *rows, *([] if how == "one block" else [counter])]
+    assert len(launched[0]) == len(expected) and all(x is y for x, y in zip(launched[0], expected, strict=True))
+    assert [(x.shape, x.dtype) for x in bound[0]] == [(x.shape, x.dtype) for x in launched[0]]
+
+
+@needs_triton
+def test_a_counter_is_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    from onegpu.kernels import attention_hopper as hopper
+
+    stream, capturing = 1, False
+    monkeypatch.setattr(hopper, "_sheets", defaultdict(list))
+    monkeypatch.setattr(hopper, "SHEET", 3)
+    monkeypatch.setattr(hopper, "_zeros", lambda size, device: torch.zeros(size, dtype=torch.int32))
+    monkeypatch.setattr(hopper, "current_device", lambda: 0)
+    monkeypatch.setattr(hopper, "raw_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    made = []
+    for stream, capturing in ((1, False), (1, True), (2, False), (1, False)):  # noqa: B007
+        made += [hopper._counter(device) for device in (0, 0, 0, 0, 1)]
+    assert not any(x[0] for x in made) and not any(x.data_ptr() % 16 for x in made)
+    assert len({x.data_ptr() for x in made}) == len(made)
+    assert {at: len(sheet) for at, sheet in hopper._sheets.items()} == {(0, 1): 1, (0, 2): 2}
+
+
+@pytest.mark.gpu
+def test_calls_on_two_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On two streams at once, whatever is masked, with more tiles than blocks; and the answers stay what they were."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("Hopper's")
+    from onegpu.kernels import attention_hopper as hopper
+
+    monkeypatch.setattr(hopper, "_sheets", defaultdict(list))
+    monkeypatch.setattr(hopper, "SHEET", 3)  # so that sheets are made while kernels run
+    tensors = [torch.randn(4, 1061, 16, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    rows = torch.tensor([[0, 1061], [5, 300], [0, 0], [1000, 61]], dtype=torch.int32, device="cuda")
+    ends = torch.tensor([0, 700, 701, 701, 4244], dtype=torch.int32, device="cuda")
+    padded, packed = {"q_range": rows, "k_range": rows}, {"cu_seqlens_q": ends, "cu_seqlens_k": ends}
+    upstream = torch.randn_like(tensors[0])
+
+    def once(mask: dict[str, Any]) -> list[torch.Tensor]:
+        given = [x.flatten(0, 1) if mask is packed else x for x in tensors]
+        given = [x.detach().requires_grad_() for x in given]
+        out = attention(*given, causal=True, **mask)  # type: ignore[arg-type]
+        assert isinstance(out, torch.Tensor)
+        return [out, *torch.autograd.grad(out, given, upstream.view_as(out))[1:]]  # dQ differs in its last bits
+
+    masks: list[dict[str, Any]] = [{}, padded, packed, {"window": (200, -1)}]
+    expected = [once(mask) for mask in masks]
+    torch.cuda.synchronize()
+    streams = torch.cuda.Stream(), torch.cuda.Stream()
+    for _ in range(10):
+        for i in range(len(masks)):
+            got = []
+            for j, stream in enumerate(streams):
+                with torch.cuda.stream(stream):
+                    got.append(((i + j) % len(masks), once(masks[(i + j) % len(masks)])))
+            torch.cuda.synchronize()
+            for at, made in got:
+                assert all(map(torch.equal, made, expected[at]))
+    assert len(hopper._sheets) >= 3

@@ -17,7 +17,7 @@ from tests.triton_tools import needs_triton, spills
     [
         (128, {}),
         (64, {"RQ": 2, "RK": 2, "EVEN": False, "SWAP": True, "SPLIT": True}),
-        (128, {"DRAW": 2, "ORDER": True, "FIRST": True, "SWAP": True, "SPLIT": True}),
+        (128, {"DRAW": 2, "ORDER": True, "SWAP": True, "SPLIT": True}),
     ],
 )
 def test_compiles_within_the_limits(d: int, options: dict[str, Any]) -> None:
@@ -25,7 +25,7 @@ def test_compiles_within_the_limits(d: int, options: dict[str, Any]) -> None:
 
     m = 8192 // d
     constants = {"HEAD": d, "HEAD_V": d, "ST": 2, "LEFT": False, "RIGHT": True, "EVEN": True, "RQ": 0, "RK": 0}
-    constants |= {"DRAW": 1, "SWAP": False, "SPLIT": False, "ORDER": False, "FIRST": False} | options
+    constants |= {"DRAW": 1, "SWAP": False, "SPLIT": False, "ORDER": False} | options
     descriptors = [meta_descriptor(rows, d) for rows in (m, 64, 64, m, 64, 64)]
     descriptors += attention_hopper.scratch(torch.zeros(2, 2 * m), torch.zeros(2 * m, d))
     made = compile_gluon(attention_sm90_backward.backward_kernel, descriptors, **constants)

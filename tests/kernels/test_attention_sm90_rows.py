@@ -29,7 +29,7 @@ def test_rows_and_dq_of_dense_padded_and_packed_sequences() -> None:
             pointer = rows if how else lse
             strides = (0 if how == 2 else grad.stride(0), grad.stride(1), grad.stride(2))
             kernels.before_kernel[grid](out, grad, lse, grad_lse, row_values, total, pointer, *strides, H, S, n_b, 2,
-                                        HEAD=HEAD, D=D, M=M, RQ=how, CLEAR=True)
+                                        HEAD=HEAD, D=D, M=M, RQ=how)
             dq = torch.full(shape, 9.0)
             expected = torch.full(shape, 9.0) if how == 2 else torch.zeros(shape)
             sums = torch.randn(blocks * M, D)
