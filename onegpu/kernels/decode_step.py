@@ -263,7 +263,7 @@ def attend(
     Args:
         qkv: float32 ``[rows, (HQ + 2 HKV) HD]``.
         keys, values: ``[rows, HKV, L, HD]``, contiguous, in the model's dtype; the token at position p stands in slot
-            p % L. The kernel in front must not be the one that writes what they hold, or `position` or `first`.
+            p % L. Since the last `embed` no kernel may write what they hold, or `position`, or `first`.
         position: int64 ``[1]`` or ``[rows]``: of the new token in the cache. rope_position: the same for the rotary
             embedding.
         first: int32 ``[rows]``: the first position that a row sees (left padding), or None.

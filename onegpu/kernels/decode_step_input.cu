@@ -15,6 +15,7 @@ constexpr int PITCH = (SHARE * 2 + 127) / 128 * 128 + (FMT == 0 ? 64 : 16);  // 
 constexpr int VECTORS = SHARE / 4, PER = (VECTORS + THREADS - 1) / THREADS;  // four columns each, of a thread
 constexpr int LIVE = (OUTER == 2 ? 2 : OUTER || NORM == 2 ? 6 : 8) * (WARPS > 12 ? 1 : 2) / (SOURCE == 1 ? SPLITS : 1);  // vectors of x in a thread's registers, about
 constexpr int BATCH = PER >= LIVE ? 1 : M < LIVE / PER ? M : LIVE / PER;  // rows of x at a time
+constexpr int ASKED = PER * SPLITS <= 16 ? PER : 16 / SPLITS;          // SOURCE 1: vectors of a row whose parts are asked for at a time
 constexpr int SHARES = 5 * M * WARPS + WARPS + (CL > 1 ? 5 * M * CL : 0);  // five values a row and warp, a warp's largest bias, five a row and block
 constexpr int UNEVEN = K % SHARE != 0, COUNT = CL > 1 ? CL : WARPS;    // COUNT: values that make a sum
 static_assert((CL - 1) * SHARE < K, "each block has columns");
@@ -41,7 +42,7 @@ DEVICE float4 columns(const void* in, int m, int c) {
   if (SOURCE == 0) return fresh4((const float*)in + (i64)m * K + 4 * c);
   return four(fresh2((const u16*)in + (i64)m * K + 4 * c));
 }
-// The same in the parts of the attention: all of a thread are asked for before any are put together.
+// The same in the parts of the attention, of which many are asked for before any are put together.
 struct Parts {
   float2 s[SPLITS], p[SPLITS];
   DEVICE void ask(const void* in, const float2* ml, int m, int c) {
@@ -199,26 +200,33 @@ struct Input {
     const int before = first_column() / 4, cluster = blockIdx.x / CL, clusters = gridDim.x / CL;
     for (int m0 = 0; m0 < M; m0 += BATCH) {
       float4 v[BATCH][PER], h[OUTER == 2 ? BATCH : 1][OUTER == 2 ? PER : 1]; float factor[BATCH], most[BATCH];
-      Parts parts[SOURCE == 1 ? BATCH : 1][SOURCE == 1 ? PER : 1];
+      auto inside = [&](int b, int i) { return i < PER && inside_row(threadIdx.x + i * THREADS) && (M % BATCH == 0 || m0 + b < M); };
 #pragma unroll
       for (int b = 0; b < BATCH; b++)
 #pragma unroll
         for (int i = 0; i < PER; i++) {
-          const int c = threadIdx.x + i * THREADS; const bool there = inside_row(c) && (M % BATCH == 0 || m0 + b < M);
+          const int c = threadIdx.x + i * THREADS; const bool there = inside(b, i);
           v[b][i] = make_float4(0.f, 0.f, 0.f, 0.f);
           if constexpr (OUTER == 2) {
             h[b][i] = v[b][i];
             if (there) { v[b][i] = fresh4(added + (i64)(m0 + b) * K + 4 * (before + c)); h[b][i] = columns(in, m0 + b, before + c); }
-          } else if constexpr (SOURCE == 1) {
-            if (there) parts[b][i].ask(in, ml, m0 + b, before + c);
-          } else if (there) v[b][i] = columns(in, m0 + b, before + c);
+          } else if (SOURCE != 1 && there) v[b][i] = columns(in, m0 + b, before + c);
         }
       if constexpr (SOURCE == 1) {
 #pragma unroll
-        for (int b = 0; b < BATCH; b++)
+        for (int from = 0; from < PER; from += ASKED) {
+          Parts parts[BATCH][ASKED];
 #pragma unroll
-          for (int i = 0; i < PER; i++)
-            if (inside_row(threadIdx.x + i * THREADS) && (M % BATCH == 0 || m0 + b < M)) v[b][i] = parts[b][i].together();
+          for (int b = 0; b < BATCH; b++)
+#pragma unroll
+            for (int i = 0; i < ASKED; i++)
+              if (inside(b, from + i)) parts[b][i].ask(in, ml, m0 + b, before + threadIdx.x + (from + i) * THREADS);
+#pragma unroll
+          for (int b = 0; b < BATCH; b++)
+#pragma unroll
+            for (int i = 0; i < ASKED; i++)
+              if (inside(b, from + i)) v[b][from + i] = parts[b][i].together();
+        }
       }
       if (OUTER) {
         outer.template centre<0, 0>(v, m0, outer_eps, outer_one, shares, factor, most, turns);

@@ -320,3 +320,32 @@ def test_a_chain_replayed_a_thousand_times_reads_only_what_it_wrote(
         graph.replay()
         wrong += (got != want).any()
     assert int(wrong) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 16])
+def test_a_step_reads_what_kernels_in_front_of_it_wrote(rows: int) -> None:
+    """The attention reads positions and the cache before it waits."""
+    found = moved(structure("int8", width=512, inner=1408, query=8, kv=8, size=64, layers=3), "cuda")
+    step, kept = FusedStep(found), list(moved(tuple(caches(found, rows, 512)), "cuda"))
+    ids, place = torch.arange(rows, device="cuda")[:, None], torch.tensor([400], device="cuda")
+    memory, at = [(k.clone(), v.clone()) for k, v in kept], place.clone()
+    want = step(ids, at, at, memory)
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        at.fill_(7)
+        for pair in memory:
+            for tensor in pair:
+                tensor.fill_(float("nan"))
+        torch.cuda._sleep(200_000)
+        for pair, old in zip(reversed(memory), reversed(kept), strict=True):
+            for tensor, value in zip(pair, old, strict=True):
+                tensor.copy_(value)
+        at.copy_(place)
+        got = step(ids, at, at, memory)
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(200):
+        graph.replay()
+        wrong += (got != want).any()
+    assert int(wrong) == 0
