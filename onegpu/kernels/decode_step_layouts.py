@@ -14,8 +14,8 @@ BOXES = 4  # of decode_step_product.cu
 class Shape(NamedTuple):
     """How a product is laid out.
 
-    warps: of a block that multiply. fetchers: of those that fetch, unless each does for itself (own). width: bytes of a
-    row of W in a piece, at most 512 if own. slots: pieces in the ring, or in a warp's own.
+    warps: of a block that multiply. fetchers: of those that fetch, unless each does for itself (own); at most as many as
+    slots. width: bytes of a row of W in a piece, at most 512 if own. slots: pieces in the ring, or in a warp's own.
     table_shift: 8 makes the look-up table of 4-bit products twice as large and a look-up one instruction shorter.
     tiles: of 16 rows between two sums over the warps, for one row of x. cluster: blocks that share the columns.
     """
@@ -62,8 +62,8 @@ class Shape(NamedTuple):
         return table + rows * pitch + sums + shares + bars + self.ring(form)
 
     def serves(self, form: str, rows: int, columns: int, nested: bool) -> bool:
-        """Whether it fits, and every block of the cluster has columns."""
-        whole = (self.cluster - 1) * self.share(form, columns) < columns
+        """Whether it fits, every block of the cluster has columns, and no warp fetches two turns of the ring ahead."""
+        whole = (self.cluster - 1) * self.share(form, columns) < columns and (self.own or self.fetchers <= self.slots)
         return whole and self.shared(form, rows, columns, nested) <= WHOLE
 
 
@@ -93,7 +93,8 @@ def shape(form: str, rows: int, columns: int, nested: bool) -> Shape | None:
     layout = (LAYOUTS if few else MANY)[form]
     for cluster, width in itertools.product(CLUSTERS, (layout.width, layout.width // 2)):
         tried = (
-            layout._replace(cluster=cluster, width=width, slots=slots) for slots in range(layout.slots, _FEWEST - 1, -1)
+            layout._replace(cluster=cluster, width=width, slots=slots, fetchers=min(slots, layout.fetchers))
+            for slots in range(layout.slots, _FEWEST - 1, -1)
         )
         found = next((one for one in tried if one.serves(form, rows, columns, nested)), None)
         if found is not None and (best is None or found.ring(form) > best.ring(form)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
 from functools import cache
 from pathlib import Path
 from typing import ClassVar
@@ -59,6 +60,22 @@ def test_any_layout_gives_the_product(fixed: Shape, monkeypatch: pytest.MonkeyPa
         torch.testing.assert_close(out, m.multiply(x.float()), rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("form", ["16bit", "nf4"])
+def test_fetching_warps_take_turns_around_the_ring(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as slots, and a number that does not divide them, over many turns; more could be two turns ahead."""
+    x = torch.randn(5, 512, generator=torch.Generator().manual_seed(0)).bfloat16()
+    m, out = matrix(form, (200,), 512, torch.bfloat16), torch.zeros(5, 200)
+    emulate(monkeypatch)
+    for slots, fetchers in ((2, 2), (3, 2)):
+        out.zero_()
+        gpu.product(x, m, "add", out, fixed=Shape(4, 128, slots, fetchers=fetchers))
+        torch.testing.assert_close(out, m.multiply(x.float()), rtol=2e-3, atol=2e-3)
+    more = Shape(4, 128, 2, fetchers=3)
+    assert not more.serves(form, 5, 512, False)
+    with pytest.raises(subprocess.CalledProcessError):
+        gpu.product(x, m, "add", out, fixed=more)
+
+
 # form, rows, columns, rows of the parts, what x is, sink, layout. Columns that no share divides, tiles cut off, several
 # tiles between two sums, more clusters than rows.
 CLUSTERED = [
@@ -70,7 +87,7 @@ CLUSTERED = [
     ("int8", 2, 640, (130,), "x", "store", Shape(16, 128, 2, tiles=4, own=True, cluster=2)),
     ("nf4", 16, 1792, (40, 24), "rms", "both", Shape(8, 128, 3, cluster=4)),
     ("nf4", 9, 1280, (64,), "x", "add", Shape(16, 128, 2, 8, own=True, cluster=2)),
-    ("nested", 8, 768, (36, 36), "layer", "gated", Shape(8, 128, 3, cluster=2, fetchers=4)),
+    ("nested", 8, 768, (36, 36), "layer", "gated", Shape(8, 128, 3, cluster=2, fetchers=3)),
     ("nested", 16, 1088, (64,), "added", "store", Shape(16, 128, 3, cluster=2)),
     ("fp4", 4, 1024, (64, 32), "layer", "store", Shape(8, 128, 4, 8, 8, cluster=4, fetchers=3)),
 ]
@@ -130,7 +147,7 @@ def test_clusters_give_the_same_bits_each_time(form: str, cluster: int) -> None:
     kind, rows = "nf4" if nested else form, 16 if cluster > 1 else 8
     for columns, sizes, what, sink in ((11008, (2048,), "x", "add"), (4096, (2752, 2752), "rms", "gated")):
         m = large(kind, sizes, columns, nested)
-        fixed = Shape(8, 512, 3, cluster=cluster, fetchers=4)
+        fixed = Shape(8, 512, 3, cluster=cluster, fetchers=3)
         if not fixed.serves(kind, rows, columns, nested):
             continue
         x, (out, _) = entered(what, rows, columns, torch.bfloat16), outputs(sink, rows, sizes, torch.bfloat16)
