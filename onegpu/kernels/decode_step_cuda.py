@@ -32,7 +32,11 @@ def fits(matrix: Matrix, rows: int) -> bool:
     """Whether a product has room for x in shared memory."""
     if matrix.transposed:
         return len(matrix.parts) == 1 and matrix.rows % _STRIP == 0 and _room(rows, matrix.columns) <= WHOLE
-    return shape(matrix.format, rows, matrix.columns, matrix.parts[0].nested is not None) is not None
+    return _shape(matrix, rows) is not None
+
+
+def _shape(matrix: Matrix, rows: int) -> Shape | None:
+    return shape(matrix.format, rows, matrix.columns, matrix.parts[0].nested is not None, matrix.rows)
 
 
 _STRIP, _WARPS = 32, 16  # of decode_step_transposed.cu
@@ -59,7 +63,7 @@ def product(
     """One launch of decode_step_product.cu, whose head says what the sinks are."""
     rows, columns = len(out), matrix.columns
     nested = matrix.parts[0].nested is not None
-    found = fixed or (None if matrix.transposed else shape(matrix.format, rows, columns, nested))
+    found = fixed or (None if matrix.transposed else _shape(matrix, rows))
     if not (fits(matrix, rows) if matrix.transposed else found):
         raise bad_argument(
             "rows", rows, f"is too many: x of {columns} columns does not fit into shared memory", "Use fewer rows"

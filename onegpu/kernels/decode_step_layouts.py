@@ -11,11 +11,15 @@ WHOLE = 232448 - 1024  # bytes of shared memory of a block on Hopper, less what 
 BOXES = 4  # of decode_step_product.cu
 
 
+def _bits(form: str) -> int:
+    return 16 >> FORMATS[form]  # of a weight
+
+
 class Shape(NamedTuple):
     """How a product is laid out.
 
-    warps: of a block that multiply. fetchers: of those that fetch, unless each does for itself (own). width: bytes of a
-    row of W in a piece, at most 512 if own. slots: pieces in the ring, or in a warp's own.
+    warps: of a block that multiply. fetchers: of those that fetch, unless each does for itself (own); at most as many
+    as slots. width: bytes of a row of W in a piece, at most 512 if own. slots: pieces in the ring, or in a warp's own.
     table_shift: 8 makes the look-up table of 4-bit products twice as large and a look-up one instruction shorter.
     tiles: of 16 rows between two sums over the warps, for one row of x. cluster: blocks that share the columns.
     """
@@ -62,45 +66,82 @@ class Shape(NamedTuple):
         return table + rows * pitch + sums + shares + bars + self.ring(form)
 
     def serves(self, form: str, rows: int, columns: int, nested: bool) -> bool:
-        """Whether it fits, and every block of the cluster has columns."""
-        whole = (self.cluster - 1) * self.share(form, columns) < columns
+        """Whether it fits, every block of the cluster has columns, and no warp fetches two turns of the ring ahead."""
+        whole = (self.cluster - 1) * self.share(form, columns) < columns and (self.own or self.fetchers <= self.slots)
         return whole and self.shared(form, rows, columns, nested) <= WHOLE
 
 
-# The layout of each format: what measured best for Llama-2-7B's products on an H100 (docs/worklog.md). Up to OWN_ROWS
-# rows OWN comes before LAYOUTS, if it fits; MANY is for more.
-LAYOUTS = {"16bit": Shape(16, 2048, 6), "int8": Shape(16, 2048, 6, 7, 4), "nf4": Shape(16, 1024, 7),
-           "fp4": Shape(16, 1024, 7)}  # fmt: skip
-OWN = {"int8": Shape(16, 128, 3, own=True), "nf4": Shape(16, 128, 2, 8, own=True),
-       "fp4": Shape(16, 128, 2, 8, own=True)}  # fmt: skip
-MANY = {"16bit": Shape(8, 2048, 6, fetchers=4), "int8": Shape(8, 2048, 6, fetchers=4),
-        "nf4": Shape(8, 1024, 7, fetchers=4), "fp4": Shape(8, 1024, 7, fetchers=4)}  # fmt: skip
-OWN_ROWS = 4
+# Up to how many rows -> format -> layouts: the first that fits is taken. They measured best for Llama-2-7B's products
+# on an H100 (docs/worklog.md). Fewer slots will do, down to one a fetching warp.
+LAYOUTS: dict[int, dict[str, tuple[Shape, ...]]] = {
+    4: {"16bit": (Shape(16, 2048, 6, fetchers=2),),
+        "int8": (Shape(16, 128, 3, own=True), Shape(16, 128, 2, own=True), Shape(16, 2048, 6, 7, 4)),
+        "nf4": (Shape(16, 128, 2, 8, own=True), Shape(16, 128, 2, own=True), Shape(16, 1024, 7, fetchers=4))},
+    8: {"16bit": (Shape(16, 2048, 5, cluster=2, fetchers=4), Shape(8, 1024, 8, cluster=4, fetchers=4)),
+        "int8": (Shape(16, 1024, 8, cluster=2, fetchers=4),),
+        "nf4": (Shape(8, 1024, 7, cluster=2, fetchers=4),)},
+    16: {"16bit": (Shape(16, 2048, 4, cluster=4, fetchers=4), Shape(8, 1408, 4, cluster=4, fetchers=4),
+                   Shape(8, 1024, 6, cluster=4, fetchers=4)),
+         "int8": (Shape(16, 1024, 6, cluster=2, fetchers=4), Shape(8, 1408, 4, cluster=4, fetchers=4),
+                  Shape(8, 1024, 6, cluster=4, fetchers=4)),
+         "nf4": (Shape(16, 1024, 4, cluster=2, fetchers=4), Shape(8, 1024, 5, cluster=2, fetchers=4),
+                 Shape(16, 128, 2, own=True, cluster=4), Shape(8, 1024, 4, cluster=4, fetchers=4),
+                 Shape(8, 512, 8, cluster=4, fetchers=4))},
+}  # fmt: skip
+# What comes before them for a matrix of at most SMALL bytes, whose blocks have too few tiles to stream.
+SMALL_LAYOUTS = {8: {"int8": Shape(16, 128, 3, own=True, cluster=2), "nf4": Shape(16, 128, 2, 8, own=True, cluster=2)},
+                 16: {"int8": Shape(16, 128, 2, own=True, cluster=2)}}  # fmt: skip
+SMALL = 20 * 2**20
 CLUSTERS = (1, 2, 4, 8)
-FULL = 72 * 1024  # bytes of a ring that hide the time until x is there; for less of many rows the cluster grows
+FULL = 48 * 1024  # bytes of a ring that hide the time until x is there; for less of many rows the cluster grows
 _FEWEST = 3  # slots
 
 
 @lru_cache(maxsize=1024)
-def shape(form: str, rows: int, columns: int, nested: bool) -> Shape | None:
-    """The layout for a product; None if x does not fit into shared memory."""
-    few = rows <= OWN_ROWS
+def shape(form: str, rows: int, columns: int, nested: bool, outputs: int) -> Shape | None:
+    """The layout for a product with a matrix ``[outputs, columns]``; None if x does not fit into shared memory."""
+    most, kind = next(most for most in LAYOUTS if rows <= most), "nf4" if form == "fp4" else form
+    layouts, small = LAYOUTS[most][kind], SMALL_LAYOUTS.get(most, {}).get(kind)
+    if small is not None and outputs * columns * _bits(form) // 8 <= SMALL and small == _narrowed(small, form, columns):
+        layouts = (small, *layouts)
+    for layout in layouts:
+        narrowed = _narrowed(layout, form, columns)
+        if narrowed is not None and (found := _with_slots(narrowed, form, rows, columns, nested)) is not None:
+            return found
     best: Shape | None = None
-    if few and (own := OWN.get(form)) is not None:
-        for alone in (own, own._replace(slots=2, table_shift=7)):
-            if alone.serves(form, rows, columns, nested):
-                return alone
-    layout = (LAYOUTS if few else MANY)[form]
-    for cluster, width in itertools.product(CLUSTERS, (layout.width, layout.width // 2)):
-        tried = (
-            layout._replace(cluster=cluster, width=width, slots=slots) for slots in range(layout.slots, _FEWEST - 1, -1)
-        )
-        found = next((one for one in tried if one.serves(form, rows, columns, nested)), None)
-        if found is not None and (best is None or found.ring(form) > best.ring(form)):
-            best = found
-        if best is not None and (few or best.ring(form) >= FULL):
+    for cluster, width in itertools.product(CLUSTERS, (layouts[-1].width, layouts[-1].width // 2)):
+        tried = layouts[-1]._replace(cluster=cluster, width=width)
+        other = _with_slots(tried, form, rows, columns, nested, _FEWEST)
+        if other is not None and (best is None or other.ring(form) > best.ring(form)):
+            best = other
+        if best is not None and best.ring(form) >= FULL:
             break
     return best
+
+
+def _narrowed(layout: Shape, form: str, columns: int) -> Shape | None:
+    """With fewer blocks in a cluster where each would have at most half a piece of a row. In a cluster, where a sum is
+    of one tile, with as many warps as share its own pieces evenly; None if most of them would have none."""
+    piece = layout.width * 8 // _bits(form)
+    while layout.cluster > 1 and 2 * layout.share(form, columns) <= piece:
+        layout = layout._replace(cluster=layout.cluster // 2)
+    if not layout.own or layout.cluster == 1:
+        return layout
+    pieces = -(-layout.share(form, columns) // piece)
+    warps = -(-pieces // -(-pieces // layout.warps)) * max(1, layout.warps // pieces)
+    return layout._replace(warps=warps) if 2 * pieces >= layout.warps else None
+
+
+def _with_slots(
+    layout: Shape, form: str, rows: int, columns: int, nested: bool, fewest: int | None = None
+) -> Shape | None:
+    """With as many slots as fit, up to its own; None if there is no room for one a fetching warp, or the fewest."""
+    fewest = fewest or (layout.slots if layout.own else max(_FEWEST, layout.fetchers))
+    tried = (
+        layout._replace(slots=slots, fetchers=min(slots, layout.fetchers))
+        for slots in range(layout.slots, fewest - 1, -1)
+    )
+    return next((one for one in tried if one.serves(form, rows, columns, nested)), None)
 
 
 def blocks(multiprocessors: int, cluster: int) -> int:

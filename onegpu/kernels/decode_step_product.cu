@@ -27,6 +27,8 @@ constexpr int GATED = SINK == 2, PARTS = SINK == 0 || SINK == 3, TILE_ROWS = GAT
 constexpr int BOXES = CL > 1 ? 4 : 0, SENT = TG * 16 * M, FINISHED = TILE_ROWS / CL;  // floats of a box; rows of a tile that a block finishes
 static_assert(K % 64 == 0 && SHARE % 64 == 0, "whole groups");
 static_assert(FINISHED * CL == TILE_ROWS, "a cluster of 1, 2, 4 or 8");
+// The warp that fetches piece i has waited for i - FETCHERS, so the barrier of i's slot is at most FETCHERS pieces behind: a parity tells one turn of the ring.
+static_assert(OWN || FETCHERS <= SLOTS, "a fetching warp is at most a turn ahead");
 static_assert(TG * 16 * M <= CONSUMERS * 32, "a thread finishes one sum");
 
 struct Part { const u8* w; const void* absmax; const float *nested, *offset; const u16* bias; };

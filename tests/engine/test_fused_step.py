@@ -271,7 +271,7 @@ def test_the_chain_of_kernels_is_the_chain_of_definitions(
 @pytest.mark.parametrize("form", ["16bit", "int8", "nf4"])
 def test_16_rows_whose_columns_clusters_share(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"form": form, "width": 4096, "inner": 5504, "query": 32, "kv": 32, "size": 128, "layers": 1}
-    found = layouts.shape(form, 16, 5504, False)
+    found = layouts.shape(form, 16, 5504, False, 4096)
     assert found is not None
     assert found.cluster > 1
     case = (sizes, torch.bfloat16, 16, 64, 40, [*range(15), 2**30])
