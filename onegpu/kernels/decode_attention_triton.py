@@ -77,9 +77,12 @@ def _split_kernel(
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SLOPES: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr,
     PRECISION: tl.constexpr, UNIT: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    if PDL:  # the next kernel's programs come, and wait for this one's to end, before these have anything to do
-        tl_cuda.gdc_launch_dependents()
+    if PDL:
+        if BS == 0:  # the programs that add the parts come, and wait for these to end, before these have anything to do
+            tl_cuda.gdc_launch_dependents()
         tl_cuda.gdc_wait()
+        if BS > 0:  # clusters of the next call would take SMs from these
+            tl_cuda.gdc_launch_dependents()
     i_program = tl.program_id(0)
     i_split = i_program % SPLITS
     i_tile = (i_program // SPLITS) % ROW_TILES
