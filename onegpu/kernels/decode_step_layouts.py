@@ -85,7 +85,7 @@ LAYOUTS: dict[int, dict[str, tuple[Shape, ...]]] = {
          "int8": (Shape(16, 1024, 6, cluster=2, fetchers=4), Shape(8, 1408, 4, cluster=4, fetchers=4),
                   Shape(8, 1024, 6, cluster=4, fetchers=4)),
          "nf4": (Shape(16, 1024, 4, cluster=2, fetchers=4), Shape(8, 1024, 5, cluster=2, fetchers=4),
-                 Shape(16, 128, 2, own=True, cluster=4), Shape(8, 1024, 4, cluster=4, fetchers=4),
+                 Shape(12, 128, 2, own=True, cluster=4), Shape(8, 1024, 4, cluster=4, fetchers=4),
                  Shape(8, 512, 8, cluster=4, fetchers=4))},
 }  # fmt: skip
 # What comes before them for a matrix of at most SMALL bytes, whose blocks have too few tiles to stream.
@@ -121,15 +121,15 @@ def shape(form: str, rows: int, columns: int, nested: bool, outputs: int) -> Sha
 
 def _narrowed(layout: Shape, form: str, columns: int) -> Shape | None:
     """With fewer blocks in a cluster where each would have at most half a piece of a row. In a cluster, where a sum is
-    of one tile, with as many warps as share its own pieces evenly; None if most of them would have none."""
+    of one tile, with as many warps as share its own pieces evenly; None if those are few, or most would have none."""
     piece = layout.width * 8 // _bits(form)
     while layout.cluster > 1 and 2 * layout.share(form, columns) <= piece:
         layout = layout._replace(cluster=layout.cluster // 2)
     if not layout.own or layout.cluster == 1:
         return layout
     pieces = -(-layout.share(form, columns) // piece)
-    warps = -(-pieces // -(-pieces // layout.warps)) * max(1, layout.warps // pieces)
-    return layout._replace(warps=warps) if 2 * pieces >= layout.warps else None
+    warps = layout.warps // pieces * pieces
+    return layout._replace(warps=warps) if 2 * pieces >= layout.warps and 4 * warps >= 3 * layout.warps else None
 
 
 def _with_slots(

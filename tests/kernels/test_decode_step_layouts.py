@@ -71,9 +71,9 @@ def test_a_cluster_grows_until_the_ring_hides_the_time_that_x_takes(form: str) -
 
 
 def test_own_pieces_go_around_as_many_warps_as_share_them_evenly() -> None:
-    warps = {columns: layouts.shape("nf4", 9, columns, False, 4096) for columns in (13824, 14336, 18176)}
-    assert {columns: found and (found.own, found.warps) for columns, found in warps.items()} == {
-        13824: (True, 14), 14336: (True, 14), 18176: (True, 9),
+    found = {columns: layouts.shape("nf4", 16, columns, False, 4096) for columns in (8192, 10240, 11008, 13824)}
+    assert {columns: (one.own, one.warps) for columns, one in found.items() if one is not None} == {
+        8192: (False, 8), 10240: (True, 10), 11008: (True, 11), 13824: (False, 8),
     }  # fmt: skip
 
 
