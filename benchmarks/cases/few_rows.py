@@ -34,7 +34,10 @@ _FORMATS = {"nf4": "4bit", "fp4": "4bit", "nested": "4bit", "int8": "int8", "bf1
 _OPS = {"4bit": "linear_4bit", "int8": "linear_int8", "16bit": "linear_16bit"}
 _SHARED = tuple(
     f"onegpu/kernels/{name}"
-    for name in ("few_rows.py", "few_rows_common.cu", "few_rows_narrow.cu", "few_rows_wide.cu", "driver.py")
+    for name in (
+        *("few_rows.py", "few_rows_table.py", "few_rows_common.cu", "few_rows_parts.cu", "few_rows_direct.cu"),
+        *("few_rows_narrow.cu", "few_rows_resident.cu", "few_rows_wide.cu", "driver.py"),
+    )
 )
 _TESTS = {
     "4bit": "tests/kernels/test_few_rows.py::test_the_products_of_the_table_on_a_gpu",

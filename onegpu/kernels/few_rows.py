@@ -1,9 +1,9 @@
-"""Launches the few-row products of few_rows_narrow.cu and few_rows_wide.cu: ``y[M, N] = x[M, K] @ W[N, K].T + bias``.
+"""Launches the few-row products of few_rows_*.cu: ``y[M, N] = x[M, K] @ W[N, K].T + bias``.
 
-W is read once, as it is stored (4-bit, int8 or 16-bit), so the bound is its bytes. `narrow` holds x in shared memory
-and serves up to 16 rows, `wide` streams it and serves up to 128. Both want whole groups of columns and 16-byte
-alignment: where a product has them not, `supports` says so, and the op takes its portable kernel or the dequantised
-product.
+W is read once, as it is stored (4-bit, int8 or 16-bit), so the bound is its bytes. `direct`, `narrow` and `resident`
+hold x in shared memory and serve up to 8, 16 and 32 rows, `wide` streams it and serves up to 128. All want whole groups
+of columns and 16-byte alignment: where a product has them not, `supports` says so, and the op takes its portable kernel
+or the dequantised product.
 """
 
 from __future__ import annotations
@@ -82,7 +82,10 @@ def choose(
             found = fits(config, fmt, nested, m, n, k, half, sms, limit)
         if found is None:
             continue
-        cost = config.price * ceil_div(ceil_div(n, found[0]), config.tile) * config.tile / config.cluster
+        rows = ceil_div(ceil_div(n, found[0]), config.tile) * config.tile
+        if not config.share[0] <= rows * k / config.cluster <= config.share[1]:
+            continue
+        cost = config.price * (config.nested if nested else 1) * rows / config.cluster
         if (config.rows, cost) < least:
             best, least = (config, *found), (config.rows, cost)
     return best

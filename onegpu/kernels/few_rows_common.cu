@@ -10,11 +10,6 @@ typedef unsigned int u32; typedef unsigned short u16; typedef unsigned char u8; 
 #ifndef WGMMA
 #define WGMMA 0
 #endif
-#if L2B == 256
-#define L2_PREFETCH ".L2::256B"
-#else
-#define L2_PREFETCH ""
-#endif
 #ifndef EMULATED
 #define DEVICE __device__ __forceinline__
 #define CONSTANT __constant__
@@ -33,7 +28,7 @@ DEVICE Shared shared(const void* p) { return __shfl_sync(~0u, saddr(p), threadId
 DEVICE u64 evict_first() { u64 v; asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(v)); return v; }
 // Asynchronous copies; `bytes` past the first `take` are zeros.
 DEVICE void copy16(Shared dst, const void* src, int take, u64 policy) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint" L2_PREFETCH " [%0], [%1], 16, %2, %3;" :: "r"(dst), "l"(src), "r"(take), "l"(policy) : "memory");
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" :: "r"(dst), "l"(src), "r"(take), "l"(policy) : "memory");
 }
 DEVICE void copy16(Shared dst, const void* src, int take) { asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(dst), "l"(src), "r"(take) : "memory"); }
 DEVICE void copy4(Shared dst, const void* src, int take) { asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" :: "r"(dst), "l"(src), "r"(take) : "memory"); }

@@ -6,7 +6,7 @@
 // each 64 columns when it comes, so that a lane's stored bytes are its operands in order.
 // 4-bit: looked-up fp16 pairs are the operand; the sum over each 64 columns is scaled in float32 while the next products run.
 // bf16 x becomes fp16 up to a power of two a row, of this block's columns. int8: nothing is scaled before the end.
-// Filled in: NT (eights of x), WN, WK, BLOCKS (as in few_rows_direct.cu), and those of Ring.
+// Filled in: NT (eights of x), WN, WK, and those of Ring.
 constexpr int WARPS = 4 * WN * WK, THREADS = 32 * WARPS, BN = 64 * WN, ROWS = 8 * NT;
 constexpr int E_PITCH = BN + 4, DIRECT = WK == 1 && CL == 1;           // DIRECT: no sums meet
 constexpr int IN_TABLE = FMT == 2 && ROWS * E_PITCH <= 8192;  // the sums, in what the table leaves free
@@ -16,7 +16,7 @@ constexpr int SUMS = DIRECT || IN_TABLE ? 0 : (MEET * ROWS * E_PITCH + 31) / 32 
 constexpr int TO_FP16 = FMT == 2 && BF16, MMA_BF16 = BF16 && FMT != 2;
 static_assert(FMT != 0 && GROUPS % 2 == 0, "products alternate between two sets of registers");
 
-ENTRY __global__ void __launch_bounds__(THREADS, BLOCKS)
+ENTRY __global__ void __launch_bounds__(THREADS, 1)
 few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ y, const u16* __restrict__ bias,
          const void* __restrict__ absmax, const float* __restrict__ nested, const float* __restrict__ map,
          const float* __restrict__ offset, int m, int n, int k, int shift, int nested_shift) {

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+# Weights of a block: where they are few, what a kernel takes to start, or a cluster to meet, counts most.
+FEW, MANY, ANY = (0, 1 << 18), ((1 << 18) + 1, 1 << 62), (0, 1 << 62)
+
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
@@ -16,10 +19,10 @@ class Narrow:
 
     rows: of x that fit. width: bytes of a row of W in a piece. slots: of a warp's ring. tiles: of 16 rows between two
     meetings of the warps. cluster: blocks that share the columns. table_shift: 7 makes the look-up table of 4-bit
-    products half as large and its look-ups a little slower. prefetch: bytes around a copy that L2 reads along (0, 256).
-    early: pieces of each warp that are sent for into L2 before the kernel in front has ended (0: this one
-    starts when that has ended; compute capability 9.0). price: time of a row of a tile (filled or not), over that of
-    the others with as many rows.
+    products half as large and its look-ups a little slower. early: pieces of each warp that are sent for
+    into L2 before the kernel in front has ended (0: this one starts when that has ended; compute capability 9.0).
+    price: time of a row of a tile (filled or not), over that of the others with as many rows. nested: that of
+    quantised scales, over that of plain ones. share: weights of a block, padding included, between which it is taken.
     """
 
     rows: int
@@ -29,9 +32,10 @@ class Narrow:
     tiles: int
     cluster: int = 1
     table_shift: int = 8
-    prefetch: int = 0
     early: int = 0
     price: float = 1.0
+    nested: float = 1.0
+    share: tuple[int, int] = ANY
 
     source: ClassVar[str] = "few_rows_narrow.cu"
     packs: ClassVar[int] = 1
@@ -65,7 +69,7 @@ class Narrow:
 
     def constants(self, half: bool) -> dict[str, int]:
         names = {"MP": self.rows, "WARPS": self.warps, "SLOTS": self.slots, "CB": self.width, "TG": self.tiles}
-        return {**names, "CL": self.cluster, "TABLE_SHIFT": self.table_shift, "L2B": self.prefetch, "EARLY": self.early}
+        return {**names, "CL": self.cluster, "TABLE_SHIFT": self.table_shift, "EARLY": self.early}
 
 
 @dataclass(frozen=True)
@@ -73,8 +77,8 @@ class Wide:
     """Configuration of few_rows_wide.cu: a tile is 16 * row_tiles * warps_n rows of W, a stage has `columns` of it.
 
     eights: rows of x, in eights. warps_n x warps_k warps share the rows and the columns. stages: of the ring.
-    wgmma: Hopper only. bulk: its engine for bulk copies brings x. early: as Narrow's, in stages. price: as Narrow's.
-    blocks: as Direct's.
+    wgmma: Hopper only. bulk: its engine for bulk copies brings x. early: as Narrow's, in stages. price,
+    nested, share: as Narrow's.
     """
 
     eights: int
@@ -89,10 +93,12 @@ class Wide:
     price: float = 1.0
     bulk: bool = False
     early: int = 0
-    blocks: int = 1
+    nested: float = 1.0
+    share: tuple[int, int] = ANY
 
     source: ClassVar[str] = "few_rows_wide.cu"
     packs: ClassVar[int] = 2
+    blocks: ClassVar[int] = 1
 
     @property
     def rows(self) -> int:
@@ -133,7 +139,7 @@ class Wide:
         names = {"NT": self.eights, "RT": self.row_tiles, "WN": self.warps_n, "WK": self.warps_k, "KC": self.columns}
         return {**names, "STAGES": self.stages, "CL": self.cluster, "TABLE_SHIFT": self.table_shift,
                 "HALF_BLOCK": int(half), "WGMMA": int(self.wgmma), "XT": int(self.bulk),
-                "EARLY": self.early, "BLOCKS": self.blocks}  # fmt: skip
+                "EARLY": self.early}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -141,7 +147,7 @@ class Resident:
     """Configuration of few_rows_resident.cu (Hopper): as Wide with wgmma, but x stays in shared memory.
 
     eights: rows of x, in eights (1, 2, 4, 8). warps_n x warps_k groups of four warps share the rows and the columns.
-    width, slots, early, price: as Narrow's. blocks: as Direct's.
+    width, slots, early, price, nested, share: as Narrow's.
     """
 
     eights: int
@@ -152,11 +158,13 @@ class Resident:
     cluster: int = 1
     early: int = 0
     price: float = 1.0
-    blocks: int = 1
+    nested: float = 1.0
+    share: tuple[int, int] = ANY
 
     source: ClassVar[str] = "few_rows_resident.cu"
     wgmma: ClassVar[bool] = True
     packs: ClassVar[int] = 2
+    blocks: ClassVar[int] = 1
 
     @property
     def rows(self) -> int:
@@ -195,7 +203,7 @@ class Resident:
 
     def constants(self, half: bool) -> dict[str, int]:
         names = {"NT": self.eights, "WN": self.warps_n, "WK": self.warps_k, "CB": self.width, "SLOTS": self.slots}
-        return {**names, "CL": self.cluster, "TABLE_SHIFT": 8, "WGMMA": 1, "EARLY": self.early, "BLOCKS": self.blocks}
+        return {**names, "CL": self.cluster, "TABLE_SHIFT": 8, "WGMMA": 1, "EARLY": self.early}
 
 
 @dataclass(frozen=True)
@@ -203,8 +211,8 @@ class Direct:
     """Configuration of few_rows_direct.cu: weights go from memory to the registers, past shared memory.
 
     rows: of x (4-bit: 1, 2 or 4; else up to 8). groups: of 64 bytes of a row of W in a piece. pieces: that a warp has
-    sent for or multiplies. tiles, early, price: as Narrow's. blocks: that share a multiprocessor, so that the next
-    kernel gets ready while this one runs.
+    sent for or multiplies. tiles, early, price, nested, share: as Narrow's. blocks: that share a multiprocessor, so
+    that the next kernel gets ready while this one runs.
     """
 
     rows: int
@@ -215,6 +223,8 @@ class Direct:
     blocks: int = 1
     early: int = 0
     price: float = 1.0
+    nested: float = 1.0
+    share: tuple[int, int] = ANY
 
     source: ClassVar[str] = "few_rows_direct.cu"
     packs: ClassVar[int] = 2
@@ -246,28 +256,33 @@ class Direct:
 Config = Narrow | Wide | Resident | Direct
 
 
-def _bulk(eights: int, warps_n: int, warps_k: int, columns: int, stages: int, cluster: int, price: float) -> Wide:
+def _bulk(
+    eights: int, warps_n: int, warps_k: int, columns: int, stages: int, cluster: int, price: float,
+    share: tuple[int, int] = ANY,
+) -> Wide:  # fmt: skip
     """What won as Wide on Hopper."""
-    return Wide(eights, 1, warps_n, warps_k, columns, stages, cluster, 8, True, price, True, 2)
+    return Wide(eights, 1, warps_n, warps_k, columns, stages, cluster, 8, True, price, True, 2, share=share)
 
 
-# By format. Of those that fit and have the fewest rows the cheapest is taken, by price times rows of W with padding.
+# By format. Of those that fit, by memory and by `share`, and have the fewest rows the cheapest is taken: by price (with
+# quantised scales times `nested`) times rows of W with padding over the cluster.
 # What a sweep on an H100 found fastest (docs/worklog.md); those of price 9 are for GPUs before it.
 CONFIGURATIONS: dict[str, tuple[Config, ...]] = {
     "16bit": (
-        Narrow(1, 16, 3, 128, 12, prefetch=256), Narrow(2, 16, 2, 128, 8), Narrow(4, 16, 2, 128, 4),
-        Narrow(4, 16, 2, 64, 2), Narrow(8, 16, 3, 128, 2), Narrow(8, 16, 3, 128, 2, cluster=2, price=1.2),
-        Narrow(8, 16, 2, 64, 1, cluster=4, price=1.2),
-        Narrow(1, 8, 2, 64, 4), Narrow(2, 8, 2, 64, 2), Narrow(4, 8, 2, 64, 1), Narrow(8, 8, 2, 64, 1),
+        Direct(1, 16, 4, 2, 12, early=2), Direct(2, 16, 4, 2, 8, early=2), Direct(4, 16, 4, 2, 4, early=2),
+        Narrow(8, 16, 3, 128, 2), Narrow(8, 16, 3, 128, 2, cluster=2, price=1.2),
+        Narrow(8, 16, 2, 64, 1, cluster=4, price=1.2), Narrow(8, 8, 2, 64, 1),
     ),
     "int8": (
-        Narrow(1, 16, 2, 128, 12, early=2), Narrow(2, 16, 2, 128, 8, early=2), Narrow(4, 16, 3, 64, 6, early=4),
-        Narrow(4, 16, 2, 64, 2, price=1.1), Narrow(1, 8, 2, 64, 4),
+        Narrow(2, 16, 2, 128, 8, early=2), Narrow(2, 8, 2, 64, 4, price=1.1), Narrow(4, 16, 2, 128, 6, early=2),
+        Narrow(4, 16, 3, 64, 6, early=4, price=1.05), Narrow(4, 16, 2, 64, 2, price=1.1),
+        Direct(8, 16, 2, 3, 2, early=2, price=1.52, share=FEW),
         Narrow(8, 16, 2, 64, 2, early=4, price=1.96), Narrow(8, 16, 2, 128, 4, early=4, price=1.56),
         Narrow(8, 16, 3, 128, 4, cluster=2, early=4, price=1.93), Resident(1, 3, 1, 128, 4, early=4),
         Resident(1, 4, 1, 128, 3, cluster=4, early=4, price=1.36),
         Wide(1, 1, 4, 2, 128, 5, cluster=2, price=3.06), Wide(1, 1, 4, 2, 128, 3, price=9),
         Narrow(16, 16, 2, 64, 2, early=4, price=1.66),
+        Resident(2, 3, 1, 128, 2, early=4, price=0.6, share=FEW),
         Resident(2, 3, 1, 128, 3, early=4), Resident(2, 3, 1, 128, 4, cluster=2, early=4, price=1.33),
         Resident(2, 1, 3, 128, 2, cluster=2, early=4, price=2.04),
         Resident(2, 3, 1, 128, 2, cluster=4, early=4, price=1.53), _bulk(2, 12, 1, 256, 3, 2, 1.4),
@@ -278,21 +293,28 @@ CONFIGURATIONS: dict[str, tuple[Config, ...]] = {
         Resident(4, 3, 1, 128, 2, cluster=2, early=4, price=1.228),
         Wide(4, 1, 4, 2, 128, 5, cluster=2, price=3.1), Wide(4, 1, 4, 2, 128, 3, price=9),
         _bulk(8, 12, 1, 256, 2, 1, 1.0), _bulk(8, 12, 1, 256, 2, 2, 1.313),
-        _bulk(8, 12, 1, 256, 2, 4, 1.936), _bulk(8, 16, 1, 128, 3, 4, 1.623), _bulk(8, 4, 2, 256, 4, 2, 2.669),
+        _bulk(8, 12, 1, 256, 2, 4, 1.936), _bulk(8, 8, 1, 256, 3, 2, 1.6), _bulk(8, 4, 2, 256, 4, 2, 2.669),
+        _bulk(8, 8, 1, 256, 3, 1, 0.95, FEW),
         _bulk(8, 4, 2, 128, 6, 8, 4.184), Wide(8, 1, 4, 1, 64, 3, price=9),
         Wide(16, 1, 12, 1, 128, 2, cluster=2, wgmma=True, price=1.47),
         Wide(16, 1, 12, 1, 128, 4, wgmma=True, price=1.25),
         Wide(16, 1, 12, 1, 128, 2, cluster=4, wgmma=True, price=1.85), Wide(16, 1, 4, 1, 64, 2, price=9),
     ),
     "4bit": (
-        Narrow(1, 16, 2, 128, 12, early=2), Narrow(2, 16, 2, 128, 8), Narrow(4, 16, 2, 128, 6), Narrow(4, 16, 3, 64, 6),
-        Narrow(1, 8, 2, 64, 4, table_shift=7), Narrow(8, 16, 2, 64, 2, price=2.01),
+        Direct(1, 8, 2, 3, 12, blocks=2, early=2, price=0.9, share=FEW), Direct(1, 12, 2, 3, 12, early=2, price=1.05),
+        Narrow(1, 16, 2, 128, 12, early=2, nested=1.15), Narrow(1, 8, 2, 64, 4, table_shift=7, nested=1.15),
+        Direct(2, 8, 2, 3, 8, blocks=2, early=2, price=0.9, share=FEW), Direct(2, 12, 2, 3, 8, early=2, price=1.09),
+        Narrow(2, 16, 2, 128, 8, early=2, nested=1.15),
+        Narrow(4, 16, 2, 128, 6, early=2), Narrow(4, 16, 3, 64, 6, price=1.1), Narrow(8, 16, 2, 64, 2, price=2.01),
         Resident(1, 3, 1, 128, 3, early=4), Resident(1, 3, 1, 128, 2, cluster=2, early=4, price=1.302),
         Resident(1, 4, 1, 128, 2, cluster=4, early=4, price=1.371), Resident(1, 1, 4, 64, 3, cluster=2, price=2.227),
         Wide(1, 1, 12, 1, 256, 5, wgmma=True, price=1.54), Wide(1, 1, 12, 1, 256, 4, cluster=2, wgmma=True, price=1.81),
         Wide(1, 2, 2, 4, 256, 3, cluster=2, price=3.2), Wide(1, 1, 4, 2, 128, 3, table_shift=7, price=9),
-        Resident(2, 3, 1, 64, 2, early=4), Resident(2, 3, 1, 128, 2, cluster=2, early=4, price=1.215),
+        Resident(2, 3, 1, 64, 2, early=4, price=0.6, share=FEW), Resident(2, 3, 1, 64, 2, early=4, nested=1.1),
+        Resident(2, 3, 1, 128, 2, cluster=2, early=4, price=1.215, nested=0.85),
         Resident(2, 3, 1, 64, 3, cluster=4, early=4, price=1.396),
+        Resident(2, 3, 1, 128, 2, cluster=8, early=4, price=1.38, share=MANY),
+        Resident(2, 1, 4, 64, 2, cluster=8, early=4, price=2.9),
         Resident(2, 4, 1, 64, 3, cluster=4, early=4, price=1.203), _bulk(2, 12, 1, 256, 4, 1, 1.1),
         _bulk(2, 12, 1, 256, 4, 2, 1.37), _bulk(2, 4, 4, 256, 6, 2, 2.57),
         Wide(2, 1, 4, 2, 128, 3, table_shift=7, price=9),
@@ -300,7 +322,7 @@ CONFIGURATIONS: dict[str, tuple[Config, ...]] = {
         _bulk(4, 8, 2, 256, 4, 4, 1.82), Wide(4, 1, 4, 2, 128, 2, table_shift=7, price=9),
         _bulk(8, 12, 1, 256, 2, 1, 1.0), _bulk(8, 12, 1, 128, 3, 2, 1.527),
         _bulk(8, 12, 1, 128, 3, 4, 2.101), _bulk(8, 12, 1, 128, 3, 8, 2.666), _bulk(8, 8, 1, 256, 2, 2, 1.918),
-        _bulk(8, 4, 2, 256, 3, 2, 2.797), _bulk(8, 4, 2, 128, 6, 8, 4.21),
+        _bulk(8, 4, 4, 256, 3, 2, 2.797), _bulk(8, 4, 2, 128, 6, 8, 4.21), _bulk(8, 8, 1, 256, 3, 1, 0.95, FEW),
         Wide(8, 1, 2, 2, 128, 2, table_shift=7, price=9),
         Wide(16, 1, 12, 1, 128, 2, cluster=2, table_shift=7, wgmma=True, price=1.47),
         Wide(16, 1, 12, 1, 256, 2, table_shift=7, wgmma=True),

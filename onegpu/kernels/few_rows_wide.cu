@@ -8,8 +8,7 @@
 // their order, so a lane picks its byte of every word. The products run while the next weights are expanded.
 // XT (with WGMMA): the bulk engine brings x, one copy for 64 columns.
 // Filled in: NT, RT, WN, WK, KC, STAGES, WGMMA, HALF_BLOCK (a scale for 32 columns), XT,
-// EARLY (stages that are sent for into L2 before the kernel in front has ended; 0: weights may be read at once),
-// BLOCKS (as in few_rows_direct.cu).
+// EARLY (stages that are sent for into L2 before the kernel in front has ended; 0: weights may be read at once).
 #ifndef XT
 #define XT 0
 #endif
@@ -36,7 +35,7 @@ template <int B> DEVICE u32 weights(const u8* table, u32 w, u32 lane, float scal
   return pack(h2f(v & 0xffffu) * scale, h2f(v >> 16) * scale);
 }
 
-ENTRY __global__ void __launch_bounds__(THREADS, BLOCKS)
+ENTRY __global__ void __launch_bounds__(THREADS, 1)
 few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ y, const u16* __restrict__ bias,
          const void* __restrict__ absmax, const float* __restrict__ nested, const float* __restrict__ map,
          const float* __restrict__ offset, int m, int n, int k, int shift, int nested_shift

@@ -12,6 +12,7 @@ from onegpu import functional
 from onegpu.kernels import few_rows
 from onegpu.kernels.few_rows_table import CONFIGURATIONS, Config, Direct, Narrow, Resident, Wide
 from onegpu.kernels.linear_4bit import Packed4bit, linear_4bit
+from onegpu.kernels.linear_16bit import linear_16bit, ours_is_faster
 from onegpu.kernels.linear_int8 import linear_int8
 from tests.compare import assert_close, assert_same_nonfinite
 from tests.kernels import emulated, machine_code
@@ -147,39 +148,9 @@ def test_no_registers_spill_no_copy_is_encoded_wrongly_and_no_sum_is_read_early(
         assert machine_code.stack_bytes(code) == 0, config
         assert machine_code.copies_with_a_uniform_base(code) == 0, config
         assert (machine_code.reads_before_the_wait(code) == 0) == (config.early > 0), config
+        assert not isinstance(config, Direct) or machine_code.static_shared(code) <= 1024, config
         if not isinstance(config, Narrow):
             assert machine_code.sums_copied_early(code, config.rows // 2) == 0, config
-
-
-# Configurations that serve no product yet, or only some sizes: each as if the table had no other.
-ALONE = [
-    ("4bit", Direct(1, 8, 2, 3, 12, blocks=2, early=2)), ("4bit", Direct(1, 16, 2, 2, 12, early=1)),
-    ("4bit", Direct(2, 8, 2, 2, 8, blocks=2, early=1)), ("4bit", Direct(4, 8, 2, 2, 4, blocks=2, early=4)),
-    ("int8", Direct(1, 8, 2, 3, 8, blocks=2, early=2)), ("int8", Direct(4, 16, 2, 2, 4, early=2)),
-    ("4bit", Wide(8, 1, 8, 1, 128, 3, 1, 7, True, 1.0, True, 3, blocks=2)),
-    ("4bit", Wide(8, 1, 4, 2, 128, 3, 2, 7, True, 1.0, True, 3, blocks=2)),
-    ("4bit", Resident(2, 2, 1, 64, 2, cluster=8, early=4, blocks=2)),
-    ("int8", Wide(8, 1, 4, 2, 128, 3, 2, 8, True, 1.0, True, 3, blocks=2)),
-    ("int8", Resident(2, 3, 1, 128, 2, cluster=4, early=4, blocks=2)),
-]  # fmt: skip
-
-
-@pytest.fixture
-def only(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> tuple[str, Config]:
-    fmt, config = request.param
-    monkeypatch.setattr(few_rows, "CONFIGURATIONS", {fmt: (config,)})
-    few_rows.plan.cache_clear()
-    request.addfinalizer(few_rows.plan.cache_clear)
-    return fmt, config
-
-
-@needs_nvrtc
-def test_what_shares_a_multiprocessor_has_the_registers() -> None:
-    for fmt, config in ALONE:
-        code = few_rows.kernel(config, fmt, True, False, 0, False).compile("sm_90a").code
-        assert machine_code.stack_bytes(code) == 0, config
-        assert machine_code.reads_before_the_wait(code) == 0, config
-        assert not isinstance(config, Direct) or machine_code.static_shared(code) <= 1024, config
 
 
 def random_weights(fmt: str, n: int, k: int, nested: bool, seed: int) -> tuple[torch.Tensor, functools.partial]:
@@ -189,6 +160,9 @@ def random_weights(fmt: str, n: int, k: int, nested: bool, seed: int) -> tuple[t
         codes = torch.randint(-128, 128, (n, k), dtype=torch.int8, device="cuda", generator=on)
         SCB = (torch.rand(n, device="cuda", generator=on) + 0.5) * 1.5 / k**0.5
         return codes.float() * SCB[:, None] / 127, functools.partial(linear_int8, weight=codes, SCB=SCB, exact=False)
+    if fmt == "16bit":
+        w = torch.randn(n, k, device="cuda", generator=on).div(k**0.5).bfloat16()
+        return w.float(), functools.partial(linear_16bit, weight=w)
     blocks = (torch.rand(n * k // 64, device="cuda", generator=on) + 0.5) * 1.5 / k**0.5
     codes = torch.randint(0, 256, (n * k // 2, 1), dtype=torch.uint8, device="cuda", generator=on)
     packed = Packed4bit(codes, blocks, 64, "nf4", (n, k))
@@ -202,32 +176,14 @@ def random_weights(fmt: str, n: int, k: int, nested: bool, seed: int) -> tuple[t
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("only", ALONE, indirect=True, ids=[f"{fmt}-{i}" for i, (fmt, _) in enumerate(ALONE)])
-@pytest.mark.parametrize("n_k", [(1003, 4160), (4096, 4096), (515, 11008), (896, 896)])
-def test_one_configuration_on_a_gpu(only: tuple[str, Config], n_k: tuple[int, int]) -> None:
-    (fmt, config), (n, k) = only, n_k
-    for nested in (False, True)[: 1 + (fmt == "4bit")]:
-        if few_rows.choose(fmt, 2 * nested, 1, n, k, False, 132, 227 * 1024, 9) is None:
-            continue  # too many columns for it
-        w, run = random_weights(fmt, n, k, nested, 1)
-        bias = activations((n,), torch.bfloat16, "cuda", seed=5)
-        for m in sorted({1, config.rows - 1, config.rows} - {0}):
-            x = activations((m, k), torch.bfloat16, "cuda")
-            y = run(x, bias=bias)
-            compare(y, x, w, bias, f"nested {nested} M {m}")
-            assert torch.equal(y, run(x, bias=bias)), "differs from run to run"
-            x[m - 1, 5] = float("nan")
-            bad = run(x, bias=bias)
-            assert bad[m - 1].isnan().all() and not bad[: m - 1].isnan().any()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("only", ALONE, indirect=True, ids=[f"{fmt}-{i}" for i, (fmt, _) in enumerate(ALONE)])
-def test_products_that_start_early_read_what_the_one_before_wrote(only: tuple[str, Config]) -> None:
+@pytest.mark.parametrize("rows", [1, 2, 4, 8, 16, 64])
+@pytest.mark.parametrize(("fmt", "nested"), [("16bit", False), ("int8", False), ("4bit", False), ("4bit", True)])
+def test_products_that_start_early_read_what_the_one_before_wrote(fmt: str, nested: bool, rows: int) -> None:
     """A chain of twelve, each the next one's x, in one graph and one by one: the same bits, many times."""
-    fmt, config = only
-    layers = [random_weights(fmt, 4096, 4096, False, seed)[1] for seed in range(12)]
-    x = activations((config.rows, 4096), torch.bfloat16, "cuda")
+    if fmt == "16bit" and not ours_is_faster(rows, 4096, 4096):
+        pytest.skip("cuBLAS has them")
+    layers = [random_weights(fmt, 4096, 4096, nested, seed)[1] for seed in range(12)]
+    x = activations((rows, 4096), torch.bfloat16, "cuda")
     expected = x
     for run in layers:
         expected = run(expected)
@@ -241,6 +197,24 @@ def test_products_that_start_early_read_what_the_one_before_wrote(only: tuple[st
         y.zero_()
         graph.replay()
         assert torch.equal(y, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fmt", ["int8", "4bit"])
+@pytest.mark.parametrize("n_k", [(9728, 896), (896, 4864), (1003, 18176), (12300, 4096), (4544, 18176)])
+def test_what_the_table_takes_for_few_and_for_many_columns_on_a_gpu(fmt: str, n_k: tuple[int, int]) -> None:
+    n, k = n_k
+    for nested in (False, True)[: 1 + (fmt == "4bit")]:
+        w, run = random_weights(fmt, n, k, nested, 1)
+        bias = activations((n,), torch.bfloat16, "cuda", seed=5)
+        for m in (1, 2, 3, 4, 7, 16, 64):
+            x = activations((m, k), torch.bfloat16, "cuda")
+            y = run(x, bias=bias)
+            compare(y, x, w, bias, f"nested {nested} M {m}")
+            assert torch.equal(y, run(x, bias=bias)), "differs from run to run"
+            x[m - 1, 5] = float("nan")
+            bad = run(x, bias=bias)
+            assert bad[m - 1].isnan().all() and not bad[: m - 1].isnan().any()
 
 
 @pytest.mark.gpu

@@ -32,7 +32,7 @@ def test_forward(device: str, n_k: tuple[int, int], dtype: torch.dtype) -> None:
 def test_the_kernel_where_cublas_is_taken_instead(n_k: tuple[int, int]) -> None:
     n, k = n_k
     w, x = activations((n, k), torch.bfloat16, "cuda", seed=4) * 0.05, activations((8, k), torch.bfloat16, "cuda")
-    for m in (1, 3, 8):
+    for m in (5, 6, 8):
         y = few_rows.launch("16bit", x[:m], w, n, None)
         assert y is not None
         assert_close(y, F.linear(x[:m].float(), w.float()), x[:m].flip(-1) @ w.flip(-1).t(), what=f"M {m}")
@@ -40,7 +40,8 @@ def test_the_kernel_where_cublas_is_taken_instead(n_k: tuple[int, int]) -> None:
 
 def test_cublas_serves_what_it_is_faster_at() -> None:
     qkv, o, gate_up, down = (12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008)
-    assert [ours_is_faster(2, *size) for size in (qkv, o, gate_up, down)] == [True] * 4
+    for m in range(1, 5):
+        assert all(ours_is_faster(m, *size) for size in (qkv, o, gate_up, down))
     assert [ours_is_faster(8, *size) for size in (qkv, o, gate_up, down)] == [False, False, True, False]
 
 
