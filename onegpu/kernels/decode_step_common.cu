@@ -16,24 +16,19 @@ DEVICE void arrive_after_copies(void* b) { asm volatile("cp.async.mbarrier.arriv
 DEVICE void bulk_copy(void* to, const void* from, int bytes, void* b, u64 policy) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" :: "r"(saddr(to)), "l"(from), "r"(bytes), "r"(saddr(b)), "l"(policy) : "memory");
 }
-DEVICE void prefetch_to_l2(const void* from, int bytes) { asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(from), "r"(bytes) : "memory"); }
+// All blocks of the cluster run, and barriers that were `ready` before are. Unlike cluster_sync(), orders no other memory, which takes long.
+DEVICE void cluster_ready() { asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// A value into the shared memory of a block of the cluster, at the place that `p` is in this one, and counted as 4 bytes by the barrier
+// at the place of `b` there, for which that block waits with `wait_for_blocks`.
+DEVICE void send(float* p, int rank, float v, void* b) {
+  asm volatile("{ .reg .b32 a, b; mapa.shared::cluster.u32 a, %0, %2; mapa.shared::cluster.u32 b, %1, %2;\nst.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [a], %3, [b]; }" :: "r"(saddr(p)), "r"(saddr(b)), "r"(rank), "r"(__float_as_uint(v)) : "memory");
+}
+DEVICE void wait_for_blocks(void* b, int parity) {
+  asm volatile("{ .reg .pred p;\nagain:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n@!p bra again;\n}" :: "r"(saddr(b)), "r"(parity) : "memory");
+}
 template <int THREADS_> DEVICE void meet_threads() { asm volatile("bar.sync 1, %0;" :: "n"(THREADS_) : "memory"); }
 DEVICE Shared shared_of_lane(void* p) { return saddr(p); }             // for copies without a cache hint
 #endif
-
-// The weights of a product that runs soon, in its parts: the first `rows` rows that a block of it takes, to the L2 cache.
-struct Next { const u8 *w0, *w1, *w2; int n0, n1, n2, line, rows, pair; };
-DEVICE void send_ahead(const Next& next, int who, int many) {
-  if (next.rows == 0) return;
-  const int total = next.pair ? next.n0 : next.n0 + next.n1 + next.n2; int row = (int)((i64)total * blockIdx.x / gridDim.x);
-  const u8* w = next.w0; int n = next.n0;
-  if (!next.pair && row >= next.n0 + next.n1) { row -= next.n0 + next.n1; w = next.w2; n = next.n2; }
-  else if (!next.pair && row >= next.n0) { row -= next.n0; w = next.w1; n = next.n1; }
-  for (int i = who; i < next.rows; i += many) {
-    const int r = row + (next.pair ? i / 2 : i);
-    if (r < n) prefetch_to_l2((next.pair && i & 1 ? next.w1 : w) + (i64)r * next.line, next.line);
-  }
-}
 
 constexpr float LOG2E = 1.4426950408889634f;
 DEVICE float warp_sum(float v) {

@@ -8,7 +8,6 @@ blocks of a kernel that starts early gather on the SMs that are free first, and 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import threading
 from collections.abc import Iterator
 from functools import lru_cache
@@ -19,96 +18,25 @@ import torch
 from onegpu.errors import bad_argument
 from onegpu.kernels.codebooks import dynamic_map
 from onegpu.kernels.decode_step import ACTIVATIONS, Attended, Heads, Matrix, Norm, Part, Places, Stream
+from onegpu.kernels.decode_step_layouts import FORMATS, WHOLE, Shape, blocks, shape
 from onegpu.kernels.launch import CudaKernel, source_text
 
 MAX_ROWS, MAX_GROUP, MAX_SPLITS = 16, 8, 8
-_FORMATS = {"16bit": 0, "int8": 1, "nf4": 2, "fp4": 2}
 _SINKS = {"store": 0, "add": 1, "gated": 2, "act": 3, "both": 3}
 _NORMS = {None: 0, "rms": 1, "layer": 2}
-_WHOLE = 232448 - 1024  # bytes of shared memory of a block on Hopper, less what the kernels' static arrays take
 _ALONE = 116736  # of a Hopper SM's 228 KiB, less 1 KiB a block: no second block fits beside one that has this
-_COMMON = {"NESTED": 0, "TABLE_SHIFT": 7, "CL": 1, "CLUSTERED": 0, "FP4": 0}
+_COMMON = {"NESTED": 0, "TABLE_SHIFT": 7, "CL": 1, "FP4": 0}
 
 
-class Shape(NamedTuple):
-    """How a product is laid out on an SM.
-
-    warps: of a block that multiply; one more fetches, unless each fetches for itself (own). width: bytes of a row of W
-    in a piece, at most 512 if own. slots: pieces in the ring, or in a warp's own.
-    table_shift: 8 makes the look-up table of 4-bit products twice as large and a look-up one instruction shorter.
-    tiles: of 16 rows between two sums over the warps, for one row of x.
-    """
-
-    warps: int
-    width: int
-    slots: int
-    table_shift: int = 7
-    tiles: int = 8
-    own: bool = False
-
-    @property
-    def all_warps(self) -> int:
-        """Of a block."""
-        return self.warps + (not self.own)
-
-    def group(self, rows: int) -> int:
-        """Tiles between two sums."""
-        return max(1, self.tiles // rows)
-
-    def shared(self, form: str, rows: int, columns: int, nested: bool) -> int:
-        """Bytes of shared memory, as the kernel divides it: table, map, x, sums, shares of the norm, barriers, ring."""
-        fmt = _FORMATS[form]
-        pitch = -(-columns * 2 // 128) * 128 + (16 if fmt else 64)
-        table = (256 << self.table_shift) + 1024 * nested if fmt == 2 else 0
-        sums = 2 * self.group(rows) * self.warps * 16 * rows * 4
-        shares = ((5 * rows + 1) * self.all_warps + rows + 3) // 4 * 16
-        scales = 64 * (self.width // 32 + (1 if self.own else 4))
-        slot = 16 * (self.width + 32) + scales if fmt == 2 else 16 * (self.width + 64)
-        ring = self.warps * self.slots * slot if self.own else -(-16 * self.slots // 128) * 128 + self.slots * slot
-        return table + rows * pitch + sums + shares + ring
-
-
-# The layout of each format: what measured best for Llama-2-7B's products on an H100 (docs/worklog.md). Fewer slots are
-# taken where the rows of x leave no room, then smaller pieces. OWN comes before it for up to OWN_ROWS rows, if it fits.
-LAYOUTS = {"16bit": Shape(16, 2048, 6), "int8": Shape(16, 2048, 6, 7, 4), "nf4": Shape(16, 1024, 7),
-           "fp4": Shape(16, 1024, 7)}  # fmt: skip
-OWN = {"int8": Shape(16, 128, 3, own=True), "nf4": Shape(16, 128, 2, 8, own=True),
-       "fp4": Shape(16, 128, 2, 8, own=True)}  # fmt: skip
-OWN_ROWS = 4
-_FEWEST = 3  # slots
-
-
-@lru_cache(maxsize=256)
-def shape(form: str, rows: int, columns: int, nested: bool) -> Shape | None:
-    """The layout for a product; None if x does not fit into shared memory."""
-    best = LAYOUTS[form]
-    own = OWN.get(form) if rows <= OWN_ROWS else None
-    tried = [own, own._replace(slots=2, table_shift=7)] if own else []
-    tried += [best._replace(slots=slots) for slots in range(best.slots, _FEWEST - 1, -1)]
-    for warps, width in ((16, 1024), (16, 512), (8, 512), (8, 256)):
-        if width < best.width:
-            smaller = best._replace(warps=warps, width=width, tiles=1)
-            tried += [smaller._replace(slots=slots) for slots in range(8, _FEWEST - 1, -1)]
-    return next((found for found in tried if found.shared(form, rows, columns, nested) <= _WHOLE), None)
-
-
-@lru_cache(maxsize=256)
-def windows(form: str, rows: int, columns: int, nested: bool) -> tuple[tuple[int, int], ...]:
-    """Into which columns (first, how many) a product that adds is cut, so that x fits; empty if it cannot be."""
-    for count in range(1, 5):
-        ends = [columns * i // count // 256 * 256 for i in range(count)] + [columns]
-        found = tuple((a, b - a) for a, b in itertools.pairwise(ends))
-        if all(size and shape(form, rows, size, nested) is not None for _, size in found):
-            return found
-    return ()
-
-
-def fits(matrix: Matrix, rows: int, cut: bool = False) -> bool:
-    """Whether a product has room for x in shared memory. cut: it may take a window of x after the other."""
+def fits(matrix: Matrix, rows: int) -> bool:
+    """Whether a product has room for x in shared memory."""
     if matrix.transposed:
-        return len(matrix.parts) == 1 and matrix.rows % _STRIP == 0 and _room(rows, matrix.columns) <= _WHOLE
-    asked = matrix.format, rows, matrix.columns, matrix.parts[0].nested is not None
-    return bool(windows(*asked)) if cut else shape(*asked) is not None
+        return len(matrix.parts) == 1 and matrix.rows % _STRIP == 0 and _room(rows, matrix.columns) <= WHOLE
+    return _shape(matrix, rows) is not None
+
+
+def _shape(matrix: Matrix, rows: int) -> Shape | None:
+    return shape(matrix.format, rows, matrix.columns, matrix.parts[0].nested is not None, matrix.rows)
 
 
 _STRIP, _WARPS = 32, 16  # of decode_step_transposed.cu
@@ -130,59 +58,28 @@ def product(
     also: torch.Tensor | None = None,
     cap: float = 0.0,
     pdl: bool = True,
-    following: Matrix | None = None,
     fixed: Shape | None = None,
 ) -> None:
-    """One launch of decode_step_product.cu, whose head says what the sinks are, or several where x is too large.
-
-    following: the matrix whose first rows are sent for when all of this one's have been.
-    """
+    """One launch of decode_step_product.cu, whose head says what the sinks are."""
     rows, columns = len(out), matrix.columns
-    too_many = bad_argument(
-        "rows", rows, f"is too many: x of {columns} columns does not fit into shared memory", "Use fewer rows"
-    )
-    if matrix.transposed:
-        if not fits(matrix, rows):
-            raise too_many
-        _transposed(x, matrix, sink, out, act, pdl, following)
+    nested = matrix.parts[0].nested is not None
+    found = fixed or (None if matrix.transposed else _shape(matrix, rows))
+    if not (fits(matrix, rows) if matrix.transposed else found):
+        raise bad_argument(
+            "rows", rows, f"is too many: x of {columns} columns does not fit into shared memory", "Use fewer rows"
+        )
+    if found is None:
+        _transposed(x, matrix, sink, out, act, pdl)
         return
-    nested = matrix.parts[0].nested is not None
-    whole = not isinstance(x, torch.Tensor) or sink not in ("add", "store") or cap or fixed
-    cut = ((0, columns),) if whole else windows(matrix.format, rows, columns, nested)
-    for window in cut:
-        found = fixed or shape(matrix.format, rows, window[1], nested)
-        if found is None:
-            cut = ()
-            break
-        coming = following if sum(window) == columns else None
-        _product(found, window, x, matrix, sink if window[0] == 0 else "add", out, act, also, cap, pdl, coming)
-    if not cut:
-        raise too_many
-
-
-def _product(
-    found: Shape,
-    window: tuple[int, int],
-    x: Stream | Attended | torch.Tensor,
-    matrix: Matrix,
-    sink: str,
-    out: torch.Tensor,
-    act: str,
-    also: torch.Tensor | None,
-    cap: float,
-    pdl: bool,
-    following: Matrix | None,
-) -> None:
     read = _read(x)
-    rows, columns = len(out), matrix.columns
-    nested = matrix.parts[0].nested is not None
-    bulk = _FORMATS[matrix.format] == 2 and not nested and matrix.blocksize == 64 and columns % 256 == 0
+    bulk = FORMATS[matrix.format] == 2 and not nested and matrix.blocksize == 64 and columns % 256 == 0
     bulk = bulk and not any(part.scales.data_ptr() % 16 for part in matrix.parts if part.scales is not None)
     kernel = _kernel("product").variant(
-        None, **_COMMON | {"NESTED": int(nested), "FP4": int(matrix.format == "fp4"), "TABLE_SHIFT": found.table_shift},
-        FMT=_FORMATS[matrix.format], M=rows, K=window[1], KS=columns, WARPS=found.all_warps, SLOTS=found.slots,
-        CB=found.width, TG=found.group(rows), OWN=int(found.own), BULK=int(bulk and not found.own),
-        SINK=_SINKS[sink], ACT=ACTIVATIONS.index(act), **read.constants,
+        None, **_COMMON | {"NESTED": int(nested), "FP4": int(matrix.format == "fp4"), "TABLE_SHIFT": found.table_shift,
+        "CL": found.cluster}, FMT=FORMATS[matrix.format], M=rows, K=columns, SHARE=found.share(matrix.format, columns),
+        WARPS=found.all_warps, FETCHERS=found.fetchers, SLOTS=found.slots, CB=found.width, TG=found.group(rows),
+        OWN=int(found.own), BULK=int(bulk and not found.own), SINK=_SINKS[sink], ACT=ACTIVATIONS.index(act),
+        **read.constants,
     )  # fmt: skip
     if _collected(kernel):
         return
@@ -191,18 +88,17 @@ def _product(
         parts, also = [None, *parts], out
     parts += [None] * (3 - len(parts))
     pointers = [
-        None if part is None or (name == "bias" and window[0]) else getattr(part, name)
+        None if part is None else getattr(part, name)
         for name in ("weight", "scales", "nested", "offset", "bias")
         for part in parts
     ]
     table = dynamic_map(out.device) if nested else None
     counts = [0 if part is None else part.rows for part in parts]
-    blocks = matrix.blocksize.bit_length() - 7  # log2 of how many 64 columns share a scale
-    shared = max(found.shared(matrix.format, rows, window[1], nested), _ALONE)
-    weights, numbers = _following(following, AHEAD)
+    shift = matrix.blocksize.bit_length() - 7  # log2 of how many 64 columns share a scale
+    shared = max(found.shared(matrix.format, rows, columns, nested), _ALONE)
     kernel(
-        (multiprocessors(out.get_device()),), 32 * found.all_warps, shared, *pointers, table, *read.tensors, out, also,
-        *weights, *counts, blocks, window[0], *numbers, *read.numbers, cap, pdl=pdl,
+        (blocks(multiprocessors(out.get_device()), found.cluster),), 32 * found.all_warps, shared, *pointers, table,
+        *read.tensors, out, also, *counts, shift, *read.numbers, cap, pdl=pdl, cluster=(found.cluster, 1, 1),
     )  # fmt: skip
 
 
@@ -213,20 +109,19 @@ def _transposed(
     out: torch.Tensor,
     act: str,
     pdl: bool,
-    following: Matrix | None,
 ) -> None:
     """One launch of decode_step_transposed.cu."""
     read, rows, columns = _read(x), len(out), matrix.columns
     kernel = _kernel("transposed").variant(
-        None, **_COMMON, FMT=0, CB=64, M=rows, K=columns, KS=columns, WARPS=_WARPS, SINK=_SINKS[sink],
-        ACT=ACTIVATIONS.index(act), **read.constants,
+        None, **_COMMON, FMT=0, CB=64, M=rows, K=columns, SHARE=columns, WARPS=_WARPS, SINK=_SINKS[sink],
+        ACT=ACTIVATIONS.index(act),
+        **read.constants,
     )  # fmt: skip
     if _collected(kernel):
         return
-    weights, numbers = _following(following, AHEAD)
     kernel(
         (multiprocessors(out.get_device()),), 32 * _WARPS, max(_room(rows, columns), _ALONE), matrix.parts[0].weight,
-        matrix.parts[0].bias, *read.tensors, out, *weights, matrix.rows, *numbers, *read.numbers, pdl=pdl,
+        matrix.parts[0].bias, *read.tensors, out, matrix.rows, *read.numbers, pdl=pdl,
     )  # fmt: skip
 
 
@@ -261,21 +156,6 @@ def _weights(norm: Norm | None) -> tuple[torch.Tensor | None, torch.Tensor | Non
     return (None, None) if norm is None else (norm.gain, norm.bias)
 
 
-# Bytes that a block sends for, of the matrix that follows: by a product at its end, by the attention at its beginning.
-# None: in 16 bits that was faster by 1.7 % on an H100 (docs/worklog.md).
-AHEAD, AHEAD_OF_ATTENTION = 0, 0
-
-
-def _following(matrix: Matrix | None, ahead: int) -> tuple[list[torch.Tensor | None], list[int]]:
-    """What a kernel is told of the matrix that follows: its parts; their rows, bytes of a row, rows, whether a pair."""
-    if matrix is None:
-        return [None] * 3, [0] * 6
-    line = matrix.columns * (2, 1, 0.5)[_FORMATS[matrix.format]]
-    missing, rows = 3 - len(matrix.parts), [part.rows for part in matrix.parts]
-    numbers = [*rows, *[0] * missing, int(line), int(ahead // line), int(len(rows) == 2 and rows[0] == rows[1])]
-    return [*(part.weight for part in matrix.parts), *[None] * missing], numbers
-
-
 def attend(
     qkv: torch.Tensor,
     heads: Heads,
@@ -286,30 +166,29 @@ def attend(
     first: torch.Tensor | None,
     out: Attended,
     pdl: bool = True,
-    following: Matrix | None = None,
     warps: int = 4,
     stages: int = 3,
 ) -> None:
-    """One launch of decode_step_attention.cu; `following` as of `product`."""
+    """One launch of decode_step_attention.cu."""
     size, rotated = heads.size, 0 if heads.inv_freq is None else 2 * heads.inv_freq.numel()
     group, wide = heads.query // heads.kv, -(-size // 32) * 32
+    shared = (warps * stages + 1) * 64 * wide + 16 * wide + 4 * warps * wide + 4 * max(rotated, 2) + 64 * warps
+    apart = shared + 32 * warps * wide <= WHOLE
+    shared += 32 * warps * wide * apart
     norms = 0 if heads.q_gain is None else 1 if heads.q_gain.numel() == size else 2
     kernel = _kernel("attention").variant(
         None, **_COMMON, FMT=0, BF16=int(keys.dtype == torch.bfloat16), HD=size, ALL=group,
         GQ=-(-group // chunks(heads)), HKV=heads.kv, SPLITS=out.values.shape[2], ROT=rotated, NORMS=norms,
         GROUPED=int(heads.grouped), CAP=int(heads.cap > 0), ALIBI=0 if heads.slopes is None else 1 + heads.rounded,
-        CLIP=int(heads.clip > 0), WARPS=warps, STAGES=stages,
+        CLIP=int(heads.clip > 0), WARPS=warps, STAGES=stages, APART=int(apart),
     )  # fmt: skip
     if _collected(kernel):
         return
-    shared = (warps * stages + 1) * 64 * wide + 16 * wide + 4 * warps * wide + 4 * max(rotated, 2) + 64 * warps
-    shared = max(shared, _ALONE)
     length = keys.shape[2]
-    weights, numbers = _following(following, AHEAD_OF_ATTENTION)
     kernel(
-        (multiprocessors(qkv.get_device()),), 32 * warps, shared,
+        (multiprocessors(qkv.get_device()),), 32 * warps, max(shared, _ALONE),
         qkv, position, rope_position, first, keys, values, heads.inv_freq, heads.q_gain, heads.k_gain, heads.slopes,
-        *out, *weights, *numbers, len(qkv), length, heads.window or length, int(position.numel() > 1),
+        *out, len(qkv), length, heads.window or length, int(position.numel() > 1),
         int(rope_position.numel() > 1), heads.scale, heads.rope_scale, heads.eps, heads.one, heads.cap, heads.clip,
         pdl=pdl,
     )  # fmt: skip
@@ -380,9 +259,9 @@ def _collected(kernel: CudaKernel) -> bool:
 
 
 _KERNELS = {
-    "product": ("product", "P" * 29 + "i" * 11 + "fffff"),
-    "transposed": ("transposed_product", "P" * 14 + "i" * 7 + "ffff"),
-    "attention": ("attend", "P" * 15 + "i" * 11 + "ffffff"),
+    "product": ("product", "P" * 26 + "i" * 4 + "fffff"),
+    "transposed": ("transposed_product", "P" * 11 + "i" + "ffff"),
+    "attention": ("attend", "P" * 12 + "i" * 5 + "ffffff"),
     "embed": ("embed", "PPPPPPPqqiiifff"),
 }
 

@@ -15,8 +15,8 @@ __global__ void __launch_bounds__(256, 1)
 embed(const i64* ids, const u16* table, const i64* position, const u16* places, const u16* gain, const u16* bias, float* h, i64 vocabulary,
       i64 spots, int width, int position_step, int offset, float scale, float eps, float one) {
   SHARED_ARRAY(float, sums, 8);
-  let_next_kernel_start();
   wait_before_reading_x();
+  let_next_kernel_start();                                               // later kernels read, before they wait, what the step before wrote
   const float nan = __uint_as_float(0x7fffffffu); const int thread = threadIdx.x;
   const i64 id = table ? fresh_i64(ids + blockIdx.x) : 0, at = places ? fresh_i64(position + (i64)blockIdx.x * position_step) + offset : 0;
   float* row = h + (i64)blockIdx.x * width; float sum = 0.f;

@@ -4,17 +4,23 @@
 //            s = h + outer(y) (OUTER 2: a norm in front of it). OUTER 1 and 2 write s where `stream` points, if it does: not into h,
 //            which other blocks still read. Each block writes a share of the columns.
 //         1  x = the attention's output, put together from its parts: 16-bit [M, heads, SPLITS, HD], float2 (maximum, sum) of each
-//         2  x is 16-bit, K columns of [M, KS]
+//         2  x is 16-bit [M, K]
+// The CL blocks of a cluster share the columns, SHARE each (the last one what is left), and exchange the sums of the norms.
 // A norm is 0 none, 1 RMSNorm, 2 LayerNorm: NORM for the inner one, OUTER_NORM for the outer. Gains and biases may be missing;
 // `one` is added to gains.
 constexpr int THREADS = WARPS * 32;
 constexpr int KB = FMT == 0 ? CB / 2 : FMT == 1 ? CB : 2 * CB;         // columns of a piece
 constexpr int TO_FP16 = FMT == 2 && BF16;
-constexpr int PITCH = (K * 2 + 127) / 128 * 128 + (FMT == 0 ? 64 : 16);  // bytes of a row of x
-constexpr int VECTORS = K / 4, PER = (VECTORS + THREADS - 1) / THREADS;  // four columns each, of a thread
-constexpr int LIVE = OUTER == 2 ? 2 : OUTER || NORM == 2 ? 6 : 8;      // vectors of x in a thread's registers, about
+constexpr int PITCH = (SHARE * 2 + 127) / 128 * 128 + (FMT == 0 ? 64 : 16);  // bytes of a row of x
+constexpr int VECTORS = SHARE / 4, PER = (VECTORS + THREADS - 1) / THREADS;  // four columns each, of a thread
+constexpr int LIVE = (OUTER == 2 ? 2 : OUTER || NORM == 2 ? 6 : 8) * (WARPS > 12 ? 1 : 2);  // vectors of x in a thread's registers, about
 constexpr int BATCH = PER >= LIVE ? 1 : M < LIVE / PER ? M : LIVE / PER;  // rows of x at a time
-constexpr int SHARES = 5 * M * WARPS + WARPS;                          // five values a row and warp; a warp's largest bias
+constexpr int SHARES = 5 * M * WARPS + WARPS + (CL > 1 ? 5 * M * CL : 0);  // five values a row and warp, a warp's largest bias, five a row and block
+constexpr int UNEVEN = K % SHARE != 0, COUNT = CL > 1 ? CL : WARPS;    // COUNT: values that make a sum
+static_assert((CL - 1) * SHARE < K, "each block has columns");
+
+DEVICE int first_column() { return CL > 1 ? cluster_rank() * SHARE : 0; }
+DEVICE int own_columns() { return UNEVEN ? min(SHARE, K - first_column()) : SHARE; }
 
 DEVICE float tanh_(float x) { return 1.f - 2.f / (exp2_(2.f * LOG2E * x) + 1.f); }
 DEVICE float activated(float x) {
@@ -28,12 +34,12 @@ DEVICE float4 four(float2 p) {
   return make_float4(value((u16)a), value((u16)(a >> 16)), value((u16)b), value((u16)(b >> 16)));
 }
 DEVICE float largest(float4 a) { return larger(larger(fabsf(a.x), fabsf(a.y)), larger(fabsf(a.z), fabsf(a.w))); }
-DEVICE bool inside_row(int c) { return VECTORS % THREADS == 0 || c < VECTORS; }
+DEVICE bool inside_row(int c) { return UNEVEN ? c < own_columns() / 4 : VECTORS % THREADS == 0 || c < VECTORS; }
 
-// Four columns of x before any norm.
+// Columns 4 c to 4 c + 3 of x before any norm.
 DEVICE float4 columns(const void* in, const float2* ml, int m, int c) {
   if (SOURCE == 0) return fresh4((const float*)in + (i64)m * K + 4 * c);
-  if (SOURCE == 2) return four(fresh2((const u16*)in + (i64)m * KS + 4 * c));
+  if (SOURCE == 2) return four(fresh2((const u16*)in + (i64)m * K + 4 * c));
   const i64 first = ((i64)m * (K / HD) + 4 * c / HD) * SPLITS; float2 s[SPLITS], p[SPLITS];
 #pragma unroll
   for (int i = 0; i < SPLITS; i++) {
@@ -56,16 +62,41 @@ DEVICE float4 columns(const void* in, const float2* ml, int m, int c) {
 template <int SLOT> DEVICE void share(float* shares, int m, float v) {
   if ((threadIdx.x & 31) == 0) shares[(SLOT * M + m) * WARPS + (threadIdx.x >> 5)] = v;
 }
+// How the blocks of a cluster exchange sums: by turns at two barriers, for a block sends those of the next turn but one when all have had this one.
+struct Turns { u8* bars; int turn; };
+// Behind it: rows m0.. of slot SLOT are summed (SUM), the next slot's largest found (LARGEST). In a cluster, a warp does that for a row,
+// and each block learns the sums of all; the largest is the block's own.
+template <int SLOT, int SUM, int LARGEST> DEVICE void meet_shares(float* shares, int m0, Turns& turns) {
+  __syncthreads();
+  if (CL == 1) return;
+  const int lane = threadIdx.x & 31, m1 = min(m0 + BATCH, M); float* totals = shares + 5 * M * WARPS + WARPS; u8* bar = turns.bars + (turns.turn & 1) * 8;
+  for (int m = m0 + (threadIdx.x >> 5); m < m1; m += WARPS) {
+    if (SUM) {
+      const float sum = warp_sum(lane < WARPS ? shares[(SLOT * M + m) * WARPS + lane] : 0.f);
+      if (lane < CL) send(totals + (SLOT * M + m) * CL + cluster_rank(), lane, sum, bar);
+    }
+    if (LARGEST) {
+      const float most = __uint_as_float(warp_max(lane < WARPS ? __float_as_uint(shares[((SLOT + 1) * M + m) * WARPS + lane]) : 0));
+      if (lane < CL) totals[((SLOT + 1) * M + m) * CL + lane] = most;
+    }
+  }
+  if (SUM) {
+    if (threadIdx.x == 0) arrive_and_expect(bar, (m1 - m0) * CL * 4);
+    wait_for_blocks(bar, turns.turn++ >> 1 & 1);
+  }
+  if (LARGEST) __syncthreads();
+}
+template <int SLOT> DEVICE const float* met(const float* shares, int m) { return shares + (CL > 1 ? 5 * M * WARPS + WARPS : 0) + (SLOT * M + m) * COUNT; }
 template <int SLOT> DEVICE float summed(const float* shares, int m) {
   float sum = 0.f;
 #pragma unroll
-  for (int w = 0; w < WARPS; w++) sum += shares[(SLOT * M + m) * WARPS + w];
+  for (int w = 0; w < COUNT; w++) sum += met<SLOT>(shares, m)[w];
   return sum;
 }
 template <int SLOT> DEVICE float largest_of(const float* shares, int m) {
   float most = 0.f;
 #pragma unroll
-  for (int w = 0; w < WARPS; w++) most = larger(most, shares[(SLOT * M + m) * WARPS + w]);
+  for (int w = 0; w < COUNT; w++) most = larger(most, met<SLOT>(shares, m)[w]);
   return most;
 }
 
@@ -74,6 +105,7 @@ template <int KIND> struct Weights {
   float2 gains[KIND ? PER : 1], biases[KIND == 2 ? PER : 1];
   DEVICE void prepare(const u16* gain, const u16* bias) {
     if (KIND == 0) return;
+    gain += gain ? first_column() : 0; bias += bias ? first_column() : 0;
     const float ones = __uint_as_float(BF16 ? 0x3f803f80u : 0x3c003c00u);
 #pragma unroll
     for (int i = 0; i < PER; i++) {
@@ -94,7 +126,7 @@ template <int KIND> struct Weights {
   }
   // Rows m0.. of v, less their mean and times the gain; what is missing is the factor and the bias. The largest value is wanted
   // where x is scaled. Takes values SLOT to SLOT + 2 of `shares`.
-  template <int SLOT, int LARGEST> DEVICE void centre(float4 (&v)[BATCH][PER], int m0, float eps, float one, float* shares, float (&factor)[BATCH], float (&most)[BATCH]) const {
+  template <int SLOT, int LARGEST> DEVICE void centre(float4 (&v)[BATCH][PER], int m0, float eps, float one, float* shares, float (&factor)[BATCH], float (&most)[BATCH], Turns& turns) const {
     if (KIND == 2) {
 #pragma unroll
       for (int b = 0; b < BATCH; b++) {
@@ -104,7 +136,7 @@ template <int KIND> struct Weights {
         sum = warp_sum(sum);
         if (M % BATCH == 0 || m0 + b < M) share<SLOT>(shares, m0 + b, sum);
       }
-      __syncthreads();
+      meet_shares<SLOT, 1, 0>(shares, m0, turns);
     }
 #pragma unroll
     for (int b = 0; b < BATCH; b++) {
@@ -124,7 +156,7 @@ template <int KIND> struct Weights {
       if (KIND) { squares = warp_sum(squares); share<SLOT + 1>(shares, m0 + b, squares); }
       if (LARGEST) share<SLOT + 2>(shares, m0 + b, __uint_as_float(warp_max(__float_as_uint(top))));
     }
-    if (KIND || LARGEST) __syncthreads();
+    if (KIND || LARGEST) meet_shares<SLOT + 1, KIND, LARGEST>(shares, m0, turns);
 #pragma unroll
     for (int b = 0; b < BATCH; b++) {
       factor[b] = 1.f; most[b] = 0.f;
@@ -156,7 +188,9 @@ struct Input {
     }
   }
 
-  DEVICE void load(const void* in, const float2* ml, const float* added, float* stream, float eps, float one, float outer_eps, float outer_one, u8* xs, float* shares, float* unscale) {
+  DEVICE void load(const void* in, const float2* ml, const float* added, float* stream, float eps, float one, float outer_eps, float outer_one, u8* xs, float* shares, float* unscale, u8* bars = nullptr) {
+    Turns turns = {bars, 0};
+    const int before = first_column() / 4, cluster = blockIdx.x / CL, clusters = gridDim.x / CL;
     for (int m0 = 0; m0 < M; m0 += BATCH) {
       float4 v[BATCH][PER], h[OUTER == 2 ? BATCH : 1][OUTER == 2 ? PER : 1]; float factor[BATCH], most[BATCH];
 #pragma unroll
@@ -167,11 +201,11 @@ struct Input {
           v[b][i] = make_float4(0.f, 0.f, 0.f, 0.f);
           if constexpr (OUTER == 2) {
             h[b][i] = v[b][i];
-            if (there) { v[b][i] = fresh4(added + (i64)(m0 + b) * K + 4 * c); h[b][i] = columns(in, ml, m0 + b, c); }
-          } else if (there) v[b][i] = columns(in, ml, m0 + b, c);
+            if (there) { v[b][i] = fresh4(added + (i64)(m0 + b) * K + 4 * (before + c)); h[b][i] = columns(in, ml, m0 + b, before + c); }
+          } else if (there) v[b][i] = columns(in, ml, m0 + b, before + c);
         }
       if (OUTER) {
-        outer.template centre<0, 0>(v, m0, outer_eps, outer_one, shares, factor, most);
+        outer.template centre<0, 0>(v, m0, outer_eps, outer_one, shares, factor, most, turns);
 #pragma unroll
         for (int b = 0; b < BATCH; b++) {
           if (M % BATCH && m0 + b >= M) break;
@@ -181,18 +215,23 @@ struct Input {
             float4 a = outer.finish(v[b][i], i, factor[b], 1.f);
             if constexpr (OUTER == 2) { a.x += h[b][i].x; a.y += h[b][i].y; a.z += h[b][i].z; a.w += h[b][i].w; }
             v[b][i] = a;
-            if (stream && inside_row(c) && c % gridDim.x == blockIdx.x) *(float4*)(stream + (i64)(m0 + b) * K + 4 * c) = a;
+            if (stream && inside_row(c) && c % clusters == cluster) *(float4*)(stream + (i64)(m0 + b) * K + 4 * (before + c)) = a;
           }
         }
       }
-      inner.template centre<2, TO_FP16>(v, m0, eps, one, shares, factor, most);
+      inner.template centre<2, TO_FP16>(v, m0, eps, one, shares, factor, most, turns);
 #pragma unroll
       for (int b = 0; b < BATCH; b++) {
         const int m = m0 + b; float scale = 1.f;
         if (M % BATCH && m >= M) break;
         if (TO_FP16) {                                                   // the largest value of the row comes to lie in [2^13, 2^15)
           float top = most[b];
-          if (SOURCE == 0 && NORM == 2) top += largest_of<5>(shares, 0); // not above it, if there are biases
+          if (SOURCE == 0 && NORM == 2) {                                // not above it, if there are biases
+            float bias = 0.f;
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) bias = larger(bias, shares[5 * M * WARPS + w]);
+            top += bias;
+          }
           int e = (int)(__float_as_uint(top) >> 23 & 255), up = min(max(141 - e, -126), 126);
           scale = __uint_as_float((u32)(127 + up) << 23);
           if (threadIdx.x == 0) unscale[m] = __uint_as_float((u32)(127 - up) << 23);

@@ -7,15 +7,14 @@
 constexpr int STRIP = 32, HELD = 4, CHUNKS = K / 16;                     // HELD: chunks in a thread's registers
 constexpr int BATCHES = ((CHUNKS + WARPS - 1) / WARPS + HELD - 1) / HELD;
 constexpr int EIGHTS = (M + 7) / 8;
-static_assert(K % 64 == 0 && K == KS, "all of a row, a multiple of 64");
+static_assert(K % 64 == 0 && K == SHARE, "all of a row, a multiple of 64");
 static_assert(STRIP * M <= THREADS, "a thread finishes one sum");
 
 struct Held { uint2 rows[HELD][4]; };
 
 __global__ void __launch_bounds__(THREADS, 1)
 transposed_product(const u16* w, const u16* bias, const u16* gain, const u16* norm_bias, const u16* outer_gain, const u16* outer_bias,
-                   const void* in, const float2* ml, const float* added, float* stream, void* out, const u8* next0, const u8* next1, const u8* next2,
-                   int n, int next_n0, int next_n1, int next_n2, int next_line, int next_rows, int next_pair,
+                   const void* in, const float2* ml, const float* added, float* stream, void* out, int n,
                    float eps, float one, float outer_eps, float outer_one) {
   SHARED(smem);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, strips = n / STRIP;
@@ -47,7 +46,6 @@ transposed_product(const u16* w, const u16* bias, const u16* gain, const u16* no
 
   x.load(in, ml, added, stream, eps, one, outer_eps, outer_one, xs, shares, unscale);
   __syncthreads();
-  if (warp == WARPS - 1) send_ahead({next0, next1, next2, next_n0, next_n1, next_n2, next_line, next_rows, next_pair}, lane, 32);
 
   for (int strip = blockIdx.x; strip < strips; strip += gridDim.x) {
     float acc[2][EIGHTS][4] = {};

@@ -15,6 +15,8 @@ from onegpu.engine.fused_structure import Structure
 from onegpu.engine.generate import Generate
 from onegpu.engine.loop import Engine
 from onegpu.errors import KernelError
+from onegpu.kernels import decode_step_cuda
+from onegpu.kernels import decode_step_layouts as layouts
 from onegpu.nn import LinearNF4
 from tests.compare import assert_close
 from tests.decode_structures import caches, moved, structure
@@ -166,10 +168,9 @@ def test_llama_with_biases_and_scaled_rotary_embedding() -> None:
 
 def test_as_many_sequences_as_pay_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Structure, "device", property(lambda _: torch.device("cuda")))
-    most = {"16bit": 4, "int8": 4, "nf4": 8, "fp4": 8}
-    for form, rows in most.items():
+    for form in ("16bit", "int8", "nf4", "fp4"):
         step = FusedStep(structure(form))
-        assert [step.serves(n) for n in (1, rows, rows + 1, 16)] == [True, True, False, False]
+        assert [step.serves(n) for n in (1, 5, 16, 17)] == [True, True, True, False]
 
 
 @pytest.mark.parametrize("model_type", TYPES)
@@ -266,17 +267,34 @@ def test_the_chain_of_kernels_is_the_chain_of_definitions(
     assert_close(got.cpu().to(dtype), want, rounded.to(dtype))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["16bit", "int8", "nf4"])
+def test_16_rows_whose_columns_clusters_share(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"form": form, "width": 4096, "inner": 5504, "query": 32, "kv": 32, "size": 128, "layers": 1}
+    found = layouts.shape(form, 16, 5504, False, 4096)
+    assert found is not None
+    assert found.cluster > 1
+    case = (sizes, torch.bfloat16, 16, 64, 40, [*range(15), 2**30])
+    test_the_chain_of_kernels_is_the_chain_of_definitions("cuda", case, monkeypatch)
+
+
 def _in_float32(found: Any) -> Any:
     """The same weights; activations and outputs between kernels are not rounded."""
     return dataclasses.replace(found, embedding=found.embedding.float())
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("form", ["16bit", "int8", "nf4"])
-def test_a_chain_replayed_a_thousand_times_reads_only_what_it_wrote(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("form", "rows"), [("16bit", 1), ("int8", 1), ("nf4", 1), ("16bit", 16), ("int8", 8), ("nf4", 16)]
+)
+def test_a_chain_replayed_a_thousand_times_reads_only_what_it_wrote(
+    form: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if rows > 1:
+        monkeypatch.setattr(decode_step_cuda, "shape", lambda *_: layouts.Shape(8, 256, 4, cluster=2))
     found = moved(structure(form, width=512, inner=1408, query=8, kv=8, size=64, layers=4), "cuda")
-    step, memory = FusedStep(found), list(moved(tuple(caches(found, 1, 256)), "cuda"))
-    ids, at = torch.tensor([[3]], device="cuda"), torch.tensor([200], device="cuda")
+    step, memory = FusedStep(found), list(moved(tuple(caches(found, rows, 256)), "cuda"))
+    ids, at = torch.arange(rows, device="cuda")[:, None], torch.tensor([200], device="cuda")
     want = step(ids, at, at, memory)
     step.pdl = False
     assert torch.equal(step(ids, at, at, memory), want)

@@ -39,7 +39,9 @@ class Emulated:
     def variant(self, name: None, **constants: int) -> Emulated:
         return Emulated(self.kind, tuple(constants.items()))
 
-    def __call__(self, grid: tuple[int], block: int, shared: int, *args: Any, pdl: bool) -> None:
+    def __call__(
+        self, grid: tuple[int], block: int, shared: int, *args: Any, pdl: bool, cluster: tuple[int, ...] = (1,)
+    ) -> None:
         letters = decode_step_cuda._KERNELS[self.kind][1]
         values: list[Any] = []
         for letter, arg in zip(letters, args, strict=True):
@@ -48,7 +50,7 @@ class Emulated:
                 values.append(ctypes.c_void_p(None if arg is None else arg.data_ptr()))
             else:
                 values.append(_TYPES[letter](arg))
-        _library(self.kind, self.constants).emulate(grid[0], block, ctypes.c_long(shared), *values)
+        _library(self.kind, self.constants).emulate(grid[0], block, cluster[0], ctypes.c_long(shared), *values)
 
 
 _COMPILE = ("g++", "-std=c++20", "-O1", "-w", "-fPIC")
@@ -75,8 +77,8 @@ def _library(kind: str, constants: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
     names = ", ".join(re.findall(r"(\w+)(?:,|$)", found[1]))
     head = "".join(f"#define {key} {value}\n" for key, value in constants)
     whole = f'#include "{_header()}"\n{head}' + text
-    whole += f'extern "C" void emulate(int grid, int block, long shared, {found[1]}) '
-    whole += f"{{ run_grid(grid, block, 1, shared, [=] {{ {name}({names}); }}); }}"
+    whole += f'extern "C" void emulate(int grid, int block, int cluster, long shared, {found[1]}) '
+    whole += f"{{ run_grid(grid, block, cluster, shared, [=] {{ {name}({names}); }}); }}"
     (folder / "kernel.cpp").write_text(whole)
     subprocess.run([*_COMPILE, "-shared", "-o", folder / "kernel.so", folder / "kernel.cpp"], check=True)
     library = ctypes.CDLL(f"{folder}/kernel.so")

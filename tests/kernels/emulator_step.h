@@ -26,9 +26,12 @@ inline void transposed(uint32_t (&b)[4], const void* row) {
   }
   __syncwarp();
 }
-inline void prefetch_to_l2(const void* from, int bytes) { static volatile uint8_t seen; if ((uint64_t)from % 16 || bytes % 16) abort(); seen = ((const uint8_t*)from)[0] ^ ((const uint8_t*)from)[bytes - 1]; }
 template <int THREADS_> void meet_threads() {
   static Meeting meetings[64]; meetings[now->block].expected = THREADS_;
   meet(meetings[now->block]);
 }
 inline Shared shared_of_lane(void* p) { return (Shared)p; }
+inline void* there(const void* p, int rank) { return blocks[rank].smem + ((const uint8_t*)p - block().smem); }
+inline void send(float* p, int rank, float v, void* b) { memcpy(there(p, rank), &v, 4); b = there(b, rank); owed_(b) -= 4; settle(b); }
+inline void cluster_ready() { cluster_sync(); }
+inline void wait_for_blocks(void* b, int parity) { wait_for(b, parity); }

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 from onegpu.kernels import decode_step as ops
-from onegpu.kernels import decode_step_cuda
 from tests.compare import assert_close, assert_same_nonfinite
 from tests.decode_structures import matrix, moved
 from tests.kernels.emulated_step import DEVICES, on
@@ -86,18 +85,6 @@ def test_products_that_are_added(device: str, form: str, monkeypatch: pytest.Mon
     for row in range(2):
         check(out[row], reference[row], other[row], f"{form}, row {row}")
     assert_same_nonfinite(out.cpu()[2:], reference[2:])
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("form", ["int8", "nf4"])
-def test_products_over_columns_in_turn(device: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    m, x, h = made(form, (70,), 768, torch.bfloat16), random(2, 768).bfloat16(), random(2, 70)
-    reference, other = h + m.multiply(x.float()), h.bfloat16() + reordered(x, m, torch.bfloat16)
-    monkeypatch.setattr(decode_step_cuda, "windows", lambda *_: ((0, 256), (256, 512)))
-    place = on(device, monkeypatch)
-    out = h.to(place)
-    ops.product(x.to(place), moved(m, place), "add", out, following=moved(m, place))
-    check(out, reference, other, form)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -298,7 +285,7 @@ def test_products_of_weights_stored_by_columns(device: str, case: tuple, monkeyp
         y, other = before + y, before.to(dtype) + other
     place = on(device, monkeypatch)
     out = before.to(place)
-    ops.product(moved(x, place), moved(m, place), sink, out, act="gelu_tanh", following=moved(m, place))
+    ops.product(moved(x, place), moved(m, place), sink, out, act="gelu_tanh")
     check(out, y, other, f"{what} {sink}")
 
 

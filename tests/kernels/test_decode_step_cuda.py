@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
 from functools import cache
 from pathlib import Path
 from typing import ClassVar
@@ -19,53 +20,19 @@ from onegpu.errors import ArgumentError, KernelError
 from onegpu.kernels import decode_step as ops
 from onegpu.kernels import decode_step_cuda as gpu
 from onegpu.kernels import driver, launch, nvrtc
+from onegpu.kernels.decode_step_layouts import WHOLE, Shape
 from tests.decode_models import STRUCTURES, decoder
 from tests.decode_structures import caches, matrix, moved, structure
 from tests.fake_driver import FakeDriver
 from tests.kernels import machine_code
-from tests.kernels.emulated_step import emulate
+from tests.kernels.emulated_step import DEVICES, emulate, on
 from tests.nvrtc_tools import needs_nvrtc
-
-SIZES = [896, 2048, 4096, 4864, 8192, 11008, 14336]
-
-
-@pytest.mark.parametrize("form", gpu._FORMATS)
-@pytest.mark.parametrize("columns", SIZES)
-def test_one_row_takes_the_layout_of_its_format(form: str, columns: int) -> None:
-    found = gpu.shape(form, 1, columns, True)
-    assert found is not None
-    best = gpu.OWN.get(form, gpu.LAYOUTS[form])
-    assert found._replace(slots=0) == best._replace(slots=0)
-    assert found.slots >= (2 if found.own else 3)
-    assert found.shared(form, 1, columns, True) <= gpu._WHOLE
-
-
-@pytest.mark.parametrize("form", gpu._FORMATS)
-@pytest.mark.parametrize("rows", range(2, 17))
-def test_more_rows_have_a_layout_too(form: str, rows: int) -> None:
-    for columns in SIZES[:4]:
-        found = gpu.shape(form, rows, columns, True)
-        assert found is not None
-        assert found.shared(form, rows, columns, True) <= gpu._WHOLE
 
 
 def test_rows_that_do_not_fit() -> None:
-    assert gpu.shape("16bit", 16, 4096, False) is not None
-    assert gpu.shape("16bit", 16, 14336, False) is None
-    m, stream = ops.Matrix("16bit", 14336, matrix_parts()), ops.Stream(torch.empty(16, 14336), torch.bfloat16)
+    m, stream = ops.Matrix("16bit", 65536, matrix_parts()), ops.Stream(torch.empty(16, 65536), torch.bfloat16)
     with pytest.raises(ArgumentError, match=r"rows=16.*shared memory"):
         gpu.product(stream, m, "store", torch.empty(16, 4))
-
-
-@pytest.mark.parametrize("form", gpu._FORMATS)
-@pytest.mark.parametrize("columns", SIZES)
-def test_what_is_added_may_be_cut_into_columns(form: str, columns: int) -> None:
-    for rows in (1, 5, 16):
-        cut = gpu.windows(form, rows, columns, True)
-        assert sum(size for _, size in cut) == columns
-        assert [first for first, _ in cut] == [sum(size for _, size in cut[:i]) for i in range(len(cut))]
-        assert all(first % 256 == 0 for first, _ in cut)
-        assert len(cut) <= (1, 2, 3)[rows // 8], (form, columns, rows, cut)
 
 
 def matrix_parts() -> tuple[ops.Part, ...]:
@@ -79,10 +46,10 @@ def test_keys_are_cut_where_there_are_more_multiprocessors_than_heads(monkeypatc
 
 @pytest.mark.parametrize(
     "fixed",
-    [gpu.Shape(3, 128, 2, 8, 2), gpu.Shape(2, 64, 3, 7, 1), gpu.Shape(3, 128, 2, 8, 2, own=True),
-     gpu.Shape(2, 64, 3, 7, 2, own=True)],
+    [Shape(3, 128, 2, 8, 2), Shape(2, 64, 3, 7, 1), Shape(3, 128, 2, 8, 2, own=True),
+     Shape(2, 64, 3, 7, 2, own=True)],
 )  # fmt: skip
-def test_any_layout_gives_the_product(fixed: gpu.Shape, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_layout_gives_the_product(fixed: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(1, 192, generator=torch.Generator().manual_seed(0)).bfloat16()
     for form in ("16bit", "int8", "nf4"):
         m = matrix(form, (40,), 192, torch.bfloat16)
@@ -91,6 +58,109 @@ def test_any_layout_gives_the_product(fixed: gpu.Shape, monkeypatch: pytest.Monk
             out = torch.zeros(1, 40)
             gpu.product(x, m, "add", out, fixed=fixed)
         torch.testing.assert_close(out, m.multiply(x.float()), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("form", ["16bit", "nf4"])
+def test_fetching_warps_take_turns_around_the_ring(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as slots, and a number that does not divide them, over many turns; more could be two turns ahead."""
+    x = torch.randn(5, 512, generator=torch.Generator().manual_seed(0)).bfloat16()
+    m, out = matrix(form, (200,), 512, torch.bfloat16), torch.zeros(5, 200)
+    emulate(monkeypatch)
+    for slots, fetchers in ((2, 2), (3, 2)):
+        out.zero_()
+        gpu.product(x, m, "add", out, fixed=Shape(4, 128, slots, fetchers=fetchers))
+        torch.testing.assert_close(out, m.multiply(x.float()), rtol=2e-3, atol=2e-3)
+    more = Shape(4, 128, 2, fetchers=3)
+    assert not more.serves(form, 5, 512, False)
+    with pytest.raises(subprocess.CalledProcessError):
+        gpu.product(x, m, "add", out, fixed=more)
+
+
+# form, rows, columns, rows of the parts, what x is, sink, layout. Columns that no share divides, tiles cut off, several
+# tiles between two sums, more clusters than rows.
+CLUSTERED = [
+    ("16bit", 16, 512, (150,), "x", "add", Shape(16, 256, 3, cluster=2, fetchers=2)),
+    ("16bit", 5, 576, (48, 16, 16), "added", "store", Shape(8, 128, 4, cluster=2, fetchers=4)),
+    ("16bit", 16, 832, (37, 37), "layer", "gated", Shape(8, 256, 3, cluster=4)),
+    ("int8", 8, 448, (70,), "rms", "act", Shape(4, 128, 3, cluster=2)),
+    ("int8", 16, 1984, (3,), "rms", "add", Shape(16, 128, 3, cluster=8)),
+    ("int8", 2, 640, (130,), "x", "store", Shape(16, 128, 2, tiles=4, own=True, cluster=2)),
+    ("nf4", 16, 1792, (40, 24), "rms", "both", Shape(8, 128, 3, cluster=4)),
+    ("nf4", 9, 1280, (64,), "x", "add", Shape(5, 128, 2, 8, own=True, cluster=2)),
+    ("nested", 8, 768, (36, 36), "layer", "gated", Shape(8, 128, 3, cluster=2, fetchers=3)),
+    ("nested", 16, 1088, (64,), "added", "store", Shape(16, 128, 3, cluster=2)),
+    ("fp4", 4, 1024, (64, 32), "layer", "store", Shape(8, 128, 4, 8, 8, cluster=4, fetchers=3)),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", CLUSTERED, ids=range(len(CLUSTERED)))
+def test_clusters_share_the_columns(device: str, case: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    form, rows, columns, sizes, what, sink, fixed = case
+    dtype, nested = (torch.bfloat16, torch.float16)[rows % 2], form == "nested"
+    m = matrix("nf4" if nested else form, sizes, columns, dtype, nested=nested)
+    x, outs = entered(what, rows, columns, dtype), outputs(sink, rows, sizes, dtype)
+    wanted = [out.clone() for out in outs]
+    ops.product(x, m, sink, wanted[0], also=wanted[1])
+    place = on(device, monkeypatch)
+    if device == "emulated":
+        monkeypatch.setattr(gpu, "multiprocessors", lambda _: 8)
+    got, there = [out.to(place) for out in outs], moved(x, place)
+    if isinstance(there, ops.Stream) and there.to is not None:
+        there.to.zero_()
+    gpu.product(there, moved(m, place), sink, got[0], also=got[1], fixed=fixed)
+    for ours, want in zip(got, wanted, strict=True):
+        torch.testing.assert_close(ours.cpu().float(), want.float(), rtol=2e-2, atol=2e-2 * want.float().std().item())
+    if isinstance(x, ops.Stream) and x.to is not None:
+        torch.testing.assert_close(there.to.cpu(), x.to, rtol=1e-5, atol=1e-5)
+
+
+def entered(what: str, rows: int, columns: int, dtype: torch.dtype) -> ops.Stream | torch.Tensor:
+    """What a product reads; "added": a norm in front of the residual sum too, which is written down."""
+    x, y, *weights = (torch.randn(rows, columns, generator=torch.Generator().manual_seed(i)) for i in range(4))
+    if what == "x":
+        return x.to(dtype)
+    gain, bias = ((1 + w[0] / 10).to(dtype) for w in weights)
+    norm = ops.Norm("rms", gain, 1e-5) if what == "rms" else ops.Norm("layer", gain, 1e-5, bias)
+    return ops.Stream(x + 3, dtype, norm, *((y, norm, torch.zeros_like(x)) if what == "added" else ()))
+
+
+def outputs(sink: str, rows: int, sizes: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
+    """What it writes, with what stands there before, and `also`."""
+    n, second = sum(sizes), torch.zeros(rows, sizes[-1], dtype=dtype)
+    first = {"gated": torch.zeros(rows, n // 2, dtype=dtype), "act": torch.zeros(rows, n, dtype=dtype),
+             "both": torch.zeros(rows, sizes[0])}.get(sink, torch.ones(rows, n))  # fmt: skip
+    return [first, second]
+
+
+@cache
+def large(form: str, sizes: tuple[int, ...], columns: int, nested: bool) -> ops.Matrix:
+    return matrix(form, sizes, columns, torch.bfloat16, nested=nested)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cluster", [None, 1, 2, 4, 8])
+@pytest.mark.parametrize("form", ["16bit", "int8", "nf4", "nested"])
+def test_clusters_give_the_same_bits_each_time(form: str, cluster: int | None) -> None:
+    """Columns of Llama-2-7B, and several tiles a block; None: the layout that is taken."""
+    nested = form == "nested"
+    kind, rows = "nf4" if nested else form, 8 if cluster == 1 else 16
+    for columns, sizes, what, sink in ((11008, (2048,), "x", "add"), (4096, (2752, 2752), "rms", "gated")):
+        m = large(kind, sizes, columns, nested)
+        fixed = None if cluster is None else Shape(8, 512, 3, cluster=cluster, fetchers=3)
+        if fixed is not None and not fixed.serves(kind, rows, columns, nested):
+            continue
+        x, (out, _) = entered(what, rows, columns, torch.bfloat16), outputs(sink, rows, sizes, torch.bfloat16)
+        x, m = moved(x, "cuda"), moved(m, "cuda")
+        seen = []
+        for _ in range(20):
+            got = out.cuda()
+            gpu.product(x, m, sink, got, fixed=fixed)
+            seen.append(got)
+        y = m.multiply(ops._entered(x))
+        want = ops.activation("silu", y[:, : sizes[0]]) * y[:, sizes[0] :] if sink == "gated" else out.cuda() + y
+        assert all(torch.equal(one, seen[0]) for one in seen)
+        torch.testing.assert_close(seen[0].float(), want, rtol=2e-2, atol=2e-2 * want.std().item())
 
 
 @needs_nvrtc
@@ -124,7 +194,7 @@ class Compiled:
     def variant(self, name: None, **constants: int) -> Compiled:
         return Compiled(self.kind, constants)
 
-    def __call__(self, grid: tuple[int], block: int, shared: int, *args: object, pdl: bool) -> None:
+    def __call__(self, grid: tuple[int], block: int, shared: int, *args: object, pdl: bool, **_: object) -> None:
         assert len(args) == len(gpu._KERNELS[self.kind][1])
         code = KERNEL(self.kind).variant(None, **self.constants).compile("sm_90a").code
         Compiled.made[tuple(self.constants.items())] = code
@@ -139,7 +209,7 @@ def assert_compiled_well() -> None:
         attention = dict(constants).get("STAGES") is not None  # the cosine of a large angle has 28 bytes there
         assert machine_code.stack_bytes(code) <= 32 * attention, constants
         assert machine_code.copies_with_a_uniform_base(code) == 0, constants
-        assert machine_code.static_shared(code) - 1024 <= 232448 - gpu._WHOLE, constants  # 1 KiB is the system's
+        assert machine_code.static_shared(code) - 1024 <= 232448 - WHOLE, constants  # 1 KiB is the system's
 
 
 @pytest.fixture
@@ -190,9 +260,32 @@ def test_no_registers_spill_over_weights_stored_by_columns() -> None:
         x = torch.empty(rows, columns, dtype=torch.bfloat16, device="meta")
         norm = ops.Norm("layer", x[0], 1e-5, x[0])
         entered = x if sink == "add" else ops.Stream(x.float(), x.dtype, norm)
-        ops.product(entered, m, sink, torch.empty(rows, n, device="meta"), act="gelu_tanh", following=m)
+        ops.product(entered, m, sink, torch.empty(rows, n, device="meta"), act="gelu_tanh")
     assert all(machine_code.stack_bytes(code) == 0 for code in Compiled.made.values())
     assert len(Compiled.made) == 2
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("form", ["16bit", "int8", "nf4", "nested"])
+@pytest.mark.usefixtures("made")
+def test_no_registers_spill_over_many_rows(form: str) -> None:
+    """Llama-2-7B's columns, and a LayerNorm in front of another; the layouts are those that such products take."""
+    kind, nested = ("nf4", True) if form == "nested" else (form, False)
+    cases = [
+        *((16, 4096, "rms", "gated"), (16, 4096, "added", "store"), (16, 4096, "x", "add"), (16, 11008, "x", "add")),
+        *((8, 4096, "rms", "gated"), (8, 4096, "x", "add"), (8, 11008, "x", "add"), (4, 11008, "x", "add")),
+    ]
+    for rows, columns, what, sink in cases:
+        m = moved(matrix(kind, (8, 8), columns, torch.bfloat16, nested=nested), "meta")
+        each = 2048 if sink == "add" else 11008
+        m = m._replace(parts=tuple(part._replace(rows=each) for part in m.parts))
+        x, outs = entered(what, rows, columns, torch.bfloat16), outputs(sink, rows, (8, 8), torch.bfloat16)
+        ops.product(moved(x, "meta"), m, sink, moved(outs[0], "meta"))
+    assert {dict(constants)["CL"] for constants in Compiled.made} >= {1, 2, 4}
+    assert len(Compiled.made) == len(cases)
+    for code in Compiled.made.values():
+        assert machine_code.stack_bytes(code) == 0
+        assert machine_code.copies_with_a_uniform_base(code) == 0
 
 
 def test_weights_stored_by_columns_that_do_not_fit() -> None:
@@ -226,7 +319,7 @@ def steps_launches(
         assert len(fake.launches) - before >= 4 * len(found.layers) + 2
     assert served >= 8
     for seen in fake.launches:
-        assert seen.shared <= gpu._WHOLE
+        assert seen.shared <= WHOLE
         assert seen.block[0] <= 1024
 
 
