@@ -54,10 +54,14 @@ def test_short_sequences_are_dealt_out() -> None:
     from onegpu.kernels.attention_hopper import _dense
 
     dealt = {"DRAW": False}
-    assert _dense(128, True, True, 4, 512, 132) == (dealt | {"ROTATE": 1}, 33)
+    assert _dense(64, True, True, 4, 512, 132) == (dealt | {"ROTATE": 1}, 33)
+    assert _dense(128, True, True, 3, 512, 132) == (dealt | {"ROTATE": 1}, 44)
+    assert _dense(128, False, True, 4, 512, 132) == (dealt | {"ROTATE": 0}, 512)
+    assert _dense(128, True, True, 4, 512, 132) == ({}, 16)
     assert _dense(128, True, True, 1, 512, 132) == (dealt | {"ROTATE": 0}, 512)
     assert _dense(64, False, True, 4, 64, 132) == (dealt | {"ROTATE": 0}, 64)
     assert _dense(128, True, True, 8, 64, 132) == ({}, 16)
+    assert _dense(64, True, True, 8, 64, 132) == ({"ST": 4}, 16)
     assert _dense(64, True, True, 32, 8, 132) == ({"ST": 3}, 8)
     assert _dense(256, True, True, 4, 8, 132) == _dense(128, True, False, 4, 8, 132) == ({}, 8)  # not measured
 
