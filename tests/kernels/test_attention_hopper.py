@@ -110,6 +110,24 @@ def test_a_forward_is_launched_with_what_its_kernel_was_bound_to(how: str, monke
 
 
 @needs_triton
+@pytest.mark.parametrize(("left", "right", "heads"), [(-1, 0, 3), (100, 0, 16), (700, 100, 4), (100, -1, 3)])
+def test_as_many_heads_at_once_as_have_their_keys_in_the_cache(
+    left: int, right: int, heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from onegpu.kernels import attention_hopper as hopper
+
+    sections: list[int] = []
+    names = [x.name for x in hopper.attention_sm90.forward_kernel.params]
+    monkeypatch.setattr(hopper, "triton_bind", lambda kernel, grid, *x, **_: sections.append(x[names.index("section")]))
+    monkeypatch.setattr(hopper, "processors", lambda device: 4)
+    monkeypatch.setattr(hopper, "_counter", lambda device: torch.zeros(1, dtype=torch.int32))
+    monkeypatch.setattr(hopper, "_L2_BYTES", 3 * 1500 * 256)  # keys and values of three heads
+    x = torch.zeros(2, 1500, 8, 64, dtype=torch.bfloat16)
+    hopper.forward(x, x, x, 0.1, left, right, None, None, None, None, 1500)
+    assert sections == [heads]
+
+
+@needs_triton
 def test_a_counter_is_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     from onegpu.kernels import attention_hopper as hopper
 
