@@ -87,7 +87,7 @@ def hopper() -> Iterator[tuple[str, int, Any]]:
                 given = constants | {"HEAD": d, "HEAD_V": d, "ST": 2, "EVEN": not constants["RK"]}
                 given |= {
                     "SWAP": d == 64 or diagonal,
-                    "SPLIT": diagonal,
+                    "SPLIT": diagonal and not order,
                     "DRAW": 2 if order else 1,
                     "ORDER": order,
                 }
