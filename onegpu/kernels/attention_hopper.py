@@ -169,16 +169,16 @@ def _dense(
 ) -> tuple[dict[str, Any], int]:  # fmt: skip
     """Constants and heads of a section, for sequences of n_m tiles each (whole: exactly), as measured on an H100.
 
-    Up to 512 queries, tiles dealt out beforehand, with lengths mixed, beat drawn ones by 10 to 20 %.
+    Up to 512 queries, tiles dealt out beforehand, with lengths mixed, beat drawn ones by 10 to 20 %; but with a
+    diagonal and head dim 128, of 512 queries, drawn ones win, since a tile's first keys are loaded ahead of its Q.
     """
     if wide > 128 or not whole:
         return {}, section
-    if n_m <= 4:
+    if n_m <= 4 and not (n_m == 4 and wide == 128 and causal):
         mixed = causal and n_m > 1
         return {"DRAW": False, "ROTATE": int(mixed)}, max(1, blocks // n_m) if mixed else section
-    if n_m <= 8:
-        return {}, min(section, 16)
-    return ({"ST": 3} if wide == 64 else {}), section
+    stages = {"ST": 4 if n_m <= 8 else 3} if wide == 64 else {}
+    return stages, min(section, 16) if n_m <= 8 else section
 
 
 def forward(
@@ -203,7 +203,9 @@ def forward(
     tiles = n_m * heads * batch
     blocks = min(tiles, processors(q.get_device()))
     group = heads // heads_kv
-    section = section or max(1, min(batch * heads, _L2_BYTES // (s_k * (d + d_v) * 2) * group))
+    # Of a window, only the keys that the running tiles see are in use: 3 % on an H100.
+    used = min(s_k, left + right + 1 + m) if min(left, right) >= 0 and not how_q and not how_k else s_k
+    section = section or max(1, min(batch * heads, _L2_BYTES // (used * (d + d_v) * 2) * group))
     if how_q == 1:  # few heads of a sequence at a time, so that its padding does not come all at once: 10 % on an H100
         section = options.get("section") or min(section, 4)
     constants = {
@@ -286,13 +288,13 @@ def backward(
     started = min(tiles, processors(q.get_device()))
     section = max(1, min(batch * heads_kv, _L2_BYTES // (heads // heads_kv * s_q * wide * 8)))
     # Measured on an H100, causal: loads by four warps and a loop for masked blocks, together, gain 18 % for D = 64 and
-    # 6 % for 128, where neither gains alone.
+    # 6 % for 128, where neither gains alone. In turns, that loop costs 15 % for 128 and changes nothing for 64.
     diagonal = right >= 0 > left
     constants = {
         "HEAD": d, "HEAD_V": d_v, "ST": 2, "LEFT": left >= 0, "RIGHT": right >= 0,
         "EVEN": not how_k and s_k % 128 == 0, "RQ": how_q, "RK": how_k,
         "DRAW": 2 if deterministic else int(tiles > started), "SWAP": wide == 64 or diagonal,
-        "SPLIT": diagonal, "ORDER": deterministic,
+        "SPLIT": diagonal and not deterministic, "ORDER": deterministic,
     } | options  # fmt: skip
     before = triton_bind(
         attention_sm90_rows.before_kernel, (n_m * heads * batch,), out, grad, lse, grad_lse, rows, total, q_rows,

@@ -88,12 +88,6 @@ def _producer(a):
             slot, slot_phase = publish(a, m, h, b, slot, slot_phase)
             if a.RQ == 2:
                 b = b * 0
-            for g in gl.static_range(2):
-                mbarrier.wait(a.q_empty.index(g), q_phase)
-                mbarrier.expect(a.q_full.index(g), 64 * a.D * 2)
-                tma.async_copy_global_to_shared(a.q_desc, [b, h, i_q + m * 64 * 2 + g * 64, 0], a.q_full.index(g),
-                                                a.q_bufs.index(g))  # fmt: skip
-            q_phase = q_phase ^ 1
             for j in range(n):
                 row = i_k + (first + n - 1 - j) * BN
                 if count >= a.ST:
@@ -101,6 +95,12 @@ def _producer(a):
                 mbarrier.expect(a.k_full.index(stage), BN * a.D * 2)
                 tma.async_copy_global_to_shared(a.k_desc, [b, h // a.G, row, 0], a.k_full.index(stage),
                                                 a.k_bufs.index(stage))  # fmt: skip
+                if j == 0:  # Q behind the first keys, whose buffer is free before the tile before lets go of Q's
+                    for g in gl.static_range(2):
+                        mbarrier.wait(a.q_empty.index(g), q_phase)
+                        mbarrier.expect(a.q_full.index(g), 64 * a.D * 2)
+                        at = i_q + m * 64 * 2 + g * 64
+                        tma.async_copy_global_to_shared(a.q_desc, [b, h, at, 0], a.q_full.index(g), a.q_bufs.index(g))
                 if count >= a.ST:
                     bar_sync(FREE + 2 * stage + 1, a.ALL)
                 mbarrier.expect(a.v_full.index(stage), BN * a.DV * 2)
@@ -109,6 +109,7 @@ def _producer(a):
                 count += 1
                 stage += 1
                 stage = gl.where(stage == a.ST, 0, stage)
+            q_phase = q_phase ^ 1
         tile = draw(a, tile)
     publish(a, -1, 0, 0, slot, slot_phase)
 

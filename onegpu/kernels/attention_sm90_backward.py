@@ -68,7 +68,7 @@ class _Args:
     NB: blocks of M queries that a head has in the scratch memory. NN: tiles of a head. HEAD and HEAD_V: the real head
     dims, D the one in shared memory. EVEN: every tile has 128 keys. RQ, RK: how rows are told: 0 all, 1 by ranges, 2
     packed. DRAW: tiles from a counter, 2 the first too. LOADERS: threads of the producer. SPLIT: query blocks with a
-    mask have a loop of their own. ORDER: dQ is added in one order.
+    mask have a loop of their own, which ORDER has no use for. ORDER: dQ is added in one order.
     """
 
     __annotations__ = FIELDS
@@ -308,6 +308,7 @@ def _consumer(a, WG: gl.constexpr):
             mbarrier.wait(a.v_full.index(0), kv_phase)
             clear_rows(a.v_bufs.index(WG).reshape([64, D]), n_k - row0)
         if a.SPLIT:
+            gl.static_assert(not a.ORDER)
             whole, end = whole_blocks(a, n, n_q, n_k, first, stop)
             mbarrier.wait(a.v_full.index(0), kv_phase, pred=steps > 0)
             for h in range(hk * group, hk * group + group):
@@ -317,8 +318,8 @@ def _consumer(a, WG: gl.constexpr):
                     hi = whole if part == 0 else end if part == 1 else stop
                     if part == 1 or a.LEFT or not a.EVEN or (a.RIGHT and part == 0):
                         for m in range(lo, hi):
-                            dk, dv, last = _step(a, dk, dv, last, stage, phase, buf, kv_phase, False, row0, block, m,
-                                                 n_q, n_k, 1 - part % 2, WG)  # fmt: skip
+                            dk, dv, _ = _step(a, dk, dv, last, stage, phase, buf, kv_phase, False, row0, block, m,
+                                              n_q, n_k, 1 - part % 2, WG)  # fmt: skip
                             stage, phase = advance(stage, phase, a.ST)
                             buf ^= 1
         else:

@@ -8,6 +8,8 @@ nothing is added up in memory. Compiled with Triton 3.6 and 3.7.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -271,10 +273,30 @@ def queries_kernel(p_q, p_k, p_v, p_do, p_rows, p_dq, p_q_range, p_k_range, p_cu
     store(p_dq, o_s, H * D, m_store, b_dq * scale, b_dq2 * scale, D, D1, D2)
 
 
+_Table = dict[int, tuple[int, int, int, int]]
 # Padded head dim up to: (BM, BN, warps, stages) within 99 KB, of keys_kernel and of queries_kernel.
 _KEYS = {32: (64, 128, 4, 2), 64: (32, 128, 8, 3), 128: (32, 128, 8, 1), 192: (32, 32, 4, 1), 256: (32, 32, 8, 1)}
 _QUERIES = {32: (128, 64, 4, 2), 64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 192: (64, 32, 8, 2), 256: (64, 16, 8, 2)}
+# Where a block may have 227 KB, as measured on an H100. On an A100, some of these spill much.
+_ROOM = 227 * 1024
+_ROOMY_KEYS = _KEYS | {192: (64, 64, 8, 1), 256: (64, 64, 8, 1)}
+_ROOMY_QUERIES = _QUERIES | {192: (128, 64, 8, 1), 256: (128, 32, 8, 1)}
 _FP32 = {64: (32, 32, 4, 1), 128: (32, 32, 4, 1), 256: (16, 16, 4, 1)}
+
+
+@lru_cache
+def _shared_memory(device: int) -> int:
+    """Bytes that a block may have."""
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
+
+
+def tables(x: torch.Tensor) -> tuple[_Table, _Table]:
+    """The configurations of keys_kernel and of queries_kernel for inputs like x, where it is."""
+    if x.dtype == torch.float32:
+        return _FP32, _FP32
+    roomy = x.is_cuda and _shared_memory(x.get_device()) >= _ROOM
+    return (_ROOMY_KEYS, _ROOMY_QUERIES) if roomy else (_KEYS, _QUERIES)
 
 
 def whole(made: dict[str, int | bool], first: str, second: str) -> dict[str, int | bool]:
@@ -302,8 +324,8 @@ def backward(
     made = constants(d, d_v, left, right)
     widths = made["D1"] + made["D2"], made["DV1"] + made["DV2"]
     if configs is None:
-        tables = (_FP32, _FP32) if q.dtype == torch.float32 else (_KEYS, _QUERIES)
-        configs = config_of(tables[0], *widths), config_of(tables[1], *widths)
+        keys, queries = tables(q)
+        configs = config_of(keys, *widths), config_of(queries, *widths)
     packed = cu_seqlens_q is not None
     batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.numel() - 1
     rows = torch.empty((2, *lse.shape), dtype=torch.float32, device=q.device)

@@ -32,6 +32,16 @@ def portable() -> Iterator[tuple[str, int, Any]]:
         ("keys", backward.keys_kernel, backward._KEYS, backward._FP32),
         ("queries", backward.queries_kernel, backward._QUERIES, backward._FP32),
     )
+    roomy = (
+        ("keys", backward.keys_kernel, backward._ROOMY_KEYS),
+        ("queries", backward.queries_kernel, backward._ROOMY_QUERIES),
+    )
+    for architecture in (90, 100):
+        for name, kernel, table in roomy:
+            for width in (192, 256):
+                made = partial(compile_attention, kernel, table[width], width, architecture)
+                for mask, other in (("causal", {}), ("padded", {"given": RANGES}), ("window", {"LEFT": True})):
+                    yield f"{name} bf16 {width} {mask}, roomy", architecture, partial(made, **other)
     for architecture in ARCHITECTURES:
         for name, kernel, half, single in tables:
             for table, dtype in ((half, "bf16"), (single, "fp32")):
@@ -87,7 +97,7 @@ def hopper() -> Iterator[tuple[str, int, Any]]:
                 given = constants | {"HEAD": d, "HEAD_V": d, "ST": 2, "EVEN": not constants["RK"]}
                 given |= {
                     "SWAP": d == 64 or diagonal,
-                    "SPLIT": diagonal,
+                    "SPLIT": diagonal and not order,
                     "DRAW": 2 if order else 1,
                     "ORDER": order,
                 }

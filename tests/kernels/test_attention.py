@@ -238,6 +238,7 @@ def test_lengths_on_gpu(implementation, d, dtype, mask, all_lengths):
         ("portable", (59, 40), torch.float32, SLIDING),
         ("portable", (96, 96), torch.bfloat16, {"causal": True}),
         ("portable", (192, 128), torch.bfloat16, {}),
+        ("portable", (192, 192), torch.bfloat16, SLIDING),
         (None, (72, 72), torch.bfloat16, {"causal": True}),
         (None, (256, 256), torch.float16, {"causal": True}),
     ],
@@ -249,7 +250,8 @@ def test_head_dims_on_gpu(implementation, dims, dtype, mask):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("implementation", "d", "deterministic"), [("portable", 80, True), (None, 128, False), (None, 128, True)]
+    ("implementation", "d", "deterministic"),
+    [("portable", 80, True), (None, 128, False), (None, 128, True), (None, 192, True)],
 )
 def test_padded_and_packed_are_unpadded_on_gpu(implementation: str | None, d: int, deterministic: bool):
     """Bit for bit, whatever the padding holds, and the same on every run."""

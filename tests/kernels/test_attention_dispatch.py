@@ -73,6 +73,12 @@ def test_what_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     assert serves(*big, name="cudnn", left=100, backward=True) == "portable"
     wide = 4, 4096, 16, 256
     assert serves(*wide, backward=True) == "cudnn" and serves(*wide, backward=True, left=9) == "portable"
+    assert serves(*wide, backward=True, right=-1) == serves(32, 512, 21, 192, backward=True) == "cudnn"
+    q, kv = torch.empty(wide, dtype=torch.bfloat16), torch.empty(4, 4096, 2, 256, dtype=torch.bfloat16)
+    grouped = [dispatch.implementation(q, kv, kv, Options(1.0, right=0), backward) for backward in (False, True)]
+    assert grouped == ["hopper", "cudnn"]
+    with pytest.raises(ArgumentError, match="implementation"):
+        dispatch.implementation(q, kv, kv, Options(1.0, right=0, implementation="cudnn"))
     assert serves(*wide, backward=True, deterministic=True) == "portable"
     assert serves(1, 64, 2, 256, backward=True) == "portable" and serves(*wide) == "hopper"
     assert serves(1, 64, 2, 256, backward=True, name="cudnn") == "cudnn"
@@ -126,19 +132,22 @@ def test_a_layout_is_all_but_addresses() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("d", "causal"), [(64, True), (192, True), (192, False), (256, True), (256, False)])
-def test_gradients_by_cudnn_through_our_log_sum_exp(d: int, causal: bool) -> None:
+@pytest.mark.parametrize(
+    ("d", "causal", "heads_kv"),
+    [(64, True, 4), (192, True, 4), (192, False, 2), (256, True, 4), (256, False, 4), (256, True, 1)],
+)
+def test_gradients_by_cudnn_through_our_log_sum_exp(d: int, causal: bool, heads_kv: int) -> None:
     """As they come where `CUDNN` names a backward and no forward, and it the other way round."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("dispatched to on Hopper only")
-    q, k, v = inputs(512, 512, 3, 3, d, d, device="cuda", dtype=torch.bfloat16)
+    q, k, v = inputs(512, 512, 4, heads_kv, d, d, device="cuda", dtype=torch.bfloat16)
     options = (d**-0.5, -1, 0 if causal else -1, None, None, None, None, 512, 512)
     upstream = torch.randn_like(q)
     dtypes = torch.float64, torch.bfloat16
     wide, other = ([x.detach().to(dtype).requires_grad_() for x in (q, k, v)] for dtype in dtypes)
     expected = torch.autograd.grad(plain(*wide, causal=causal), wide, upstream.double())
     allowed = torch.autograd.grad(plain(*other, causal=causal), other, upstream)
-    for first, second in (("hopper", "cudnn"), ("cudnn", "auto")):
+    for first, second in (("hopper", "cudnn"), ("cudnn", "auto"))[: 1 + (heads_kv == 4)]:
         out, lse = torch.ops.onegpu.attention_forward(q, k, v, *options, first)
         got = torch.ops.onegpu.attention_backward(upstream, None, q, k, v, out, lse, False, *options, second)
         for name, x, y, z in zip(("dq", "dk", "dv"), got, expected, allowed, strict=True):

@@ -54,10 +54,14 @@ def test_short_sequences_are_dealt_out() -> None:
     from onegpu.kernels.attention_hopper import _dense
 
     dealt = {"DRAW": False}
-    assert _dense(128, True, True, 4, 512, 132) == (dealt | {"ROTATE": 1}, 33)
+    assert _dense(64, True, True, 4, 512, 132) == (dealt | {"ROTATE": 1}, 33)
+    assert _dense(128, True, True, 3, 512, 132) == (dealt | {"ROTATE": 1}, 44)
+    assert _dense(128, False, True, 4, 512, 132) == (dealt | {"ROTATE": 0}, 512)
+    assert _dense(128, True, True, 4, 512, 132) == ({}, 16)
     assert _dense(128, True, True, 1, 512, 132) == (dealt | {"ROTATE": 0}, 512)
     assert _dense(64, False, True, 4, 64, 132) == (dealt | {"ROTATE": 0}, 64)
     assert _dense(128, True, True, 8, 64, 132) == ({}, 16)
+    assert _dense(64, True, True, 8, 64, 132) == ({"ST": 4}, 16)
     assert _dense(64, True, True, 32, 8, 132) == ({"ST": 3}, 8)
     assert _dense(256, True, True, 4, 8, 132) == _dense(128, True, False, 4, 8, 132) == ({}, 8)  # not measured
 
@@ -103,6 +107,24 @@ def test_a_forward_is_launched_with_what_its_kernel_was_bound_to(how: str, monke
     expected = [*given, *written, lse, *rows, *([] if how == "one block" else [counter])]
     assert len(launched[0]) == len(expected) and all(x is y for x, y in zip(launched[0], expected, strict=True))
     assert [(x.shape, x.dtype) for x in bound[0]] == [(x.shape, x.dtype) for x in launched[0]]
+
+
+@needs_triton
+@pytest.mark.parametrize(("left", "right", "heads"), [(-1, 0, 3), (100, 0, 16), (700, 100, 4), (100, -1, 3)])
+def test_as_many_heads_at_once_as_have_their_keys_in_the_cache(
+    left: int, right: int, heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from onegpu.kernels import attention_hopper as hopper
+
+    sections: list[int] = []
+    names = [x.name for x in hopper.attention_sm90.forward_kernel.params]
+    monkeypatch.setattr(hopper, "triton_bind", lambda kernel, grid, *x, **_: sections.append(x[names.index("section")]))
+    monkeypatch.setattr(hopper, "processors", lambda device: 4)
+    monkeypatch.setattr(hopper, "_counter", lambda device: torch.zeros(1, dtype=torch.int32))
+    monkeypatch.setattr(hopper, "_L2_BYTES", 3 * 1500 * 256)  # keys and values of three heads
+    x = torch.zeros(2, 1500, 8, 64, dtype=torch.bfloat16)
+    hopper.forward(x, x, x, 0.1, left, right, None, None, None, None, 1500)
+    assert sections == [heads]
 
 
 @needs_triton

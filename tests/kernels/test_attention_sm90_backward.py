@@ -17,7 +17,7 @@ from tests.triton_tools import needs_triton, spills
     [
         (128, {}),
         (64, {"RQ": 2, "RK": 2, "EVEN": False, "SWAP": True, "SPLIT": True}),
-        (128, {"DRAW": 2, "ORDER": True, "SWAP": True, "SPLIT": True}),
+        (128, {"DRAW": 2, "ORDER": True, "SWAP": True}),
     ],
 )
 def test_compiles_within_the_limits(d: int, options: dict[str, Any]) -> None:

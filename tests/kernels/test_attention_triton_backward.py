@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from tests.kernels.test_attention_triton import CASES, compile_attention
 from tests.triton_tools import ARCHITECTURES, SHARED_MEMORY_LIMIT, interpret, needs_triton
@@ -20,6 +23,25 @@ def test_compiles_within_the_limits(architecture: int) -> None:
             assert made.metadata.shared <= limit, (width, table[width])
     rows = {"DV": 80, "D1": 128, "BM": 64, "p_dlse": None}
     assert compile_attention(kernels.rows_kernel, (64, 0, 4, 1), 80, architecture, **rows).metadata.shared < 4096
+
+
+@needs_triton
+def test_larger_blocks_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Hopper and data-centre Blackwell, where they compile within what a block may have."""
+    from onegpu.kernels import attention_triton_backward as kernels
+
+    properties = SimpleNamespace(shared_memory_per_block_optin=0, shared_memory_per_block=48 * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    for room, expected in ((99, (32, 32, 8, 1)), (163, (32, 32, 8, 1)), (227, (64, 64, 8, 1))):
+        properties.shared_memory_per_block_optin = room * 1024
+        kernels._shared_memory.cache_clear()
+        x = SimpleNamespace(dtype=torch.bfloat16, is_cuda=True, get_device=lambda: 0)
+        assert kernels.tables(x)[0][256] == expected  # type: ignore[arg-type]
+    kernels._shared_memory.cache_clear()
+    assert kernels.tables(torch.zeros(1)) == (kernels._FP32, kernels._FP32)
+    for architecture in (90, 100):
+        made = compile_attention(kernels.queries_kernel, kernels._ROOMY_QUERIES[256], 256, architecture)
+        assert SHARED_MEMORY_LIMIT < made.metadata.shared <= kernels._ROOM
 
 
 @needs_triton
