@@ -78,11 +78,8 @@ def _split_kernel(
     PRECISION: tl.constexpr, UNIT: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     if PDL:
-        if BS == 0:  # the programs that add the parts come, and wait for these to end, before these have anything to do
-            tl_cuda.gdc_launch_dependents()
         tl_cuda.gdc_wait()
-        if BS > 0:  # clusters of the next call would take SMs from these
-            tl_cuda.gdc_launch_dependents()
+        tl_cuda.gdc_launch_dependents()
     i_program = tl.program_id(0)
     i_split = i_program % SPLITS
     i_tile = (i_program // SPLITS) % ROW_TILES
@@ -190,8 +187,8 @@ def _combine_kernel(
     PDL: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     if PDL:
-        tl_cuda.gdc_launch_dependents()
         tl_cuda.gdc_wait()
+        tl_cuda.gdc_launch_dependents()
     ROWS: tl.constexpr = T * G
     i_row = tl.program_id(0).to(tl.int64)  # of all key heads of all sequences
     i_head, i_m = i_row // ROWS, i_row % ROWS

@@ -181,7 +181,7 @@ def drawn(p):
     """The next number of a counter. Relaxed: nothing else in memory hangs on it, and a fence of the whole GPU would
     come with each draw.
     """
-    return gl.atomic_add(p, 1, sem="relaxed")
+    return gl.atomic_add(p, 1, sem="relaxed")  # counter
 
 
 @gluon.jit
