@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 # What was compared with the definition on a device (docs/fused_step.md).
 HEAD_SIZES = (64, 80, 96, 128, 256)
-# Up to how many rows the step is taken, by the format of the layers: as many as the kernels take (docs/worklog.md).
-MAX_ROWS = {"16bit": 16, "int8": 16, "nf4": 16, "fp4": 16}
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -54,15 +52,13 @@ class FusedStep:
     _compiled: set[int] = field(default_factory=set, init=False, repr=False)  # for which numbers of rows
 
     def serves(self, rows: int) -> bool:
-        """Whether so many sequences fit, and are faster this way than through the model's own modules."""
+        """Whether the kernels take so many sequences of the model's products (on a CPU, any number)."""
         found = self.structure
         if found.device.type != "cuda":
             return True
         from onegpu.kernels import decode_step_cuda as gpu
 
-        layers = [m for layer in found.layers for m in (layer.qkv, layer.out, layer.up, layer.down)]
-        most = min(MAX_ROWS[m.format] for m in layers)  # the head is of 16 bits beside any
-        return rows <= most and all(gpu.fits(m, rows) for m in found.matrices())
+        return rows <= gpu.MAX_ROWS and all(gpu.fits(m, rows) for m in found.matrices())
 
     def __call__(
         self,

@@ -114,8 +114,7 @@ def _transposed(
     read, rows, columns = _read(x), len(out), matrix.columns
     kernel = _kernel("transposed").variant(
         None, **_COMMON, FMT=0, CB=64, M=rows, K=columns, SHARE=columns, WARPS=_WARPS, SINK=_SINKS[sink],
-        ACT=ACTIVATIONS.index(act),
-        **read.constants,
+        ACT=ACTIVATIONS.index(act), **read.constants,
     )  # fmt: skip
     if _collected(kernel):
         return

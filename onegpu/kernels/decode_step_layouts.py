@@ -6,6 +6,8 @@ import itertools
 from functools import lru_cache
 from typing import NamedTuple
 
+from onegpu.kernels.few_rows_table import resident_clusters
+
 FORMATS = {"16bit": 0, "int8": 1, "nf4": 2, "fp4": 2}
 WHOLE = 232448 - 1024  # bytes of shared memory of a block on Hopper, less what the kernels' static arrays take
 BOXES = 4  # of decode_step_product.cu
@@ -145,6 +147,5 @@ def _with_slots(
 
 
 def blocks(multiprocessors: int, cluster: int) -> int:
-    """Of a grid that fills the GPU: its multiprocessors come in groups, into which clusters of four do not all fit."""
-    usable = multiprocessors if cluster <= 2 else multiprocessors - multiprocessors // 11  # 30 of 33 on an H100
-    return max(1, usable // cluster) * cluster
+    """Of a grid that fills the GPU, in clusters."""
+    return resident_clusters(multiprocessors, cluster) * cluster

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from onegpu.kernels.few_rows_table import CONFIGURATIONS, Config, Wide, ceil_div
+from onegpu.kernels.few_rows_table import CONFIGURATIONS, Config, Wide, ceil_div, resident_clusters
 from onegpu.kernels.guard import aligned
 from onegpu.kernels.launch import CudaKernel, source_text, tensor_map
 
@@ -52,9 +52,7 @@ def fits(
     pieces = ceil_div(k, config.piece(fmt))
     if (config.cluster - 1) * ceil_div(pieces, config.cluster) >= pieces:
         return None  # a block would have no columns
-    # Clusters of four do not fill a GPU, whose multiprocessors come in groups: an H100 held 30 of 33.
-    usable = sms if config.cluster <= 2 else sms - sms // 11
-    clusters = min(usable // config.cluster, n)
+    clusters = min(resident_clusters(sms, config.cluster), n)
     shared = config.shared(fmt, nested, n, k, clusters, half)
     if config.blocks == 1:
         return (clusters, shared) if shared + _STATIC <= limit else None

@@ -13,6 +13,15 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def resident_clusters(multiprocessors: int, cluster: int) -> int:
+    """How many clusters of blocks that have a multiprocessor each run at once.
+
+    Clusters of four do not fill a GPU, whose multiprocessors come in groups: an H100 held 30 of 33.
+    """
+    usable = multiprocessors if cluster <= 2 else multiprocessors - multiprocessors // 11
+    return max(1, usable // cluster)
+
+
 @dataclass(frozen=True)
 class Narrow:
     """Configuration of few_rows_narrow.cu.

@@ -13,7 +13,6 @@ import torch
 
 from benchmarks.case import Context
 from benchmarks.cases import fused_structures
-from onegpu.engine import fused_step
 from onegpu.engine.fused_step import FusedStep
 from onegpu.engine.fused_structure import Structure, read
 from onegpu.errors import ArgumentError, KernelError
@@ -300,7 +299,6 @@ def steps_launches(
     found: Structure, memory: list[tuple[torch.Tensor, torch.Tensor]], fake: FakeDriver, patched: pytest.MonkeyPatch
 ) -> None:
     """Everything between the ops and the driver, for each number of rows that the kernels have room for."""
-    patched.setattr(fused_step, "MAX_ROWS", dict.fromkeys(fused_step.MAX_ROWS, 16))
     patched.setattr(ops, "_on_gpu", lambda _: True)
     patched.setattr(gpu, "multiprocessors", lambda _: 132)
     patched.setattr(gpu, "_kernel", cache(gpu._kernel.__wrapped__))
