@@ -35,10 +35,11 @@ from onegpu.kernels.attention_sm90_parts import (
     publish,
     store_rows,
 )
-from onegpu.kernels.hopper import LOG2E, advance, bar_arrive, bar_sync, clear_rows, sequence, tile_of
+from onegpu.kernels.hopper import LOG2E, advance, bar_arrive, bar_arrive_if, bar_sync, clear_rows, sequence, tile_of
 
 # Named hardware barriers, of which the compiler takes the lowest: FREE + 2 * stage (+ 1 for V), a buffer is free again.
 FREE = gl.constexpr(6)
+Q_FREE = gl.constexpr(14)  # + the consumer: its buffer of Q is free again; so that there are up to four stages
 
 FIELDS = {
     **dict.fromkeys(("q_desc", "k_desc", "v_desc", "o_desc"), tma.tensor_descriptor),
@@ -47,7 +48,7 @@ FIELDS = {
                      "t_empty"), gl.shared_memory_descriptor),
     **dict.fromkeys(("B", "H", "G", "SQ", "SK", "NM", "section", "scale_log2", "left", "right"), gl.tensor),
     **dict.fromkeys(("D", "DV", "HEAD", "BN", "ST", "LEFT", "RIGHT", "ALIGNED", "WIDE", "RQ", "RK", "DRAW",
-                     "ROTATE", "ALIAS", "ALL"), gl.constexpr),
+                     "ROTATE", "ALIAS", "ALL", "AHEAD", "EARLY", "QUADS"), gl.constexpr),
 }  # fmt: skip
 
 
@@ -78,6 +79,7 @@ def _producer(a):
     q_phase = 1  # a fresh "empty" barrier lets a wait for phase 1 pass
     slot = 0
     slot_phase = 1
+    again = 0
     tile = gl.program_id(0)
     while tile < a.NM * a.H * a.B:
         m, h, b = tile_of(a, tile)
@@ -97,7 +99,11 @@ def _producer(a):
                                                 a.k_bufs.index(stage))  # fmt: skip
                 if j == 0:  # Q behind the first keys, whose buffer is free before the tile before lets go of Q's
                     for g in gl.static_range(2):
-                        mbarrier.wait(a.q_empty.index(g), q_phase)
+                        if a.EARLY:
+                            if again > 0:
+                                bar_sync(Q_FREE + g, 128 + 32)
+                        else:
+                            mbarrier.wait(a.q_empty.index(g), q_phase)
                         mbarrier.expect(a.q_full.index(g), 64 * a.D * 2)
                         at = i_q + m * 64 * 2 + g * 64
                         tma.async_copy_global_to_shared(a.q_desc, [b, h, at, 0], a.q_full.index(g), a.q_bufs.index(g))
@@ -110,6 +116,7 @@ def _producer(a):
                 stage += 1
                 stage = gl.where(stage == a.ST, 0, stage)
             q_phase = q_phase ^ 1
+            again = 1
         tile = draw(a, tile)
     publish(a, -1, 0, 0, slot, slot_phase)
 
@@ -121,27 +128,97 @@ def _operand(c, a, layout: gl.constexpr):
 
 
 @gluon.jit
-def _step(a, q, m_i, l_i, o, c, stage, phase, at, n0, n_k, more, MASK: gl.constexpr, s_layout: gl.constexpr,
-          o_layout: gl.constexpr):  # fmt: skip
+def _quads(x, BN: gl.constexpr):
+    """[64, BN] as a thread holds it: 4 threads have a row's columns in pairs, 8 columns apart."""
+    return gl.reshape(x, [64, BN // 8, 4, 2])
+
+
+@gluon.jit
+def _maximum(a, s, layout: gl.constexpr):
+    if a.QUADS:
+        pairs = gl.max(gl.max(_quads(s, a.BN), 3), 1)
+        return gl.convert_layout(gl.max(pairs, 1), gl.SliceLayout(1, layout))
+    else:
+        return gl.max(s, 1)
+
+
+@gluon.jit
+def _sum(a, p):
+    """Of a row; with QUADS the part of each of its four threads, [64, 4]."""
+    if a.QUADS:
+        return gl.sum(gl.sum(_quads(p, a.BN), 3), 1)
+    else:
+        return gl.sum(p, 1)
+
+
+@gluon.jit
+def _scaled(a, l_i, alpha):
+    if a.QUADS:
+        return l_i * gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout))[:, None]
+    else:
+        return l_i * alpha
+
+
+@gluon.jit
+def _product(q, k, BN: gl.constexpr, D: gl.constexpr, layout: gl.constexpr):
+    """S = Q K.T, issued."""
+    return warpgroup_mma(q, k.reshape([BN, D]).permute([1, 0]), gl.full([64, BN], 0.0, gl.float32, layout),
+                         use_acc=False, is_async=True)  # fmt: skip
+
+
+@gluon.jit
+def _ahead(a, q, s, m_i, l_i, o, c, stage, phase, at, n0, n_k, left, MASK: gl.constexpr, WG: gl.constexpr,
+           s_layout: gl.constexpr, o_layout: gl.constexpr):  # fmt: skip
+    """As `_step`, with S of this block there already, and that of the next one issued; left: how many come after.
+
+    After the last block that is a product of what lies there.
+    """
+    before = stage
+    before_phase = phase
+    stage, phase = advance(stage, phase, a.ST)
+    bar_arrive(FREE + 2 * stage, a.ALL)
+    if a.EARLY:
+        bar_arrive_if(Q_FREE + WG, 128 + 32, left == 0)
+    following, following_phase = advance(stage, phase, a.ST)
+    t_tok = _product(q, a.k_bufs.index(following), a.BN, a.D, s_layout)
+    mbarrier.wait(a.v_full.index(before), before_phase)
+    o_tok = warpgroup_mma(c, a.v_bufs.index(before).reshape([a.BN, a.DV]), o, is_async=True)
+    s = hide(a, s, at, n0, n_k, MASK, s_layout)
+    m_new = gl.maximum(m_i, _maximum(a, s, s_layout))
+    alpha = gl.exp2((m_i - m_new) * a.scale_log2)
+    p = gl.exp2(s * a.scale_log2 - (m_new * a.scale_log2)[:, None])
+    l_i = _scaled(a, l_i, alpha) + _sum(a, p)
+    k_stage, k_phase = advance(following, following_phase, a.ST)
+    mbarrier.wait(a.k_full.index(k_stage), k_phase, pred=left > 1)
+    t, o, p, l_i = warpgroup_mma_wait(0, deps=[t_tok, o_tok, p, l_i])
+    bar_arrive(FREE + 2 * before + 1, a.ALL)
+    o = o * gl.convert_layout(alpha, gl.SliceLayout(1, o_layout))[:, None]
+    return t, m_new, l_i, o, _operand(p, a, gl.DotOperandLayout(0, o_layout, 2)), stage, phase
+
+
+@gluon.jit
+def _step(a, q, m_i, l_i, o, c, stage, phase, at, n0, n_k, more, MASK: gl.constexpr, WG: gl.constexpr,
+          s_layout: gl.constexpr, o_layout: gl.constexpr):  # fmt: skip
     """S of the block in the next buffer, O += P V of the block before. MASK: see `hide`."""
     BN: gl.constexpr = a.BN
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     before = stage
     before_phase = phase
     stage, phase = advance(stage, phase, a.ST)
-    k = a.k_bufs.index(stage).reshape([BN, a.D]).permute([1, 0])
-    s_tok = warpgroup_mma(q, k, gl.full([64, BN], 0.0, gl.float32, s_layout), use_acc=False, is_async=True)
+    s_tok = _product(q, a.k_bufs.index(stage), BN, a.D, s_layout)
     p = _operand(c, a, p_layout)
     mbarrier.wait(a.v_full.index(before), before_phase)
     o_tok = warpgroup_mma(p, a.v_bufs.index(before).reshape([BN, a.DV]), o, is_async=True)
     s = warpgroup_mma_wait(1, deps=[s_tok])
     bar_arrive(FREE + 2 * stage, a.ALL)
+    if a.EARLY:
+        bar_arrive_if(Q_FREE + WG, 128 + 32, more == 0)
     s = hide(a, s, at, n0, n_k, MASK, s_layout)
-    m_new = gl.maximum(m_i, gl.max(s, 1))
+    m_new = gl.maximum(m_i, _maximum(a, s, s_layout))
     # The difference before the scaling: fused, the rounding of m * scale does not cancel while m is at its floor.
     alpha = gl.exp2((m_i - m_new) * a.scale_log2)
     p = gl.exp2(s * a.scale_log2 - (m_new * a.scale_log2)[:, None])
-    l_i = l_i * alpha + gl.sum(p, 1)
+    l_i = _scaled(a, l_i, alpha) + _sum(a, p)
     # The wait for the next K stands here and not at the top: its branch ends a basic block, so that ptxas cannot move
     # the exponentials behind the wait for the product. p and l_i pass through that for the stages before ptxas.
     k_stage, k_phase = advance(stage, phase, a.ST)
@@ -168,9 +245,7 @@ def _open(a, m, b, stage, phase, q_phase, WG: gl.constexpr, s_layout: gl.constex
     mbarrier.wait(a.q_full.index(WG), q_phase, pred=live)
     mbarrier.wait(a.k_full.index(stage), phase, pred=live)
     q = a.q_bufs.index(WG).reshape([64, a.D])
-    k = a.k_bufs.index(stage).reshape([a.BN, a.D]).permute([1, 0])
-    s_tok = warpgroup_mma(q, k, gl.full([64, a.BN], 0.0, gl.float32, s_layout), use_acc=False, is_async=True)
-    return s_tok, stage, phase
+    return _product(q, a.k_bufs.index(stage), a.BN, a.D, s_layout), stage, phase
 
 
 @gluon.jit
@@ -181,17 +256,31 @@ def _blocks(a, s, q, at, first, n, n_k, stage, phase, WG: gl.constexpr, s_layout
     BOTH: gl.constexpr = 1 if a.WIDE or not a.LEFT else 3
     n0 = (first + n - 1) * BN
     bar_arrive(FREE + 2 * stage, a.ALL)
+    if a.EARLY:
+        bar_arrive_if(Q_FREE + WG, 128 + 32, n == 1)
+    following, following_phase = advance(stage, phase, a.ST)
+    if a.AHEAD:
+        if a.RK and n0 + BN > n_k:
+            mbarrier.wait(a.v_full.index(stage), phase)
+            clear_rows(a.v_bufs.index(stage).reshape([BN, a.DV]), n_k - n0)
+        mbarrier.wait(a.k_full.index(following), following_phase, pred=n > 1)
+        t_tok = _product(q, a.k_bufs.index(following), BN, a.D, s_layout)
     s = hide(a, s, at, n0, n_k, BOTH, s_layout)
-    m_i = gl.maximum(gl.max(s, 1), -1.0e30)  # finite where nothing is seen: then P is 0 and not NaN
+    m_i = gl.maximum(_maximum(a, s, s_layout), -1.0e30)  # finite where nothing is seen: then P is 0 and not NaN
     c = gl.exp2(s * a.scale_log2 - (m_i * a.scale_log2)[:, None])
-    l_i = gl.sum(c, 1)
+    l_i = _sum(a, c)
     o = gl.full([64, a.DV], 0.0, gl.float32, o_layout)
-    if a.RK and n0 + BN > n_k:
-        mbarrier.wait(a.v_full.index(stage), phase)
-        clear_rows(a.v_bufs.index(stage).reshape([BN, a.DV]), n_k - n0)
-    if n > 1:
-        k_stage, k_phase = advance(stage, phase, a.ST)
-        mbarrier.wait(a.k_full.index(k_stage), k_phase)
+    if a.AHEAD:
+        k_stage, k_phase = advance(following, following_phase, a.ST)
+        mbarrier.wait(a.k_full.index(k_stage), k_phase, pred=n > 2)
+        s, c, l_i = warpgroup_mma_wait(0, deps=[t_tok, c, l_i])
+        c = _operand(c, a, gl.DotOperandLayout(0, o_layout, 2))
+    else:
+        if a.RK and n0 + BN > n_k:
+            mbarrier.wait(a.v_full.index(stage), phase)
+            clear_rows(a.v_bufs.index(stage).reshape([BN, a.DV]), n_k - n0)
+        if n > 1:
+            mbarrier.wait(a.k_full.index(following), following_phase)
 
     # blocks that the diagonal cuts, whole blocks, blocks that the left side of the window cuts
     n -= 1
@@ -199,17 +288,40 @@ def _blocks(a, s, q, at, first, n, n_k, stage, phase, WG: gl.constexpr, s_layout
     if a.RIGHT and not a.ALIGNED:
         for j in range(n - whole):
             n0 = (first + n - 1 - j) * BN
-            m_i, l_i, o, c, stage, phase = _step(a, q, m_i, l_i, o, c, stage, phase, at, n0, n_k, j + 1 < n, BOTH,
-                                                 s_layout, o_layout)  # fmt: skip
+            if a.AHEAD:
+                s, m_i, l_i, o, c, stage, phase = _ahead(a, q, s, m_i, l_i, o, c, stage, phase, at, n0, n_k,
+                                                         n - 1 - j, BOTH, WG, s_layout, o_layout)  # fmt: skip
+            else:
+                m_i, l_i, o, c, stage, phase = _step(a, q, m_i, l_i, o, c, stage, phase, at, n0, n_k, j + 1 < n, BOTH,
+                                                     WG, s_layout, o_layout)  # fmt: skip
         n = whole
-    for j in range(n - cut):
-        m_i, l_i, o, c, stage, phase = _step(a, q, m_i, l_i, o, c, stage, phase, at, 0, n_k, j + 1 < n, 0, s_layout,
-                                             o_layout)  # fmt: skip
+    if a.AHEAD == 2:  # two at a time: the registers of S and of the next one change places
+        for j in range((n - cut) // 2):
+            s, m_i, l_i, o, c, stage, phase = _ahead(a, q, s, m_i, l_i, o, c, stage, phase, at, 0, n_k, n - 1 - 2 * j,
+                                                     0, WG, s_layout, o_layout)  # fmt: skip
+            s, m_i, l_i, o, c, stage, phase = _ahead(a, q, s, m_i, l_i, o, c, stage, phase, at, 0, n_k, n - 2 - 2 * j,
+                                                     0, WG, s_layout, o_layout)  # fmt: skip
+        for _ in range((n - cut) % 2):
+            s, m_i, l_i, o, c, stage, phase = _ahead(a, q, s, m_i, l_i, o, c, stage, phase, at, 0, n_k, cut, 0, WG,
+                                                     s_layout, o_layout)  # fmt: skip
+    else:
+        for j in range(n - cut):
+            if a.AHEAD:
+                s, m_i, l_i, o, c, stage, phase = _ahead(a, q, s, m_i, l_i, o, c, stage, phase, at, 0, n_k, n - 1 - j,
+                                                         0, WG, s_layout, o_layout)  # fmt: skip
+            else:
+                m_i, l_i, o, c, stage, phase = _step(a, q, m_i, l_i, o, c, stage, phase, at, 0, n_k, j + 1 < n, 0, WG,
+                                                     s_layout, o_layout)  # fmt: skip
     if a.LEFT:
         for j in range(cut):
             n0 = (first + cut - 1 - j) * BN
-            m_i, l_i, o, c, stage, phase = _step(a, q, m_i, l_i, o, c, stage, phase, at, n0, n_k, j + 1 < cut,
-                                                 2 if a.WIDE else 3, s_layout, o_layout)  # fmt: skip
+            if a.AHEAD:
+                s, m_i, l_i, o, c, stage, phase = _ahead(a, q, s, m_i, l_i, o, c, stage, phase, at, n0, n_k,
+                                                         cut - 1 - j, 2 if a.WIDE else 3, WG, s_layout,
+                                                         o_layout)  # fmt: skip
+            else:
+                m_i, l_i, o, c, stage, phase = _step(a, q, m_i, l_i, o, c, stage, phase, at, n0, n_k, j + 1 < cut,
+                                                     2 if a.WIDE else 3, WG, s_layout, o_layout)  # fmt: skip
     return m_i, l_i, o, c, stage, phase
 
 
@@ -233,13 +345,20 @@ def _consumer(a, WG: gl.constexpr):
                                                s_layout, o_layout)  # fmt: skip
         if not a.ALIAS:
             tma.store_wait(0)  # the store of the tile before has read the buffer
-            mbarrier.arrive(a.q_empty.index(WG), count=1)
+            if a.EARLY:
+                gl.thread_barrier()
+            else:
+                mbarrier.arrive(a.q_empty.index(WG), count=1)
 
         # the last P V, and beside it the log-sum-exp
         mbarrier.wait(a.v_full.index(stage), phase)
-        o_tok = warpgroup_mma(_operand(c, a, p_layout), a.v_bufs.index(stage).reshape([a.BN, a.DV]), o, is_async=True)
+        if not a.AHEAD:
+            c = _operand(c, a, p_layout)
+        o_tok = warpgroup_mma(c, a.v_bufs.index(stage).reshape([a.BN, a.DV]), o, is_async=True)
         row = b * 0 if a.RQ == 2 else b
         rows = row0 + gl.arange(0, 64, layout=gl.SliceLayout(1, s_layout))
+        if a.QUADS:
+            l_i = gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, s_layout))
         seen = (rows < n_q) & (l_i != 0.0)
         lse = gl.where(seen, m_i * (a.scale_log2 / LOG2E) + gl.log(l_i), -float("inf"))
         inverse = gl.convert_layout(gl.where(seen, 1.0 / l_i, 0.0), row_layout)
@@ -273,7 +392,8 @@ def forward_kernel(q_desc, k_desc, v_desc, o_desc, p_o, p_lse, p_q_rows, p_k_row
                    section, scale_log2, left, right, HEAD: gl.constexpr, BN: gl.constexpr, ST: gl.constexpr,
                    LEFT: gl.constexpr, RIGHT: gl.constexpr, ALIGNED: gl.constexpr, WIDE: gl.constexpr,
                    RQ: gl.constexpr, RK: gl.constexpr, DRAW: gl.constexpr, ROTATE: gl.constexpr,
-                   ALIAS: gl.constexpr):  # fmt: skip
+                   ALIAS: gl.constexpr, AHEAD: gl.constexpr = 0, EARLY: gl.constexpr = 0,
+                   QUADS: gl.constexpr = 0):  # fmt: skip
     """p_o, p_q_rows, p_k_rows, p_counter: None where they are not read."""
     p_o = p_lse if p_o is None else p_o
     p_q_rows = p_lse if p_q_rows is None else p_q_rows
@@ -309,7 +429,7 @@ def forward_kernel(q_desc, k_desc, v_desc, o_desc, p_o, p_lse, p_q_rows, p_k_row
     fence_async_shared()
     a = Args(q_desc, k_desc, v_desc, o_desc, p_o, p_lse, p_q_rows, p_k_rows, p_counter, q_bufs, o_bufs, k_bufs, v_bufs,
              q_full, q_empty, k_full, v_full, t_buf, t_full, t_empty, B, H, G, SQ, SK, NM, section, scale_log2, left,
-             right, D, DV, HEAD, BN, ST, LEFT, RIGHT, ALIGNED, WIDE, RQ, RK, DRAW, ROTATE, ALIAS, ALL)  # fmt: skip
+             right, D, DV, HEAD, BN, ST, LEFT, RIGHT, ALIGNED, WIDE, RQ, RK, DRAW, ROTATE, ALIAS, ALL, AHEAD, EARLY, QUADS)  # fmt: skip
     if RQ:
         gl.warp_specialize([(_consumer, (a, 0)), (_consumer, (a, 1)), (_producer, (a,)), (filler, (a,))],
                            [4, 1, 1], [240, 24, 24])  # fmt: skip

@@ -27,6 +27,19 @@ def bar_arrive(bar, threads):
 
 
 @gluon.jit
+def bar_arrive_if(bar, threads, there):
+    """`bar_arrive` where ``there``, without a branch."""
+    gl.inline_asm_elementwise(
+        """{
+        .reg .pred go;
+        setp.ne.s32 go, $3, 0;
+        @go bar.arrive $1, $2;
+        mov.u32 $0, 0;
+        }""", "=r,r,r,r", [gl.to_tensor(bar), gl.to_tensor(threads), gl.to_tensor(there).to(gl.int32)],
+        dtype=gl.int32, is_pure=False, pack=1)  # fmt: skip
+
+
+@gluon.jit
 def advance(stage, phase, ST: gl.constexpr):
     """The next of ST buffers, and the phase of its barriers."""
     stage += 1
