@@ -41,6 +41,27 @@ from onegpu.kernels.hopper import LOG2E, advance, bar_arrive, bar_arrive_if, bar
 FREE = gl.constexpr(6)
 Q_FREE = gl.constexpr(14)  # + the consumer: its buffer of Q is free again; so that there are up to four stages
 
+_POLY = """{{
+.reg .f32 x, t, f, y;
+.reg .b32 i;
+max.NaN.ftz.f32 x, ${1}, 0fC2FC0000;
+add.rn.ftz.f32 t, x, 0f4B400000;
+sub.rn.ftz.f32 f, t, 0f4B400000;
+sub.rn.ftz.f32 f, x, f;
+fma.rn.ftz.f32 y, f, 0f3D61FB50, 0f3E786EE5;
+fma.rn.ftz.f32 y, y, f, 0f3F31798D;
+fma.rn.ftz.f32 y, y, f, 0f3F7FFB4A;
+mov.b32 i, t;
+shl.b32 i, i, 23;
+add.s32 i, i, 0x3F800000;
+mov.b32 t, i;
+mul.rn.ftz.f32 ${0}, y, t;
+}}
+"""
+_EXACT = "ex2.approx.ftz.f32 ${0}, ${1};\n"
+EXP2S = gl.constexpr("".join((_POLY if i == 7 else _EXACT).format(i, i + 8) for i in range(8)))
+EXP2S_4 = gl.constexpr("".join((_POLY if i % 4 == 3 else _EXACT).format(i, i + 8) for i in range(8)))
+
 FIELDS = {
     **dict.fromkeys(("q_desc", "k_desc", "v_desc", "o_desc"), tma.tensor_descriptor),
     **dict.fromkeys(("p_o", "p_lse", "p_q_rows", "p_k_rows", "p_counter"), gl.tensor),
@@ -48,7 +69,7 @@ FIELDS = {
                      "t_empty"), gl.shared_memory_descriptor),
     **dict.fromkeys(("B", "H", "G", "SQ", "SK", "NM", "section", "scale_log2", "left", "right"), gl.tensor),
     **dict.fromkeys(("D", "DV", "HEAD", "BN", "ST", "LEFT", "RIGHT", "ALIGNED", "WIDE", "RQ", "RK", "DRAW",
-                     "ROTATE", "ALIAS", "ALL", "AHEAD", "EARLY", "QUADS"), gl.constexpr),
+                     "ROTATE", "ALIAS", "ALL", "AHEAD", "EARLY", "QUADS", "POLY"), gl.constexpr),
 }  # fmt: skip
 
 
@@ -167,12 +188,32 @@ def _product(q, k, BN: gl.constexpr, D: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
+def _packed(p, a):
+    """P in 16 bits, two of a thread's columns in one number: as numbers of 16 bits ptxas takes them apart in a loop."""
+    low, high = gl.split(gl.reshape(p, [64, a.BN // 2, 2]))
+    if a.k_bufs.dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [low, high], dtype=gl.int32,
+                                         is_pure=True, pack=1)  # fmt: skip
+    else:
+        return gl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [low, high], dtype=gl.int32,
+                                         is_pure=True, pack=1)  # fmt: skip
+
+
+@gluon.jit
+def _unpacked(c, a, layout: gl.constexpr):
+    low = c.to(gl.int16).to(a.k_bufs.dtype, bitcast=True)
+    high = (c >> 16).to(gl.int16).to(a.k_bufs.dtype, bitcast=True)
+    return gl.convert_layout(gl.reshape(gl.join(low, high), [64, a.BN]), layout)
+
+
+@gluon.jit
 def _ahead(a, q, s, m_i, l_i, o, c, stage, phase, at, n0, n_k, left, MASK: gl.constexpr, WG: gl.constexpr,
            s_layout: gl.constexpr, o_layout: gl.constexpr):  # fmt: skip
     """As `_step`, with S of this block there already, and that of the next one issued; left: how many come after.
 
     After the last block that is a product of what lies there.
     """
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     before = stage
     before_phase = phase
     stage, phase = advance(stage, phase, a.ST)
@@ -180,20 +221,41 @@ def _ahead(a, q, s, m_i, l_i, o, c, stage, phase, at, n0, n_k, left, MASK: gl.co
     if a.EARLY:
         bar_arrive_if(Q_FREE + WG, 128 + 32, left == 0)
     following, following_phase = advance(stage, phase, a.ST)
+    if a.AHEAD == 6:
+        mbarrier.wait(a.v_full.index(before), before_phase)
+        o_tok = warpgroup_mma(_operand(c, a, p_layout), a.v_bufs.index(before).reshape([a.BN, a.DV]), o, is_async=True)
     t_tok = _product(q, a.k_bufs.index(following), a.BN, a.D, s_layout)
-    mbarrier.wait(a.v_full.index(before), before_phase)
-    o_tok = warpgroup_mma(c, a.v_bufs.index(before).reshape([a.BN, a.DV]), o, is_async=True)
+    if a.AHEAD == 6:  # the branch of this wait ends a basic block, so that ptxas cannot issue S behind the exponentials
+        mbarrier.wait(a.v_full.index(before), before_phase)
+    if a.AHEAD == 2:
+        mbarrier.wait(a.v_full.index(before), before_phase)
+        o_tok = warpgroup_mma(_unpacked(c, a, p_layout), a.v_bufs.index(before).reshape([a.BN, a.DV]), o, is_async=True)
     s = hide(a, s, at, n0, n_k, MASK, s_layout)
     m_new = gl.maximum(m_i, _maximum(a, s, s_layout))
+    if a.AHEAD == 5:
+        mbarrier.wait(a.v_full.index(before), before_phase)
+        o_tok = warpgroup_mma(_unpacked(c, a, p_layout), a.v_bufs.index(before).reshape([a.BN, a.DV]), o, is_async=True)
     alpha = gl.exp2((m_i - m_new) * a.scale_log2)
-    p = gl.exp2(s * a.scale_log2 - (m_new * a.scale_log2)[:, None])
+    p = _power(a, s * a.scale_log2 - (m_new * a.scale_log2)[:, None], MASK)
     l_i = _scaled(a, l_i, alpha) + _sum(a, p)
     k_stage, k_phase = advance(following, following_phase, a.ST)
     mbarrier.wait(a.k_full.index(k_stage), k_phase, pred=left > 1)
     t, o, p, l_i = warpgroup_mma_wait(0, deps=[t_tok, o_tok, p, l_i])
     bar_arrive(FREE + 2 * before + 1, a.ALL)
     o = o * gl.convert_layout(alpha, gl.SliceLayout(1, o_layout))[:, None]
-    return t, m_new, l_i, o, _operand(p, a, gl.DotOperandLayout(0, o_layout, 2)), stage, phase
+    if a.AHEAD != 6:
+        p = _packed(p, a)
+    return t, m_new, l_i, o, p, stage, phase
+
+
+@gluon.jit
+def _power(a, x, MASK: gl.constexpr):
+    """exp2; with POLY, the last of each POLY elements of a thread as a polynomial, where x <= 0 is no -inf."""
+    if a.POLY and not MASK:
+        return gl.inline_asm_elementwise(EXP2S if a.POLY == 8 else EXP2S_4, "=f,=f,=f,=f,=f,=f,=f,=f,f,f,f,f,f,f,f,f",
+                                         [x], dtype=gl.float32, is_pure=True, pack=8)  # fmt: skip
+    else:
+        return gl.exp2(x)
 
 
 @gluon.jit
@@ -217,7 +279,7 @@ def _step(a, q, m_i, l_i, o, c, stage, phase, at, n0, n_k, more, MASK: gl.conste
     m_new = gl.maximum(m_i, _maximum(a, s, s_layout))
     # The difference before the scaling: fused, the rounding of m * scale does not cancel while m is at its floor.
     alpha = gl.exp2((m_i - m_new) * a.scale_log2)
-    p = gl.exp2(s * a.scale_log2 - (m_new * a.scale_log2)[:, None])
+    p = _power(a, s * a.scale_log2 - (m_new * a.scale_log2)[:, None], MASK)
     l_i = _scaled(a, l_i, alpha) + _sum(a, p)
     # The wait for the next K stands here and not at the top: its branch ends a basic block, so that ptxas cannot move
     # the exponentials behind the wait for the product. p and l_i pass through that for the stages before ptxas.
@@ -274,7 +336,8 @@ def _blocks(a, s, q, at, first, n, n_k, stage, phase, WG: gl.constexpr, s_layout
         k_stage, k_phase = advance(following, following_phase, a.ST)
         mbarrier.wait(a.k_full.index(k_stage), k_phase, pred=n > 2)
         s, c, l_i = warpgroup_mma_wait(0, deps=[t_tok, c, l_i])
-        c = _operand(c, a, gl.DotOperandLayout(0, o_layout, 2))
+        if a.AHEAD != 6:
+            c = _packed(c, a)
     else:
         if a.RK and n0 + BN > n_k:
             mbarrier.wait(a.v_full.index(stage), phase)
@@ -295,7 +358,7 @@ def _blocks(a, s, q, at, first, n, n_k, stage, phase, WG: gl.constexpr, s_layout
                 m_i, l_i, o, c, stage, phase = _step(a, q, m_i, l_i, o, c, stage, phase, at, n0, n_k, j + 1 < n, BOTH,
                                                      WG, s_layout, o_layout)  # fmt: skip
         n = whole
-    if a.AHEAD == 2:  # two at a time: the registers of S and of the next one change places
+    if a.AHEAD > 1:  # two at a time: the registers of S and of the next one change places
         for j in range((n - cut) // 2):
             s, m_i, l_i, o, c, stage, phase = _ahead(a, q, s, m_i, l_i, o, c, stage, phase, at, 0, n_k, n - 1 - 2 * j,
                                                      0, WG, s_layout, o_layout)  # fmt: skip
@@ -352,7 +415,9 @@ def _consumer(a, WG: gl.constexpr):
 
         # the last P V, and beside it the log-sum-exp
         mbarrier.wait(a.v_full.index(stage), phase)
-        if not a.AHEAD:
+        if a.AHEAD and a.AHEAD != 6:
+            c = _unpacked(c, a, p_layout)
+        else:
             c = _operand(c, a, p_layout)
         o_tok = warpgroup_mma(c, a.v_bufs.index(stage).reshape([a.BN, a.DV]), o, is_async=True)
         row = b * 0 if a.RQ == 2 else b
@@ -393,7 +458,7 @@ def forward_kernel(q_desc, k_desc, v_desc, o_desc, p_o, p_lse, p_q_rows, p_k_row
                    LEFT: gl.constexpr, RIGHT: gl.constexpr, ALIGNED: gl.constexpr, WIDE: gl.constexpr,
                    RQ: gl.constexpr, RK: gl.constexpr, DRAW: gl.constexpr, ROTATE: gl.constexpr,
                    ALIAS: gl.constexpr, AHEAD: gl.constexpr = 0, EARLY: gl.constexpr = 0,
-                   QUADS: gl.constexpr = 0):  # fmt: skip
+                   QUADS: gl.constexpr = 0, POLY: gl.constexpr = 0):  # fmt: skip
     """p_o, p_q_rows, p_k_rows, p_counter: None where they are not read."""
     p_o = p_lse if p_o is None else p_o
     p_q_rows = p_lse if p_q_rows is None else p_q_rows
@@ -429,7 +494,7 @@ def forward_kernel(q_desc, k_desc, v_desc, o_desc, p_o, p_lse, p_q_rows, p_k_row
     fence_async_shared()
     a = Args(q_desc, k_desc, v_desc, o_desc, p_o, p_lse, p_q_rows, p_k_rows, p_counter, q_bufs, o_bufs, k_bufs, v_bufs,
              q_full, q_empty, k_full, v_full, t_buf, t_full, t_empty, B, H, G, SQ, SK, NM, section, scale_log2, left,
-             right, D, DV, HEAD, BN, ST, LEFT, RIGHT, ALIGNED, WIDE, RQ, RK, DRAW, ROTATE, ALIAS, ALL, AHEAD, EARLY, QUADS)  # fmt: skip
+             right, D, DV, HEAD, BN, ST, LEFT, RIGHT, ALIGNED, WIDE, RQ, RK, DRAW, ROTATE, ALIAS, ALL, AHEAD, EARLY, QUADS, POLY)  # fmt: skip
     if RQ:
         gl.warp_specialize([(_consumer, (a, 0)), (_consumer, (a, 1)), (_producer, (a,)), (filler, (a,))],
                            [4, 1, 1], [240, 24, 24])  # fmt: skip
