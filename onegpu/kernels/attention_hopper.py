@@ -210,11 +210,17 @@ def forward(
         section = options.get("section") or min(section, 4)
     constants = {
         "HEAD": d_v, "LEFT": left >= 0, "RIGHT": right >= 0, "ALIGNED": aligned, "WIDE": left >= bn + 128, "RQ": how_q,
-        "RK": how_k, "DRAW": tiles > blocks, "ALIAS": alias,
+        "RK": how_k, "DRAW": tiles > blocks, "ALIAS": alias, "EARLY": 0, "AHEAD": 0, "QUADS": 0, "POLY": 0, "HALF": 0,
     } | constants  # fmt: skip
+    constants["EARLY"] = int(constants["EARLY"] and not alias)
+    # of the block that the diagonal cuts, the first (1) or the second (2) consumer sees the first half
+    if not (constants["HALF"] and aligned and right == 0 and bn == 128):
+        constants["HALF"] = 0
+    elif (s_k - s_q) % 128:
+        constants["HALF"] = 2
     if not how_q and not how_k and left < 0 and (aligned or right < 0) and tiles > blocks:
         found, section = _dense(boxed(max(d, d_v)), right >= 0, s_q == s_k == n_m * m, n_m, section, blocks)
-        constants |= found | options
+        constants |= found | {name: x for name, x in options.items() if name != "HALF"}
         section = options.get("section") or section
     del constants["section"]
     device = q.get_device()

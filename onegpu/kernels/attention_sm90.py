@@ -69,7 +69,7 @@ FIELDS = {
                      "t_empty"), gl.shared_memory_descriptor),
     **dict.fromkeys(("B", "H", "G", "SQ", "SK", "NM", "section", "scale_log2", "left", "right"), gl.tensor),
     **dict.fromkeys(("D", "DV", "HEAD", "BN", "ST", "LEFT", "RIGHT", "ALIGNED", "WIDE", "RQ", "RK", "DRAW",
-                     "ROTATE", "ALIAS", "ALL", "AHEAD", "EARLY", "QUADS", "POLY"), gl.constexpr),
+                     "ROTATE", "ALIAS", "ALL", "AHEAD", "EARLY", "QUADS", "POLY", "HALF"), gl.constexpr),
 }  # fmt: skip
 
 
@@ -149,15 +149,15 @@ def _operand(c, a, layout: gl.constexpr):
 
 
 @gluon.jit
-def _quads(x, BN: gl.constexpr):
+def _quads(x):
     """[64, BN] as a thread holds it: 4 threads have a row's columns in pairs, 8 columns apart."""
-    return gl.reshape(x, [64, BN // 8, 4, 2])
+    return gl.reshape(x, [64, x.shape[1] // 8, 4, 2])
 
 
 @gluon.jit
 def _maximum(a, s, layout: gl.constexpr):
     if a.QUADS:
-        pairs = gl.max(gl.max(_quads(s, a.BN), 3), 1)
+        pairs = gl.max(gl.max(_quads(s), 3), 1)
         return gl.convert_layout(gl.max(pairs, 1), gl.SliceLayout(1, layout))
     else:
         return gl.max(s, 1)
@@ -167,7 +167,7 @@ def _maximum(a, s, layout: gl.constexpr):
 def _sum(a, p):
     """Of a row; with QUADS the part of each of its four threads, [64, 4]."""
     if a.QUADS:
-        return gl.sum(gl.sum(_quads(p, a.BN), 3), 1)
+        return gl.sum(gl.sum(_quads(p), 3), 1)
     else:
         return gl.sum(p, 1)
 
@@ -181,10 +181,20 @@ def _scaled(a, l_i, alpha):
 
 
 @gluon.jit
-def _product(q, k, BN: gl.constexpr, D: gl.constexpr, layout: gl.constexpr):
-    """S = Q K.T, issued."""
-    return warpgroup_mma(q, k.reshape([BN, D]).permute([1, 0]), gl.full([64, BN], 0.0, gl.float32, layout),
-                         use_acc=False, is_async=True)  # fmt: skip
+def _product(q, k, N: gl.constexpr, a, layout: gl.constexpr):
+    """S = Q K.T with the first N keys of the block, issued."""
+    k = k.reshape([a.BN, a.D])
+    if N != a.BN:
+        k = k.slice(0, N)
+    return warpgroup_mma(q, k.permute([1, 0]), gl.full([64, N], 0.0, gl.float32, layout), use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _widened(c, a, layout: gl.constexpr):
+    """P of a block of which only the first half is seen, with zeros for the second."""
+    if c.shape[1] != a.BN:
+        c = gl.reshape(gl.permute(gl.join(c, gl.zeros_like(c)), [0, 2, 1]), [64, a.BN])
+    return gl.convert_layout(c, layout)
 
 
 @gluon.jit
@@ -224,7 +234,7 @@ def _ahead(a, q, s, m_i, l_i, o, c, stage, phase, at, n0, n_k, left, MASK: gl.co
     if a.AHEAD == 6:
         mbarrier.wait(a.v_full.index(before), before_phase)
         o_tok = warpgroup_mma(_operand(c, a, p_layout), a.v_bufs.index(before).reshape([a.BN, a.DV]), o, is_async=True)
-    t_tok = _product(q, a.k_bufs.index(following), a.BN, a.D, s_layout)
+    t_tok = _product(q, a.k_bufs.index(following), a.BN, a, s_layout)
     if a.AHEAD == 6:  # the branch of this wait ends a basic block, so that ptxas cannot issue S behind the exponentials
         mbarrier.wait(a.v_full.index(before), before_phase)
     if a.AHEAD == 2:
@@ -267,7 +277,7 @@ def _step(a, q, m_i, l_i, o, c, stage, phase, at, n0, n_k, more, MASK: gl.conste
     before = stage
     before_phase = phase
     stage, phase = advance(stage, phase, a.ST)
-    s_tok = _product(q, a.k_bufs.index(stage), BN, a.D, s_layout)
+    s_tok = _product(q, a.k_bufs.index(stage), BN, a, s_layout)
     p = _operand(c, a, p_layout)
     mbarrier.wait(a.v_full.index(before), before_phase)
     o_tok = warpgroup_mma(p, a.v_bufs.index(before).reshape([BN, a.DV]), o, is_async=True)
@@ -292,8 +302,8 @@ def _step(a, q, m_i, l_i, o, c, stage, phase, at, n0, n_k, more, MASK: gl.conste
 
 
 @gluon.jit
-def _open(a, m, b, stage, phase, q_phase, WG: gl.constexpr, s_layout: gl.constexpr):
-    """Issue the first S of a tile. Returns it and its buffer. Past the last tile it is a product of what lies there."""
+def _open(a, m, b, stage, phase, q_phase, WG: gl.constexpr, N: gl.constexpr, layout: gl.constexpr):
+    """Issue the first S of a tile, with N keys. Returns it and its buffer. Past the last tile it is a product of what lies there."""
     live = m >= 0
     _, _, _, _, _, n, mine = place(a, m, b, WG)
     if a.RIGHT:  # blocks that these 64 rows cannot see are passed on
@@ -307,12 +317,12 @@ def _open(a, m, b, stage, phase, q_phase, WG: gl.constexpr, s_layout: gl.constex
     mbarrier.wait(a.q_full.index(WG), q_phase, pred=live)
     mbarrier.wait(a.k_full.index(stage), phase, pred=live)
     q = a.q_bufs.index(WG).reshape([64, a.D])
-    return _product(q, a.k_bufs.index(stage), a.BN, a.D, s_layout), stage, phase
+    return _product(q, a.k_bufs.index(stage), N, a, layout), stage, phase
 
 
 @gluon.jit
-def _blocks(a, s, q, at, first, n, n_k, stage, phase, WG: gl.constexpr, s_layout: gl.constexpr,
-            o_layout: gl.constexpr):  # fmt: skip
+def _blocks(a, s, q, at, first, n, n_k, stage, phase, WG: gl.constexpr, first_layout: gl.constexpr,
+            s_layout: gl.constexpr, o_layout: gl.constexpr):  # fmt: skip
     """The softmax of the first block, whose S is there, and all further blocks but for the last product with V."""
     BN: gl.constexpr = a.BN
     BOTH: gl.constexpr = 1 if a.WIDE or not a.LEFT else 3
@@ -326,10 +336,11 @@ def _blocks(a, s, q, at, first, n, n_k, stage, phase, WG: gl.constexpr, s_layout
             mbarrier.wait(a.v_full.index(stage), phase)
             clear_rows(a.v_bufs.index(stage).reshape([BN, a.DV]), n_k - n0)
         mbarrier.wait(a.k_full.index(following), following_phase, pred=n > 1)
-        t_tok = _product(q, a.k_bufs.index(following), BN, a.D, s_layout)
-    s = hide(a, s, at, n0, n_k, BOTH, s_layout)
-    m_i = gl.maximum(_maximum(a, s, s_layout), -1.0e30)  # finite where nothing is seen: then P is 0 and not NaN
-    c = gl.exp2(s * a.scale_log2 - (m_i * a.scale_log2)[:, None])
+        t_tok = _product(q, a.k_bufs.index(following), BN, a, s_layout)
+    s = hide(a, s, at, n0, n_k, BOTH, first_layout)
+    m_i = gl.maximum(_maximum(a, s, first_layout), -1.0e30)  # finite where nothing is seen: then P is 0 and not NaN
+    c = _widened(gl.exp2(s * a.scale_log2 - (m_i * a.scale_log2)[:, None]), a, s_layout)
+    m_i = gl.convert_layout(m_i, gl.SliceLayout(1, s_layout))
     l_i = _sum(a, c)
     o = gl.full([64, a.DV], 0.0, gl.float32, o_layout)
     if a.AHEAD:
@@ -395,17 +406,20 @@ def _consumer(a, WG: gl.constexpr):
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     row_layout: gl.constexpr = gl.SliceLayout(1, o_layout)
     dtype: gl.constexpr = a.k_bufs.dtype
+    # of the block that the diagonal cuts, one consumer sees the first half
+    N: gl.constexpr = a.BN // 2 if a.HALF == WG + 1 else a.BN
+    first_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     stage = a.ST - 1
     phase = 1
     q_phase = 0
     m, h, b, slot, slot_phase = fetch(a, 0, 0)
-    s_tok, stage, phase = _open(a, m, b, stage, phase, q_phase, WG, s_layout)
+    s_tok, stage, phase = _open(a, m, b, stage, phase, q_phase, WG, N, first_layout)
     s = warpgroup_mma_wait(0, deps=[s_tok])
     while m >= 0:
         i_q, n_q, n_k, row0, first, _, n = place(a, m, b, WG)
         q = a.q_bufs.index(WG).reshape([64, a.D])
         m_i, l_i, o, c, stage, phase = _blocks(a, s, q, row0 + n_k - n_q, first, n, n_k, stage, phase, WG,
-                                               s_layout, o_layout)  # fmt: skip
+                                               first_layout, s_layout, o_layout)  # fmt: skip
         if not a.ALIAS:
             tma.store_wait(0)  # the store of the tile before has read the buffer
             if a.EARLY:
@@ -444,7 +458,7 @@ def _consumer(a, WG: gl.constexpr):
             mbarrier.arrive(a.q_empty.index(WG), count=1)
         m, h, b, slot, slot_phase = fetch(a, slot, slot_phase)
         q_phase = q_phase ^ 1
-        s_tok, stage, phase = _open(a, m, b, stage, phase, q_phase, WG, s_layout)
+        s_tok, stage, phase = _open(a, m, b, stage, phase, q_phase, WG, N, first_layout)
         s = warpgroup_mma_wait(0, deps=[s_tok])
     tma.store_wait(0)
 
@@ -458,7 +472,8 @@ def forward_kernel(q_desc, k_desc, v_desc, o_desc, p_o, p_lse, p_q_rows, p_k_row
                    LEFT: gl.constexpr, RIGHT: gl.constexpr, ALIGNED: gl.constexpr, WIDE: gl.constexpr,
                    RQ: gl.constexpr, RK: gl.constexpr, DRAW: gl.constexpr, ROTATE: gl.constexpr,
                    ALIAS: gl.constexpr, AHEAD: gl.constexpr = 0, EARLY: gl.constexpr = 0,
-                   QUADS: gl.constexpr = 0, POLY: gl.constexpr = 0):  # fmt: skip
+                   QUADS: gl.constexpr = 0, POLY: gl.constexpr = 0,
+                   HALF: gl.constexpr = 0):  # fmt: skip
     """p_o, p_q_rows, p_k_rows, p_counter: None where they are not read."""
     p_o = p_lse if p_o is None else p_o
     p_q_rows = p_lse if p_q_rows is None else p_q_rows
@@ -494,7 +509,7 @@ def forward_kernel(q_desc, k_desc, v_desc, o_desc, p_o, p_lse, p_q_rows, p_k_row
     fence_async_shared()
     a = Args(q_desc, k_desc, v_desc, o_desc, p_o, p_lse, p_q_rows, p_k_rows, p_counter, q_bufs, o_bufs, k_bufs, v_bufs,
              q_full, q_empty, k_full, v_full, t_buf, t_full, t_empty, B, H, G, SQ, SK, NM, section, scale_log2, left,
-             right, D, DV, HEAD, BN, ST, LEFT, RIGHT, ALIGNED, WIDE, RQ, RK, DRAW, ROTATE, ALIAS, ALL, AHEAD, EARLY, QUADS, POLY)  # fmt: skip
+             right, D, DV, HEAD, BN, ST, LEFT, RIGHT, ALIGNED, WIDE, RQ, RK, DRAW, ROTATE, ALIAS, ALL, AHEAD, EARLY, QUADS, POLY, HALF)  # fmt: skip
     if RQ:
         gl.warp_specialize([(_consumer, (a, 0)), (_consumer, (a, 1)), (_producer, (a,)), (filler, (a,))],
                            [4, 1, 1], [240, 24, 24])  # fmt: skip

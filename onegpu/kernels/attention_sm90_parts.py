@@ -94,7 +94,7 @@ def hide(a, s, at, n0, n_k, MASK: gl.constexpr, layout: gl.constexpr):
 
     MASK: 1, the right side and the last key; 2, the left side of a window; 3, both.
     """
-    cols = gl.arange(0, a.BN, layout=gl.SliceLayout(0, layout))
+    cols = gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, layout))
     rows = at - n0 + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
     if MASK & 1:
         if a.RIGHT:  # one bound a row for the diagonal and for the last key
