@@ -35,7 +35,7 @@ from onegpu.kernels.attention_sm90_parts import (
     publish,
     store_rows,
 )
-from onegpu.kernels.hopper import LOG2E, advance, bar_arrive, bar_arrive_if, bar_sync, clear_rows, sequence, tile_of
+from onegpu.kernels.hopper import LOG2E, advance, bar_arrive, bar_arrive_if, bar_sync, clear_rows, sequence, tile_of, warpgroup_barrier
 
 # Named hardware barriers, of which the compiler takes the lowest: FREE + 2 * stage (+ 1 for V), a buffer is free again.
 FREE = gl.constexpr(6)
@@ -423,7 +423,7 @@ def _consumer(a, WG: gl.constexpr):
         if not a.ALIAS:
             tma.store_wait(0)  # the store of the tile before has read the buffer
             if a.EARLY:
-                gl.thread_barrier()
+                warpgroup_barrier()
             else:
                 mbarrier.arrive(a.q_empty.index(WG), count=1)
 

@@ -10,6 +10,8 @@ from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 LOG2E = gl.constexpr(1.4426950408889634)
+# of the partition's threads; as Triton 3.7 and 3.6 call it
+warpgroup_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 
 @gluon.jit
