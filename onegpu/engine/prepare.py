@@ -14,14 +14,15 @@ from typing import Any
 import torch
 
 from onegpu.engine.fused_step import FusedStep, plan
-from onegpu.kernels import ahead, attention, decode_attention, next_token, warmup  # noqa: F401 (they register)
+from onegpu.kernels import ahead, attention, decode_attention, few_rows, next_token, warmup  # noqa: F401 (they register)
 from onegpu.kernels.guard import architecture
 
-# Queries: attention has a kernel for few tiles, one for a single query (in the step that a captured one is compared
-# with) and one for many tiles.
+# Rows of a prompt and of the step that a captured one is compared with: products have kernels by the number of rows,
+# attention for few tiles, for a single query (unless it is the Hopper one) and for many tiles.
 _QUERIES = (128, 1, 1024)
 _MOST = 4096  # tokens of all prompts; more run the same kernels
 _MOST_ROWS = 1024  # of products
+_PRODUCTS = {"linear_4bit": "4bit", "linear_int8": "int8"}  # by op: their format, as few_rows names it
 _IMPLEMENTATION = "onegpu"  # of attention, as transformers knows it
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -81,9 +82,12 @@ def _jobs(model: Any, device: torch.device, batch: int, prompt: int | None, keys
             found += jobs((rows,), [(kind, sizes)])
     step = plan(model)
     fused = isinstance(step, FusedStep) and step.serves(batch)
-    if keys is None:  # products are tried on memory of their size: not before the model is used
-        small = {(k, *sorted(s.items())): (k, s) for k, s in _of_modules(model) if k.endswith(("_norm", "_mlp"))}
-        found += jobs((1,), small.values())
+    if keys is None:  # products are not tried on memory of their size before the model is used
+        unlike = {(k, *sorted(s.items())): (k, s) for k, s in _of_modules(model)}.values()
+        found += jobs((1,), [(kind, sizes) for kind, sizes in unlike if kind not in _PRODUCTS])
+        for kind, sizes in unlike:
+            if kind in _PRODUCTS:
+                found += [job for n in lengths[:2] for job in few_rows.jobs(_PRODUCTS[kind], n, device, dtype, **sizes)]
     else:
         found += jobs((batch, min(batch * lengths[0], _MOST_ROWS)), _of_modules(model))
         sizes = _attention(model)
