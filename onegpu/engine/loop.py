@@ -138,6 +138,9 @@ class Request:
         if mask is None or embeds is not None or mask.shape != self.prompt.shape or self.cache.get_seq_length():
             self.ids = self.prompt
             return
+        if bool(mask[:, -1].all()):  # one question to the device instead of ten kernels, each loaded for the first call
+            self.ids = self.prompt
+            return
         columns = torch.arange(self.columns, device=self.device)
         shift = (self.columns - 1 - (columns * mask.bool()).amax(1)) * mask.any(1)
         where = (columns - shift[:, None]) % self.columns
