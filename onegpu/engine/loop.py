@@ -53,7 +53,8 @@ class Engine:
         capture: "auto" captures on CUDA devices; "never" does not; "emulate" runs the captured step's function
             uncaptured, on any device.
         fuse: take the fused step (`onegpu.engine.fused_step`) where there is one; False once one was wrong.
-        prepared: for which batches kernels were compiled ahead.
+        prepared: for which batches, on which device and in which dtype, kernels were compiled ahead; device and dtype
+            alone: for a single row, when the model got our ``generate``.
     """
 
     capture: str = "auto"
@@ -74,7 +75,8 @@ class Engine:
         key = slot.batch, request.device, request.model.dtype
         if key not in self.prepared:
             self.prepared.add(key)
-            prepare.begin(request.model, slot.batch, int(request.columns), slot.capacity)
+            begun = key[1:] in self.prepared
+            prepare.begin(request.model, slot.batch, int(request.columns), slot.capacity, begun)
 
 
 class Request:

@@ -27,19 +27,23 @@ _IMPLEMENTATION = "onegpu"  # of attention, as transformers knows it
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def begin(model: Any, batch: int = 1, prompt: int | None = None, keys: int | None = None) -> None:
-    """Start compiling, and return at once. Nothing happens for a model that is not on one GPU.
+def begin(
+    model: Any, batch: int = 1, prompt: int | None = None, keys: int | None = None, begun: bool = False
+) -> bool:  # fmt: skip
+    """Start compiling, and return at once. False, and nothing happens, for a model that is not on one GPU.
 
     Args:
         model: an optimised one.
         batch: rows of a step, padded. prompt: tokens of a prompt, None for any. keys: positions of the cache. With both
             known, what depends on them is compiled too, quantised products among it.
+        begun: whether it was called for a single row of any prompt, as the model now is.
     """
     device = _device(model)
     if device is not None:
         # Where there is no memory to try an op in, the first call compiles what it needs.
         with contextlib.suppress(torch.cuda.OutOfMemoryError):
-            ahead.start(_jobs(model, device, batch, prompt, keys))
+            ahead.start(_jobs(model, device, batch, prompt, keys, begun and batch == 1))
+    return device is not None
 
 
 def begin_attention(model: Any) -> None:
@@ -61,7 +65,9 @@ def _device(model: Any) -> torch.device | None:
     return device if device.type == "cuda" else None
 
 
-def _jobs(model: Any, device: torch.device, batch: int, prompt: int | None, keys: int | None) -> list[ahead.Job]:
+def _jobs(
+    model: Any, device: torch.device, batch: int, prompt: int | None, keys: int | None, begun: bool
+) -> list[ahead.Job]:  # fmt: skip
     """What is compiled, in this order: what the first short request needs, then what others do."""
     dtype = model.dtype
 
@@ -71,7 +77,7 @@ def _jobs(model: Any, device: torch.device, batch: int, prompt: int | None, keys
     lengths = _QUERIES if prompt is None else (max(1, min(prompt, _MOST // batch)), 1)
     found: list[ahead.Job] = []
     later: list[ahead.Job] = []
-    for kind, sizes, rows in _shapes(model, batch):  # attention takes longest: first
+    for kind, sizes, rows in [] if begun else _shapes(model, batch):  # attention takes longest: first
         if rows is None:
             sizes = sizes | {"padded": False}
             found += jobs(lengths[:2], [(kind, sizes)])
@@ -94,7 +100,7 @@ def _jobs(model: Any, device: torch.device, batch: int, prompt: int | None, keys
         if sizes and not fused:
             window = getattr(model.config.get_text_config(decoder=True), "sliding_window", None) or 0
             found += jobs((batch,), [("decode_attention", sizes | {"keys": keys, "window": window})])
-    if isinstance(step, FusedStep) and fused:
+    if isinstance(step, FusedStep) and fused and not begun:
         heads = step.structure.layers[0].heads
         cache = torch.empty(batch, heads.kv, 128, heads.size, dtype=dtype, device=device)
         target = architecture(cache.get_device())
