@@ -4,8 +4,8 @@ A block has two consumers of four warps, 64 query rows each, and one producer wa
 head) from a counter, tells the consumers of each and issues TMA loads. Keys come in blocks of BN, from the last to the
 first, so that the blocks with a mask come first and those that only the left side of a window cuts come last. In a step
 the product ``S = Q K.T`` of this block and ``O += P V`` of the one before are issued together, and the softmax of S
-runs beside the second. The accumulator of S and the 16-bit operand P hold the same elements in each thread: nothing
-moves.
+runs beside the second (``attention_sm90_steps``). The accumulator of S and the 16-bit operand P hold the same elements
+in each thread: nothing moves.
 
 Tiles of padded and packed sequences count from each sequence's first row; those without a query are passed over by the
 producer, and one more warp fills in what no query owns. Values behind the last key are overwritten with zeros in shared
@@ -33,7 +33,7 @@ from onegpu.kernels.attention_sm90_parts import (
     publish,
     store_rows,
 )
-from onegpu.kernels.attention_sm90_steps import FREE, Q_FREE, blocks, operand, product, unpacked
+from onegpu.kernels.attention_sm90_steps import FREE, Q_FREE, blocks, operand, product
 from onegpu.kernels.hopper import LOG2E, advance, bar_arrive, bar_sync, sequence, tile_of, warpgroup_barrier
 
 FIELDS = {
@@ -43,7 +43,7 @@ FIELDS = {
                      "t_empty"), gl.shared_memory_descriptor),
     **dict.fromkeys(("B", "H", "G", "SQ", "SK", "NM", "section", "scale_log2", "left", "right"), gl.tensor),
     **dict.fromkeys(("D", "DV", "HEAD", "BN", "ST", "LEFT", "RIGHT", "ALIGNED", "WIDE", "RQ", "RK", "DRAW",
-                     "ROTATE", "ALIAS", "ALL", "AHEAD", "EARLY", "QUADS", "POLY", "HALF"), gl.constexpr),
+                     "ROTATE", "ALIAS", "ALL", "AHEAD", "HALF"), gl.constexpr),
 }  # fmt: skip
 
 
@@ -52,7 +52,9 @@ class _Args:
 
     HEAD: the head dim of v; D and DV: those in shared memory. ALIGNED: the diagonal cuts one block of each consumer's.
     WIDE: no block is cut by both sides of the window. RQ, RK: how rows are told: 0 all, 1 by ranges, 2 packed. DRAW:
-    tiles from a counter. ALIAS: O leaves through the buffer of Q. ALL: threads at named barriers.
+    tiles from a counter. ALIAS: O leaves through the buffer of Q. ALL: threads at named barriers. AHEAD: each S is
+    issued a block earlier. HALF: of the block that the diagonal cuts, the first (1) or the second (2) consumer sees
+    only the first half, the other one all.
     """
 
     __annotations__ = FIELDS
@@ -74,7 +76,6 @@ def _producer(a):
     q_phase = 1  # a fresh "empty" barrier lets a wait for phase 1 pass
     slot = 0
     slot_phase = 1
-    again = 0
     tile = gl.program_id(0)
     while tile < a.NM * a.H * a.B:
         m, h, b = tile_of(a, tile)
@@ -94,11 +95,10 @@ def _producer(a):
                                                 a.k_bufs.index(stage))  # fmt: skip
                 if j == 0:  # Q behind the first keys, whose buffer is free before the tile before lets go of Q's
                     for g in gl.static_range(2):
-                        if a.EARLY:
-                            if again > 0:
-                                bar_sync(Q_FREE + g, 128 + 32)
-                        else:
+                        if a.ALIAS:
                             mbarrier.wait(a.q_empty.index(g), q_phase)
+                        elif count > 0:
+                            bar_sync(Q_FREE + g, 128 + 32)
                         mbarrier.expect(a.q_full.index(g), 64 * a.D * 2)
                         at = i_q + m * 64 * 2 + g * 64
                         tma.async_copy_global_to_shared(a.q_desc, [b, h, at, 0], a.q_full.index(g), a.q_bufs.index(g))
@@ -111,14 +111,16 @@ def _producer(a):
                 stage += 1
                 stage = gl.where(stage == a.ST, 0, stage)
             q_phase = q_phase ^ 1
-            again = 1
         tile = draw(a, tile)
     publish(a, -1, 0, 0, slot, slot_phase)
 
 
 @gluon.jit
 def _open(a, m, b, stage, phase, q_phase, WG: gl.constexpr, N: gl.constexpr, layout: gl.constexpr):
-    """Issue the first S of a tile, with N keys. Returns it and its buffer. Past the last tile it is a product of what lies there."""
+    """Issue the first S of a tile, with N keys. Returns it and its buffer.
+
+    Past the last tile it is a product of what lies there.
+    """
     live = m >= 0
     _, _, _, _, _, n, mine = place(a, m, b, WG)
     if a.RIGHT:  # blocks that these 64 rows cannot see are passed on
@@ -142,7 +144,6 @@ def _consumer(a, WG: gl.constexpr):
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     row_layout: gl.constexpr = gl.SliceLayout(1, o_layout)
     dtype: gl.constexpr = a.k_bufs.dtype
-    # of the block that the diagonal cuts, one consumer sees the first half
     N: gl.constexpr = a.BN // 2 if a.HALF == WG + 1 else a.BN
     first_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     stage = a.ST - 1
@@ -155,25 +156,18 @@ def _consumer(a, WG: gl.constexpr):
         i_q, n_q, n_k, row0, first, _, n = place(a, m, b, WG)
         q = a.q_bufs.index(WG).reshape([64, a.D])
         m_i, l_i, o, c, stage, phase = blocks(a, s, q, row0 + n_k - n_q, first, n, n_k, stage, phase, WG,
-                                               first_layout, s_layout, o_layout)  # fmt: skip
-        if not a.ALIAS:
-            tma.store_wait(0)  # the store of the tile before has read the buffer
-            if a.EARLY:
-                warpgroup_barrier()
-            else:
-                mbarrier.arrive(a.q_empty.index(WG), count=1)
+                                              first_layout, s_layout, o_layout)  # fmt: skip
+        if not a.ALIAS:  # the store of the tile before has read the buffer, as all four warps are to know
+            tma.store_wait(0)
+            warpgroup_barrier()
 
         # the last P V, and beside it the log-sum-exp
         mbarrier.wait(a.v_full.index(stage), phase)
-        if a.AHEAD:
-            c = unpacked(c, a, p_layout)
-        else:
-            c = operand(c, a, p_layout)
-        o_tok = warpgroup_mma(c, a.v_bufs.index(stage).reshape([a.BN, a.DV]), o, is_async=True)
+        p = operand(c, a, p_layout)
+        o_tok = warpgroup_mma(p, a.v_bufs.index(stage).reshape([a.BN, a.DV]), o, is_async=True)
         row = b * 0 if a.RQ == 2 else b
         rows = row0 + gl.arange(0, 64, layout=gl.SliceLayout(1, s_layout))
-        if a.QUADS:
-            l_i = gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, s_layout))
+        l_i = gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, s_layout))
         seen = (rows < n_q) & (l_i != 0.0)
         lse = gl.where(seen, m_i * (a.scale_log2 / LOG2E) + gl.log(l_i), -float("inf"))
         inverse = gl.convert_layout(gl.where(seen, 1.0 / l_i, 0.0), row_layout)
@@ -207,9 +201,7 @@ def forward_kernel(q_desc, k_desc, v_desc, o_desc, p_o, p_lse, p_q_rows, p_k_row
                    section, scale_log2, left, right, HEAD: gl.constexpr, BN: gl.constexpr, ST: gl.constexpr,
                    LEFT: gl.constexpr, RIGHT: gl.constexpr, ALIGNED: gl.constexpr, WIDE: gl.constexpr,
                    RQ: gl.constexpr, RK: gl.constexpr, DRAW: gl.constexpr, ROTATE: gl.constexpr,
-                   ALIAS: gl.constexpr, AHEAD: gl.constexpr = 0, EARLY: gl.constexpr = 0,
-                   QUADS: gl.constexpr = 0, POLY: gl.constexpr = 0,
-                   HALF: gl.constexpr = 0):  # fmt: skip
+                   ALIAS: gl.constexpr, AHEAD: gl.constexpr, HALF: gl.constexpr):  # fmt: skip
     """p_o, p_q_rows, p_k_rows, p_counter: None where they are not read."""
     p_o = p_lse if p_o is None else p_o
     p_q_rows = p_lse if p_q_rows is None else p_q_rows
@@ -245,7 +237,8 @@ def forward_kernel(q_desc, k_desc, v_desc, o_desc, p_o, p_lse, p_q_rows, p_k_row
     fence_async_shared()
     a = Args(q_desc, k_desc, v_desc, o_desc, p_o, p_lse, p_q_rows, p_k_rows, p_counter, q_bufs, o_bufs, k_bufs, v_bufs,
              q_full, q_empty, k_full, v_full, t_buf, t_full, t_empty, B, H, G, SQ, SK, NM, section, scale_log2, left,
-             right, D, DV, HEAD, BN, ST, LEFT, RIGHT, ALIGNED, WIDE, RQ, RK, DRAW, ROTATE, ALIAS, ALL, AHEAD, EARLY, QUADS, POLY, HALF)  # fmt: skip
+             right, D, DV, HEAD, BN, ST, LEFT, RIGHT, ALIGNED, WIDE, RQ, RK, DRAW, ROTATE, ALIAS, ALL, AHEAD,
+             HALF)  # fmt: skip
     if RQ:
         gl.warp_specialize([(_consumer, (a, 0)), (_consumer, (a, 1)), (_producer, (a,)), (filler, (a,))],
                            [4, 1, 1], [240, 24, 24])  # fmt: skip

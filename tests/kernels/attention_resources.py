@@ -70,27 +70,31 @@ def hopper() -> Iterator[tuple[str, int, Any]]:
         "padded causal": {"RIGHT": True, "RQ": 1, "RK": 1},
         "packed window": {"RIGHT": True, "LEFT": True, "RQ": 2, "RK": 2},
     }
+    ahead = {"AHEAD": True, "ST": 4, "HALF": 0}
+    of_64 = {"causal, S ahead": {"RIGHT": True} | ahead, "full, S ahead": ahead}
     for d in (64, 128, 256):
-        for kind, options in kinds.items():
+        for kind, options in (kinds | (of_64 if d == 64 else {})).items():
             bn = 64 if d == 256 else 128
             constants = {"LEFT": False, "RIGHT": False, "RQ": 0, "RK": 0} | options
-            given = constants | {
+            given = {
                 "HEAD": d,
                 "BN": bn,
                 "ST": 2,
-                "ALIGNED": kind == "causal",
+                "ALIGNED": kind.startswith("causal"),
                 "WIDE": False,
                 "ROTATE": 0,
                 "DRAW": True,
                 "ALIAS": d == 256,
-            }
+                "AHEAD": False,
+                "HALF": int(kind == "causal" and bn == 128),
+            } | constants
 
             def make(given: dict[str, Any] = given, d: int = d, bn: int = bn) -> Any:
                 boxes = [meta_descriptor(rows, d) for rows in (64, bn, bn, 64)]
                 return compile_gluon(attention_sm90.forward_kernel, boxes, **given)
 
             yield f"Hopper forward {d} {kind}", 90, make
-            if d == 256:
+            if d == 256 or kind not in kinds:
                 continue
             diagonal = constants["RIGHT"] and not constants["LEFT"]
             for order in (False, True):
