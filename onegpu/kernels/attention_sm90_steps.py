@@ -183,8 +183,10 @@ def _walk_ahead(a, q, s, m_i, l_i, o, c, stage, phase, n, WG: gl.constexpr, s_la
 def blocks(a, s, q, at, first, n, n_k, stage, phase, WG: gl.constexpr, first_layout: gl.constexpr,
            s_layout: gl.constexpr, o_layout: gl.constexpr):  # fmt: skip
     """The softmax of the first block, whose S is there, and all further blocks but for the last product with V."""
-    # AHEAD with two stages would wait forever; that it takes no masks past the first block keeps it small
-    gl.static_assert(not a.AHEAD or (a.ST > 2 and not (a.LEFT or a.RK or a.ALIAS) and (a.ALIGNED or not a.RIGHT)))
+    FITS: gl.constexpr = a.ST > 2 and not (a.LEFT or a.RK or a.ALIAS) and (a.ALIGNED or not a.RIGHT)
+    gl.static_assert(
+        FITS or not a.AHEAD, "AHEAD takes three stages, or it waits forever, and no mask past the first block"
+    )
     n0 = (first + n - 1) * a.BN
     bar_arrive(FREE + 2 * stage, a.ALL)
     if not a.ALIAS:

@@ -62,7 +62,10 @@ def test_short_sequences_are_dealt_out() -> None:
     assert _dense(64, False, True, 4, 64, 132) == (dealt | {"ROTATE": 0}, 64)
     assert _dense(128, True, True, 8, 64, 132) == ({}, 16)
     assert _dense(64, True, True, 8, 64, 132) == ({"ST": 4}, 16)
-    assert _dense(64, True, True, 32, 8, 132) == ({"ST": 3}, 8)
+    ahead = {"AHEAD": True, "HALF": 0}  # of head dim 64, for rows of as many blocks of keys as make up for it
+    assert _dense(64, True, True, 31, 8, 132) == ({"ST": 3}, 8)
+    assert _dense(64, True, True, 32, 8, 132) == _dense(64, False, True, 9, 8, 132) == ({"ST": 3} | ahead, 8)
+    assert _dense(64, False, True, 8, 64, 132) == ({"ST": 4} | ahead, 16)
     assert _dense(256, True, True, 4, 8, 132) == _dense(128, True, False, 4, 8, 132) == ({}, 8)  # not measured
 
 
@@ -125,6 +128,52 @@ def test_as_many_heads_at_once_as_have_their_keys_in_the_cache(
     x = torch.zeros(2, 1500, 8, 64, dtype=torch.bfloat16)
     hopper.forward(x, x, x, 0.1, left, right, None, None, None, None, 1500)
     assert sections == [heads]
+
+
+def constants_of(
+    monkeypatch: pytest.MonkeyPatch, s_q: int, s_k: int, heads: int, d: int, *sides: int
+) -> dict[str, Any]:
+    """What a dense forward is compiled for, with as many multiprocessors as an H100 has."""
+    from onegpu.kernels import attention_hopper as hopper
+
+    made: dict[str, Any] = {}
+    monkeypatch.setattr(hopper, "triton_bind", lambda kernel, grid, *x, **constants: made.update(constants))
+    monkeypatch.setattr(hopper, "processors", lambda device: 132)
+    monkeypatch.setattr(hopper, "_counter", lambda device: torch.zeros(1, dtype=torch.int32))
+    q, k = torch.zeros(1, s_q, heads, d).bfloat16(), torch.zeros(1, s_k, heads, d).bfloat16()
+    hopper.forward(q, k, k, 0.1, *sides, None, None, None, None, s_q)
+    return made
+
+
+@needs_triton
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_a_short_prompt_and_a_single_query_share_a_kernel(d: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = constants_of(monkeypatch, 300, 300, 32, d, -1, 0)
+    assert all(constants_of(monkeypatch, 1, n, 32, d, -1, -1) == prompt for n in (1, 64, 128, 129, 193, 301))
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("lengths", "left", "right", "half"),
+    [
+        ((1024, 1024), -1, 0, 1),
+        ((1000, 1000), -1, 0, 1),
+        ((1024, 1024), 100, 0, 1),
+        ((448, 1024), -1, 0, 2),
+        ((1024, 448), -1, 0, 2),
+        ((1024, 1152), -1, 0, 1),
+        ((1000, 1024), -1, 0, 0),  # the diagonal cuts two blocks of some rows
+        ((1024, 1024), -1, 64, 0),  # or ends past the last key
+        ((1024, 1024), -1, -1, 0),
+        ((128, 128), -1, 0, 0),  # with few tiles
+        ((1, 1024), -1, 0, 0),
+    ],
+)
+def test_who_sees_half_of_the_block_on_the_diagonal(
+    lengths: tuple[int, int], left: int, right: int, half: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = constants_of(monkeypatch, *lengths, 48, 128, left, right)
+    assert made["HALF"] == half and not made["AHEAD"]
 
 
 @needs_triton
