@@ -8,9 +8,10 @@ template <int STEP> struct Walk {
 };
 
 // Up to ROWS rows of x, `vectors` of eight columns each from `col0` on, into shared memory: place(row, vector) says where. OF: warps. FP16: see
-// to_fp16; `top` is zeros before and the largest |x| of each row after. Begins and ends with all warps together.
-template <int ROWS, int OF, int FP16, class Place>
-DEVICE void hold_x(const u16* x, u32* top, int m, int k, int col0, int vectors, Place place) {
+// to_fp16; `top` is zeros before and the largest |x| of each row after. Begins and ends with all warps together. `meanwhile`: what each
+// warp does while its first vectors are on their way.
+template <int ROWS, int OF, int FP16, class Place, class Meanwhile>
+DEVICE void hold_x(const u16* x, u32* top, int m, int k, int col0, int vectors, Place place, Meanwhile meanwhile) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, chunks = (vectors + 31) / 32;
   if (FP16) __syncthreads();
   // A warp takes 32 vectors of one row at a time, and several before it uses the first: one trip to memory, not one a row.
@@ -23,6 +24,7 @@ DEVICE void hold_x(const u16* x, u32* top, int m, int k, int col0, int vectors, 
       q[j] = make_uint4(0, 0, 0, 0);
       if (u < ROWS * chunks && v < vectors && r < m && col < k) q[j] = *(const uint4*)(x + (i64)r * k + col);
     }
+    if (u0 == warp) meanwhile();
 #pragma unroll
     for (int j = 0; j < BATCH; j++) {
       const int u = u0 + j * OF, r = u % ROWS, v = u / ROWS * 32 + lane;
@@ -34,6 +36,7 @@ DEVICE void hold_x(const u16* x, u32* top, int m, int k, int col0, int vectors, 
       }
     }
   }
+  if (warp >= ROWS * chunks) meanwhile();
   __syncthreads();
   if (!FP16) return;
 #pragma unroll 4
@@ -60,21 +63,25 @@ template <int OF> struct Values {
 
 // The sums of tiles of BN rows of W, from those of their cluster's blocks, into y. Tile number q of them begins at row0 + q * BN, and
 // at(q * ROWS8 * PITCH + r * PITCH + row) is where row of x r and row of W `row` have their sum. CL 1: all have been written and seen. After
-// it they may be overwritten, or the block end.
-template <int BN, int PITCH, int ROWS8, int OF, class At>
+// it they may be overwritten, or the block end. OF_BLOCK: parts of a sum that each block has, one tile apart.
+template <int BN, int PITCH, int ROWS8, int OF, int OF_BLOCK = 1, class At>
 DEVICE void put_tiles(const Output& out, At at, int m, int rank, int row0, int r1, int tiles, bool last) {
   if (CL > 1) cluster_sync();
+  else if (OF_BLOCK > 1) __syncthreads();
   for (int i = 4 * (threadIdx.x + rank * OF), q = 0; q < tiles; i += 4 * CL * OF) {
     while (i >= m * BN && q < tiles) { i -= m * BN; q++; row0 += BN; }
     if (q == tiles) break;
-    const int row = i % BN, r = i / BN; const float* p = at((q * ROWS8 + r) * PITCH + row);
-    float4 sum = CL == 1 ? *(const float4*)p : make_float4(0.f, 0.f, 0.f, 0.f);
-    if (CL > 1) {
-      float4 v[CL];
+    const int row = i % BN, r = i / BN, first = (q * ROWS8 + r) * PITCH + row;
+    float4 sum = CL * OF_BLOCK == 1 ? *(const float4*)at(first) : make_float4(0.f, 0.f, 0.f, 0.f);
+    if (CL * OF_BLOCK > 1) {
+      float4 v[CL * OF_BLOCK];
 #pragma unroll
-      for (int j = 0; j < CL; j++) v[j] = cluster_read4(p, j);
+      for (int j = 0; j < CL * OF_BLOCK; j++) {
+        const float* p = at(first + j / CL * ROWS8 * PITCH);
+        v[j] = CL > 1 ? cluster_read4(p, j % CL) : *(const float4*)p;
+      }
 #pragma unroll
-      for (int j = 0; j < CL; j++) { sum.x += v[j].x; sum.y += v[j].y; sum.z += v[j].z; sum.w += v[j].w; }
+      for (int j = 0; j < CL * OF_BLOCK; j++) { sum.x += v[j].x; sum.y += v[j].y; sum.z += v[j].z; sum.w += v[j].w; }
     }
     const float s[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
@@ -134,7 +141,10 @@ template <int STEP> struct Ring {
     Walk<STEP> walk = ahead;
     for (int i = 0; i < EARLY && walk.tile < tiles; i++, walk.next()) {
       const int row = rows + walk.tile * tile + (threadIdx.x & 15), at = (p0 + walk.piece) * CB;
-      if ((threadIdx.x & 31) < 16 && row < r1 && at < row_bytes) send_for(w + (i64)row * row_bytes + at);
+      if (row < r1 && at < row_bytes) {
+        if ((threadIdx.x & 31) < 16) { if (SENDS == 2) send_for(w + (i64)row * row_bytes + at, min(CB, row_bytes - at)); else send_for(w + (i64)row * row_bytes + at); }
+        else if (FMT == 2 && SENDS) scales.send_for_block(row * nb + (p0 + walk.piece) * SCALES);
+      }
     }
   }
   // The next piece, of this tile and number: its bytes, its scales as floats behind them (not where PACKED).

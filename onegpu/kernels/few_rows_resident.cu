@@ -12,7 +12,8 @@ constexpr int E_PITCH = BN + 4, DIRECT = WK == 1 && CL == 1;           // DIRECT
 constexpr int IN_TABLE = FMT == 2 && ROWS * E_PITCH <= 8192;  // the sums, in what the table leaves free
 // Tiles between two meetings of the blocks of a cluster: as many as the table has room for; else two, where x leaves room.
 constexpr int MEET = IN_TABLE ? 8192 / (ROWS * E_PITCH) : ROWS <= 16 && CL >= 4 ? 2 : 1;
-constexpr int SUMS = DIRECT || IN_TABLE ? 0 : (MEET * ROWS * E_PITCH + 31) / 32 * 32;
+constexpr int APART = PARTS && WK > 1 && (!IN_TABLE || WK <= MEET);      // a block of one tile keeps the sums of its WK apart
+constexpr int SUMS = DIRECT || IN_TABLE ? 0 : ((APART && WK > MEET ? WK : MEET) * ROWS * E_PITCH + 31) / 32 * 32;
 constexpr int TO_FP16 = FMT == 2 && BF16, MMA_BF16 = BF16 && FMT != 2;
 static_assert(FMT != 0 && GROUPS % 2 == 0, "products alternate between two sets of registers");
 
@@ -49,7 +50,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   if (threadIdx.x < 64) top[threadIdx.x] = 0;
   if (FMT == 2) build_plain_table(table, THREADS);
   wait_before_reading_x();
-  if (EARLY) stream.fill();
+  if (EARLY && !X_FIRST) stream.fill();
   Values<THREADS> values; values.fetch(map);
   const float plus = NESTED ? *offset : 0.f;
   if (TO_FP16) __syncthreads();
@@ -66,6 +67,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
       q[j] = make_uint4(0, 0, 0, 0);
       if (u < units && r < m && col < k) q[j] = *(const uint4*)(x + (i64)r * k + col);
     }
+    if (EARLY && X_FIRST && u0 == warp) stream.fill();
 #pragma unroll
     for (int j = 0; j < BATCH; j++) {
       const int u = u0 + j * WARPS, r = u % FOURS * 4 + (lane >> 3);
@@ -80,6 +82,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
       }
     }
   }
+  if (EARLY && X_FIRST && warp >= units) stream.fill();
   if (TO_FP16) {
     __syncthreads();
 #pragma unroll 4
@@ -108,6 +111,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   for (int tile = 0; tile < tiles; tile++) {
     const int row0 = r0 + tile * BN;
     const bool filled = row0 + wn * 64 < r1;                             // for whole warpgroups
+    const bool own = !SKIP || row0 + mine < r1;                          // a warp without a row multiplies zeros
     while (here.tile == tile) {
       const int piece = here.piece;
       const u8* slot = stream.next(tile, piece, plus, map_);
@@ -122,14 +126,19 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
         for (int b = 0; b < GROUPS; b++) {
           const u8* x_group = xs + (piece * GROUPS + b) * ROWS * 128;
           u32 a[16];
+          if (!own)
+#pragma unroll
+            for (int i = 0; i < 16; i++) a[i] = 0;
           if (FMT == 2) {
             const u8* p = slot + swizzled<CB>(g, b * 2 + (t >> 1)) * 16 + (t & 1) * 8;
+            if (own) {
             const uint2 e = *(const uint2*)(p + g * CB), d = *(const uint2*)(p + (g + 8) * CB);
 #pragma unroll
             for (int h = 0; h < 2; h++) {
               const u32 up = h ? e.y : e.x, low = h ? d.y : d.x; u32* q = a + 8 * h;
               q[0] = look_up<0>(table, up, lane4); q[1] = look_up<0>(table, low, lane4); q[2] = look_up<1>(table, up, lane4); q[3] = look_up<1>(table, low, lane4);
               q[4] = look_up<2>(table, up, lane4); q[5] = look_up<2>(table, low, lane4); q[6] = look_up<3>(table, up, lane4); q[7] = look_up<3>(table, low, lane4);
+            }
             }
             float (&sum)[NT][4] = c[b & 1];
             before_products();
@@ -146,10 +155,12 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
             }
           } else {
             const u8* p = slot + swizzled<CB>(g, b * 4 + t) * 16;
+            if (own) {
             const uint4 e = *(const uint4*)(p + g * CB), d = *(const uint4*)(p + (g + 8) * CB);
             const u32 up[4] = {e.x, e.y, e.z, e.w}, low[4] = {d.x, d.y, d.z, d.w};
 #pragma unroll
             for (int s = 0; s < 4; s++) { a[4 * s] = int8_pair<0>(up[s]); a[4 * s + 1] = int8_pair<0>(low[s]); a[4 * s + 2] = int8_pair<1>(up[s]); a[4 * s + 3] = int8_pair<1>(low[s]); }
+            }
             before_products();
 #pragma unroll
             for (int s = 0; s < 4; s++) wgmma<MMA_BF16>(acc, a[4 * s], a[4 * s + 1], a[4 * s + 2], a[4 * s + 3], x_group, s);
@@ -180,6 +191,14 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
           acc[i][j] = 0.f;
         }
       continue;
+    }
+    if (APART && tiles == 1) {
+#pragma unroll
+      for (int i = 0; i < NT; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) *sum_at((wk * ROWS + 8 * i + 2 * t + (j & 1)) * E_PITCH + mine + g + 8 * (j >> 1)) = acc[i][j];
+      put_tiles<BN, E_PITCH, ROWS, THREADS, WK>(out, sum_at, m, rank, row0, r1, 1, true);
+      break;
     }
     const int before = tile % MEET; const bool meet = before == MEET - 1 || tile + 1 == tiles;
     for (int turn = 0; turn < WK; turn++) {                              // in this order, whoever is first

@@ -87,7 +87,8 @@ class Wide:
 
     eights: rows of x, in eights. warps_n x warps_k warps share the rows and the columns. stages: of the ring.
     wgmma: Hopper only. bulk: its engine for bulk copies brings x. early: as Narrow's, in stages. price,
-    nested, share: as Narrow's.
+    nested, share: as Narrow's. lag: products run while the next stage's weights are expanded, which takes a stage of
+    the ring. apart: where a block has one tile, the sums of warps_k meet once, not one after the other.
     """
 
     eights: int
@@ -104,6 +105,8 @@ class Wide:
     early: int = 0
     nested: float = 1.0
     share: tuple[int, int] = ANY
+    lag: bool = False
+    apart: bool = False
 
     source: ClassVar[str] = "few_rows_wide.cu"
     packs: ClassVar[int] = 2
@@ -120,7 +123,7 @@ class Wide:
     @property
     def depth(self) -> int:
         """Of the ring."""
-        return self.stages
+        return self.stages - self.lag
 
     def shorter(self) -> Wide:
         """With a ring shorter by one."""
@@ -148,7 +151,7 @@ class Wide:
         names = {"NT": self.eights, "RT": self.row_tiles, "WN": self.warps_n, "WK": self.warps_k, "KC": self.columns}
         return {**names, "STAGES": self.stages, "CL": self.cluster, "TABLE_SHIFT": self.table_shift,
                 "HALF_BLOCK": int(half), "WGMMA": int(self.wgmma), "XT": int(self.bulk),
-                "EARLY": self.early}  # fmt: skip
+                "EARLY": self.early, "LAG": int(self.lag), "PARTS": int(self.apart)}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -156,7 +159,7 @@ class Resident:
     """Configuration of few_rows_resident.cu (Hopper): as Wide with wgmma, but x stays in shared memory.
 
     eights: rows of x, in eights (1, 2, 4, 8). warps_n x warps_k groups of four warps share the rows and the columns.
-    width, slots, early, price, nested, share: as Narrow's.
+    width, slots, early, price, nested, share: as Narrow's. apart: as Wide's.
     """
 
     eights: int
@@ -169,6 +172,7 @@ class Resident:
     price: float = 1.0
     nested: float = 1.0
     share: tuple[int, int] = ANY
+    apart: bool = False
 
     source: ClassVar[str] = "few_rows_resident.cu"
     wgmma: ClassVar[bool] = True
@@ -206,13 +210,14 @@ class Resident:
         total += ceil_div(ceil_div(k, columns), self.cluster) * columns * 2 * self.rows
         sums, meets = self.rows * (self.tile + 4), self.warps_k * self.cluster > 1
         if meets and not (four and sums <= 8192):
-            total += ceil_div(sums * (2 if self.rows <= 16 and self.cluster >= 4 else 1), 32) * 128
+            tiles = 2 if self.rows <= 16 and self.cluster >= 4 else 1
+            total += ceil_div(sums * max(tiles, self.warps_k * self.apart), 32) * 128
         scales = 128 if nested == 2 else columns * (1 + nested)
         return total + warps * self.slots * (16 * self.width + scales * four)
 
     def constants(self, half: bool) -> dict[str, int]:
         names = {"NT": self.eights, "WN": self.warps_n, "WK": self.warps_k, "CB": self.width, "SLOTS": self.slots}
-        return {**names, "CL": self.cluster, "TABLE_SHIFT": 8, "WGMMA": 1, "EARLY": self.early}
+        return {**names, "CL": self.cluster, "TABLE_SHIFT": 8, "WGMMA": 1, "EARLY": self.early, "PARTS": int(self.apart)}
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,11 @@ constexpr int X_PITCH = WGMMA ? KC * 2 : KC * 2 + 16, W_BYTES = BN * CB, X_BYTES
 constexpr int ALIGN = WGMMA ? 1024 : 16, STAGE = (W_BYTES + X_BYTES + BN * (PACKED ? 8 : SCALES * 4 * (1 + NESTED)) + ALIGN - 1) / ALIGN * ALIGN;
 constexpr int E_PITCH = BN + 4, DIRECT = WGMMA && WK == 1 && CL == 1;      // DIRECT: no sums meet
 constexpr int SUMS = DIRECT ? 0 : (ROWS * E_PITCH * 4 + ALIGN - 1) / ALIGN * ALIGN;
+// LAG: the last products of a stage run while the next stage's weights are expanded, so its place in the ring is free one stage later.
+constexpr int AHEAD = STAGES - 1 - LAG;
+static_assert(AHEAD > 0 && (!LAG || WGMMA), "a stage on its way, one that is read, one that products read");
 static_assert(!WGMMA || (RT == 1 && WN % 4 == 0), "a warpgroup multiplies 64 rows");
+static_assert(!PARTS || !WGMMA || WK == 1 || WK * ROWS * E_PITCH * 4 <= STAGES * STAGE, "the parts of the sums have room in the ring");
 static_assert(GROUPS * WK * 64 == KC && (CB == 64 || CB == 128 || (WGMMA && CB == 256)), "a warp takes whole groups of 64 columns");
 
 // wgmma: units of 16 bytes of W change places so that eight rows, the same unit of each, spread over the banks.
@@ -106,12 +110,16 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   out.send_for_rows(r0, r1);
   Cursor f = {r0, 0, 0, shared(ring)}, c = f;
 #pragma unroll
-  for (int i = 0; i < STAGES - 1; i++) { if (i < items && !EARLY) fetch_w(f); f.next(pieces); }
+  for (int i = 0; i < AHEAD; i++) { if (i < items && !EARLY) fetch_w(f); f.next(pieces); }
   if (EARLY) {
     f = c;
     for (int i = 0; i < EARLY && i < items; i++, f.next(pieces))
       for (int r = threadIdx.x; r < BN; r += THREADS)
-        if (f.row0 + r < r1 && (p0 + f.piece) * CB < row_bytes) send_for(w + (i64)(f.row0 + r) * row_bytes + (p0 + f.piece) * CB);
+        if (f.row0 + r < r1 && (p0 + f.piece) * CB < row_bytes) {
+          const u8* from = w + (i64)(f.row0 + r) * row_bytes + (p0 + f.piece) * CB;
+          if (SENDS == 2) send_for(from, min(CB, row_bytes - (p0 + f.piece) * CB)); else send_for(from);
+          if (SENDS && FMT == 2) scales.send_for_block((f.row0 + r) * nb + (p0 + f.piece) * SCALES);
+        }
   }
 #if XT
   if (threadIdx.x == 0) {
@@ -127,7 +135,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   wait_before_reading_x();
   f = c;
 #pragma unroll
-  for (int i = 0; i < STAGES - 1; i++) { if (i < items) { if (EARLY) fetch_w(f); fetch_x(f); } f.next(pieces); commit(); }
+  for (int i = 0; i < AHEAD; i++) { if (i < items) { if (X_FIRST) fetch_x(f); if (EARLY) fetch_w(f); if (!X_FIRST) fetch_x(f); } f.next(pieces); commit(); }
   Values<THREADS> values; values.fetch(map);
   const float plus = NESTED ? *offset : 0.f;
   values.put(map_);                                                      // seen when the warps meet at the first stage
@@ -150,6 +158,16 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
         }
       return;
     }
+    if (PARTS && WGMMA && WK > 1 && tiles == 1) {                          // the ring has been read: a part of the sums for each warp
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < NT; i++) {
+        float *p = (float*)ring + (wk * ROWS + 8 * i + 2 * t) * E_PITCH + wn * 16 + g, (&s)[4] = acc[0][i];
+        p[0] = s[0]; p[E_PITCH] = s[1]; p[8] = s[2]; p[E_PITCH + 8] = s[3];
+      }
+      put_tiles<BN, E_PITCH, ROWS, THREADS, WK>(out, [&](int i) { return (float*)ring + i; }, m, rank, row0, r1, 1, true);
+      return;
+    }
     for (int turn = 0; turn < WK; turn++) {                              // in this order, whoever is first
       if (wk == turn) {
 #pragma unroll
@@ -167,12 +185,12 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
     put_tiles<BN, E_PITCH, ROWS, THREADS>(out, [&](int i) { return sums + i; }, m, rank, row0, r1, 1, true);
   };
 
-  for (int item = 0; item < items; item++, c.next(pieces)) {
-    copies_left<STAGES - 2>();
-    if (WGMMA) products_left<0>();
+  auto step = [&](int item, u32 (&even)[16], u32 (&odd)[16]) {            // wgmma: the operands of even and of odd groups
+    copies_left<AHEAD - 1>();
+    if (WGMMA && !LAG) products_left<0>();
     if (WGMMA && !XT) copies_seen_by_wgmma();
     __syncthreads();
-    if (item + STAGES - 1 < items) { fetch_w(f); fetch_x(f); f.next(pieces); }
+    if (item + AHEAD < items) { if (X_FIRST) fetch_x(f); fetch_w(f); if (!X_FIRST) fetch_x(f); f.next(pieces); }
     commit();
     const u8* stage = ring + c.stage * STAGE;
     if (XT) wait_for(bars + c.stage * 8, item / STAGES & 1);
@@ -182,8 +200,11 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
         const int group = wk * GROUPS + b, row = wn * 16 + g;
         const u8* p = stage + row * CB;
         const u8* xs = stage + W_BYTES + group * ROWS * 128;
-        u32 a[16];
-        if (FMT == 2) {
+        u32 (&a)[16] = b & 1 ? odd : even;
+        if (SKIP && c.row0 + wn * 16 >= r1) {                            // a warp without a row multiplies zeros
+#pragma unroll
+          for (int i = 0; i < 16; i++) a[i] = 0;
+        } else if (FMT == 2) {
           float s[4];                                                    // rows g, g + 8; halves of the group
 #pragma unroll
           for (int i = 0; i < 4; i++) {
@@ -266,5 +287,11 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
       }
     }
     if (c.piece == pieces - 1) { if (WGMMA) sums_ready<0>(acc[0]); finish(c.row0); }
-  }
+    c.next(pieces);
+  };
+  u32 a0[16], a1[16];
+  if (LAG && GROUPS % 2)
+    for (int item = 0; item < items; item += 2) { step(item, a0, a1); if (item + 1 < items) step(item + 1, a1, a0); }
+  else
+    for (int item = 0; item < items; item++) step(item, a0, a1);
 }
