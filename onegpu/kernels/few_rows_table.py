@@ -32,6 +32,7 @@ class Narrow:
     into L2 before the kernel in front has ended (0: this one starts when that has ended; compute capability 9.0).
     price: time of a row of a tile (filled or not), over that of the others with as many rows. nested: that of
     quantised scales, over that of plain ones. share: weights of a block, padding included, between which it is taken.
+    blocks: as Direct's.
     """
 
     rows: int
@@ -45,10 +46,10 @@ class Narrow:
     price: float = 1.0
     nested: float = 1.0
     share: tuple[int, int] = ANY
+    blocks: int = 1
 
     source: ClassVar[str] = "few_rows_narrow.cu"
     packs: ClassVar[int] = 1
-    blocks: ClassVar[int] = 1
     tile: ClassVar[int] = 16
     depth: ClassVar[int] = 0
 
@@ -78,7 +79,8 @@ class Narrow:
 
     def constants(self, half: bool) -> dict[str, int]:
         names = {"MP": self.rows, "WARPS": self.warps, "SLOTS": self.slots, "CB": self.width, "TG": self.tiles}
-        return {**names, "CL": self.cluster, "TABLE_SHIFT": self.table_shift, "EARLY": self.early}
+        return {**names, "CL": self.cluster, "TABLE_SHIFT": self.table_shift, "EARLY": self.early,
+                "BLOCKS": self.blocks}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ class Wide:
     eights: rows of x, in eights. warps_n x warps_k warps share the rows and the columns. stages: of the ring.
     wgmma: Hopper only. bulk: its engine for bulk copies brings x. early: as Narrow's, in stages. price,
     nested, share: as Narrow's. lag: products run while the next stage's weights are expanded, which takes a stage of
-    the ring. apart: where a block has one tile, the sums of warps_k meet once, not one after the other.
+    the ring. apart: where a block has one tile, the sums of warps_k meet once, not one after the other (1), and a
+    cluster's blocks send each other theirs (2).
     """
 
     eights: int
@@ -106,7 +109,7 @@ class Wide:
     nested: float = 1.0
     share: tuple[int, int] = ANY
     lag: bool = False
-    apart: bool = False
+    apart: int = 0
 
     source: ClassVar[str] = "few_rows_wide.cu"
     packs: ClassVar[int] = 2
@@ -140,7 +143,7 @@ class Wide:
         total = (256 << self.table_shift) + 1024 * (nested > 0) if four else 0
         if not (self.wgmma and self.warps_k == self.cluster == 1):
             total += ceil_div(self.rows * (tile + 4) * 4, unit) * unit
-        return total + self.stages * ceil_div(stage, unit) * unit + 8 * self.stages * self.bulk
+        return total + self.stages * ceil_div(stage, unit) * unit + 8 * self.stages * self.bulk + 8 * (self.apart > 1)
 
     @property
     def tile(self) -> int:
@@ -151,7 +154,7 @@ class Wide:
         names = {"NT": self.eights, "RT": self.row_tiles, "WN": self.warps_n, "WK": self.warps_k, "KC": self.columns}
         return {**names, "STAGES": self.stages, "CL": self.cluster, "TABLE_SHIFT": self.table_shift,
                 "HALF_BLOCK": int(half), "WGMMA": int(self.wgmma), "XT": int(self.bulk),
-                "EARLY": self.early, "LAG": int(self.lag), "PARTS": int(self.apart)}  # fmt: skip
+                "EARLY": self.early, "LAG": int(self.lag), "PARTS": self.apart}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,7 @@ class Resident:
     price: float = 1.0
     nested: float = 1.0
     share: tuple[int, int] = ANY
-    apart: bool = False
+    apart: int = 0
 
     source: ClassVar[str] = "few_rows_resident.cu"
     wgmma: ClassVar[bool] = True
@@ -211,13 +214,14 @@ class Resident:
         sums, meets = self.rows * (self.tile + 4), self.warps_k * self.cluster > 1
         if meets and not (four and sums <= 8192):
             tiles = 2 if self.rows <= 16 and self.cluster >= 4 else 1
-            total += ceil_div(sums * max(tiles, self.warps_k * self.apart), 32) * 128
+            sent = self.rows * self.tile if self.apart > 1 and self.cluster > 1 and self.rows <= 32 else 0
+            total += ceil_div(sums * max(tiles, self.warps_k * (self.apart > 0)) + sent, 32) * 128
         scales = 128 if nested == 2 else columns * (1 + nested)
         return total + warps * self.slots * (16 * self.width + scales * four)
 
     def constants(self, half: bool) -> dict[str, int]:
         names = {"NT": self.eights, "WN": self.warps_n, "WK": self.warps_k, "CB": self.width, "SLOTS": self.slots}
-        return {**names, "CL": self.cluster, "TABLE_SHIFT": 8, "WGMMA": 1, "EARLY": self.early, "PARTS": int(self.apart)}
+        return {**names, "CL": self.cluster, "TABLE_SHIFT": 8, "WGMMA": 1, "EARLY": self.early, "PARTS": self.apart}
 
 
 @dataclass(frozen=True)

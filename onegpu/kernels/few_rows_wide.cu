@@ -20,6 +20,7 @@ constexpr int ALIGN = WGMMA ? 1024 : 16, STAGE = (W_BYTES + X_BYTES + BN * (PACK
 constexpr int E_PITCH = BN + 4, DIRECT = WGMMA && WK == 1 && CL == 1;      // DIRECT: no sums meet
 constexpr int SUMS = DIRECT ? 0 : (ROWS * E_PITCH * 4 + ALIGN - 1) / ALIGN * ALIGN;
 // LAG: the last products of a stage run while the next stage's weights are expanded, so its place in the ring is free one stage later.
+constexpr int PUSH = PARTS == 2 && WGMMA && CL > 1;
 constexpr int AHEAD = STAGES - 1 - LAG;
 static_assert(AHEAD > 0 && (!LAG || WGMMA), "a stage on its way, one that is read, one that products read");
 static_assert(!WGMMA || (RT == 1 && WN % 4 == 0), "a warpgroup multiplies 64 rows");
@@ -87,6 +88,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
       scales.fetch_both(at.to + W_BYTES + X_BYTES + e * 4, BN * SCALES * 4, row * nb + b, row < r1 && b < nb);
     }
   };
+  u8* pushes = ring + STAGES * STAGE + 8 * STAGES * XT;                  // PUSH: a barrier
   u8* bars = ring + STAGES * STAGE;                                      // XT: of each stage, that its x is there
   auto fetch_x = [&](const Cursor& at) {
 #if XT
@@ -132,7 +134,9 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
     if (WGMMA) build_plain_table(table, THREADS);
     else build_table(table, THREADS);
   }
+  if (PUSH) expect_pushes(pushes, threadIdx.x == 0, tiles == 1 ? m * (BN / CL) * (CL - 1) : 0);
   wait_before_reading_x();
+  if (PUSH) cluster_wait();
   f = c;
 #pragma unroll
   for (int i = 0; i < AHEAD; i++) { if (i < items) { if (X_FIRST) fetch_x(f); if (EARLY) fetch_w(f); if (!X_FIRST) fetch_x(f); } f.next(pieces); commit(); }
@@ -158,14 +162,16 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
         }
       return;
     }
-    if (PARTS && WGMMA && WK > 1 && tiles == 1) {                          // the ring has been read: a part of the sums for each warp
+    if (PARTS && WGMMA && (WK > 1 || PUSH) && tiles == 1) {                          // the ring has been read: a part of the sums for each warp
       __syncthreads();
 #pragma unroll
       for (int i = 0; i < NT; i++) {
         float *p = (float*)ring + (wk * ROWS + 8 * i + 2 * t) * E_PITCH + wn * 16 + g, (&s)[4] = acc[0][i];
         p[0] = s[0]; p[E_PITCH] = s[1]; p[8] = s[2]; p[E_PITCH + 8] = s[3];
       }
-      put_tiles<BN, E_PITCH, ROWS, THREADS, WK>(out, [&](int i) { return (float*)ring + i; }, m, rank, row0, r1, 1, true);
+      auto part = [&](int i) { return (float*)ring + i; };
+      if (PUSH) push_tile<BN, E_PITCH, ROWS, THREADS, WK>(out, part, [&](int i) { return sums + i; }, pushes, m, rank, row0, r1);
+      else put_tiles<BN, E_PITCH, ROWS, THREADS, WK>(out, part, m, rank, row0, r1, 1, true);
       return;
     }
     for (int turn = 0; turn < WK; turn++) {                              // in this order, whoever is first
