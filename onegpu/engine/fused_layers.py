@@ -10,14 +10,14 @@ import copy
 import inspect
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from onegpu.engine.fused_modules import Declined, Modules, children, mentions, unknown
+from onegpu.engine.fused_modules import Declined, Modules, children, mentions, settings, unknown
 from onegpu.kernels import decode_step as ops
 from onegpu.kernels.decode_step import Heads, Matrix, Norm, Part
 
@@ -146,6 +146,7 @@ class Layers:
     def __init__(self, modules: Modules, rotary: Any, config: Any) -> None:
         self.modules, self.rotary, self.config = modules, rotary, config
         self._rotates: set[str] = set()
+        self._orders: dict[Hashable, Order] = {}
         self._frequencies: dict[str, tuple[torch.Tensor, float]] = {}
 
     def layer(self, module: Any) -> Layer:
@@ -159,7 +160,10 @@ class Layers:
         norms = {name: self.modules.norm(part) for name, part in parts.items() if name not in {attention, *mlp}}
         if len(norms) > 4:
             raise unknown(module, parts)
-        order = order_of(module, attention, mlp, list(norms))
+        key = settings(module), *parts
+        if key not in self._orders:  # layers that differ in tensors alone run in the same order
+            self._orders[key] = order_of(module, attention, mlp, list(norms))
+        order = self._orders[key]
         qkv, heads, out = self._attention(parts[attention])
         own = parts.get("mlp", module)
         inside = {name: parts[name] for name in mlp} if own is module else children(own)

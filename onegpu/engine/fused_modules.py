@@ -6,6 +6,7 @@ What a module computes for a few values decides what it is, never its name.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ class Declined(Exception):
     """A model has no fused step; the message says why. Never reaches the user: its own forward then runs."""
 
 
+_INTERNAL = nn.Module().__dict__.keys() - {"training"}  # of every module
 # Numbers and switches that the modules of such a model may hold; anything else there may change what forward does.
 _KNOWN = frozenset(
     {
@@ -64,6 +66,18 @@ def mentions(owner: Any, name: str) -> bool:
     return name in inspect.unwrap(type(owner).forward).__code__.co_names
 
 
+def settings(module: nn.Module) -> Hashable:
+    """What a module's code can tell it by from others of its class, but for tensors and children."""
+    plain = bool, int, float, str, type(None)
+
+    def told(value: Any) -> Hashable:
+        known: Hashable = value if type(value) in plain else id(value)
+        return settings(value) if isinstance(value, nn.Module) else (type(value), known)
+
+    own = ((name, value) for name, value in vars(module).items() if name not in _INTERNAL)
+    return type(module), tuple((name, told(value)) for name, value in own)
+
+
 class Modules:
     """Reads modules of one model, whose embedding says the dtype and the device."""
 
@@ -71,9 +85,10 @@ class Modules:
         self.table = table
         self._acts: dict[tuple[type, str], str] = {}
         self._plain: set[type] = {nn.Linear}
+        self._norms: dict[Hashable, Norm] = {}
 
     def norm(self, module: Any) -> Norm:
-        """An RMSNorm (also with 1 + gain) or a LayerNorm (also without gain and bias)."""
+        """An RMSNorm (also with 1 + gain) or a LayerNorm (also without gain and bias). One of each kind is tried."""
         self._leaf(module)
         weight, bias = (getattr(module, name, None) for name in ("weight", "bias"))
         given = [t for t in (weight, bias) if isinstance(t, torch.Tensor)]
@@ -82,6 +97,9 @@ class Modules:
         if len(given) != len(list(module.parameters())) or not isinstance(shape, tuple) or len(shape) != 1:
             raise other
         gain, bias = (None if t is None else self.tensor(t) for t in (weight, bias))
+        key = shape, gain is None, bias is None, settings(module)
+        if key in self._norms:
+            return self._norms[key]._replace(gain=gain, bias=bias)
         eps = getattr(module, "variance_epsilon", getattr(module, "eps", 1e-5))
         tries = [Norm("layer", gain, eps, bias)]
         if gain is not None and bias is None:
@@ -92,6 +110,7 @@ class Modules:
             got = module(probe)
             for norm in tries:
                 if all(_close(one.float(), norm(two), probe.dtype) for one, two in zip(got, probe, strict=True)):
+                    self._norms[key] = norm
                     return norm
         raise other
 

@@ -157,8 +157,9 @@ def attach(model: Any) -> str | None:
     """Give ``model`` our ``generate``; returns why not where transformers' stays."""
     reason = _never(model)
     if reason is None and not isinstance(model.__dict__.get("generate"), Generate):
-        model.__dict__["generate"] = Generate(model)
-        prepare.begin(model)
+        model.__dict__["generate"] = made = Generate(model)
+        if prepare.begin(model):
+            made.engine.prepared.add((model.device, model.dtype))
     return reason
 
 

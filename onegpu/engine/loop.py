@@ -53,7 +53,8 @@ class Engine:
         capture: "auto" captures on CUDA devices; "never" does not; "emulate" runs the captured step's function
             uncaptured, on any device.
         fuse: take the fused step (`onegpu.engine.fused_step`) where there is one; False once one was wrong.
-        prepared: for which batches kernels were compiled ahead.
+        prepared: for which batches, on which device and in which dtype, kernels were compiled ahead; device and dtype
+            alone: for a single row, when the model got our ``generate``.
     """
 
     capture: str = "auto"
@@ -74,7 +75,8 @@ class Engine:
         key = slot.batch, request.device, request.model.dtype
         if key not in self.prepared:
             self.prepared.add(key)
-            prepare.begin(request.model, slot.batch, int(request.columns), slot.capacity)
+            begun = key[1:] in self.prepared
+            prepare.begin(request.model, slot.batch, int(request.columns), slot.capacity, begun)
 
 
 class Request:
@@ -136,6 +138,9 @@ class Request:
         mask = self.kwargs.get("attention_mask")
         embeds = self.kwargs.get("inputs_embeds")
         if mask is None or embeds is not None or mask.shape != self.prompt.shape or self.cache.get_seq_length():
+            self.ids = self.prompt
+            return
+        if bool(mask[:, -1].all()):  # one question to the device instead of ten kernels, each loaded for the first call
             self.ids = self.prompt
             return
         columns = torch.arange(self.columns, device=self.device)

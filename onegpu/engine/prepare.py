@@ -14,31 +14,36 @@ from typing import Any
 import torch
 
 from onegpu.engine.fused_step import FusedStep, plan
-from onegpu.kernels import ahead, attention, decode_attention, next_token, warmup  # noqa: F401 (they register)
+from onegpu.kernels import ahead, attention, decode_attention, few_rows, next_token, warmup  # noqa: F401 (they register)
 from onegpu.kernels.guard import architecture
 
-# Queries: attention has a kernel for few tiles, one for a single query (in the step that a captured one is compared
-# with) and one for many tiles.
+# Rows of a prompt and of the step that a captured one is compared with: products have kernels by the number of rows,
+# attention for few tiles, for a single query (unless it is the Hopper one) and for many tiles.
 _QUERIES = (128, 1, 1024)
 _MOST = 4096  # tokens of all prompts; more run the same kernels
 _MOST_ROWS = 1024  # of products
+_PRODUCTS = {"linear_4bit": "4bit", "linear_int8": "int8"}  # by op: their format, as few_rows names it
 _IMPLEMENTATION = "onegpu"  # of attention, as transformers knows it
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def begin(model: Any, batch: int = 1, prompt: int | None = None, keys: int | None = None) -> None:
-    """Start compiling, and return at once. Nothing happens for a model that is not on one GPU.
+def begin(
+    model: Any, batch: int = 1, prompt: int | None = None, keys: int | None = None, begun: bool = False
+) -> bool:  # fmt: skip
+    """Start compiling, and return at once. False, and nothing happens, for a model that is not on one GPU.
 
     Args:
         model: an optimised one.
         batch: rows of a step, padded. prompt: tokens of a prompt, None for any. keys: positions of the cache. With both
             known, what depends on them is compiled too, quantised products among it.
+        begun: whether it was called for a single row of any prompt, as the model now is.
     """
     device = _device(model)
     if device is not None:
         # Where there is no memory to try an op in, the first call compiles what it needs.
         with contextlib.suppress(torch.cuda.OutOfMemoryError):
-            ahead.start(_jobs(model, device, batch, prompt, keys))
+            ahead.start(_jobs(model, device, batch, prompt, keys, begun and batch == 1))
+    return device is not None
 
 
 def begin_attention(model: Any) -> None:
@@ -60,7 +65,9 @@ def _device(model: Any) -> torch.device | None:
     return device if device.type == "cuda" else None
 
 
-def _jobs(model: Any, device: torch.device, batch: int, prompt: int | None, keys: int | None) -> list[ahead.Job]:
+def _jobs(
+    model: Any, device: torch.device, batch: int, prompt: int | None, keys: int | None, begun: bool
+) -> list[ahead.Job]:  # fmt: skip
     """What is compiled, in this order: what the first short request needs, then what others do."""
     dtype = model.dtype
 
@@ -70,7 +77,7 @@ def _jobs(model: Any, device: torch.device, batch: int, prompt: int | None, keys
     lengths = _QUERIES if prompt is None else (max(1, min(prompt, _MOST // batch)), 1)
     found: list[ahead.Job] = []
     later: list[ahead.Job] = []
-    for kind, sizes, rows in _shapes(model, batch):  # attention takes longest: first
+    for kind, sizes, rows in [] if begun else _shapes(model, batch):  # attention takes longest: first
         if rows is None:
             sizes = sizes | {"padded": False}
             found += jobs(lengths[:2], [(kind, sizes)])
@@ -81,16 +88,19 @@ def _jobs(model: Any, device: torch.device, batch: int, prompt: int | None, keys
             found += jobs((rows,), [(kind, sizes)])
     step = plan(model)
     fused = isinstance(step, FusedStep) and step.serves(batch)
-    if keys is None:  # products are tried on memory of their size: not before the model is used
-        small = {(k, *sorted(s.items())): (k, s) for k, s in _of_modules(model) if k.endswith(("_norm", "_mlp"))}
-        found += jobs((1,), small.values())
+    if keys is None:  # products are not tried on memory of their size before the model is used
+        unlike = {(k, *sorted(s.items())): (k, s) for k, s in _of_modules(model)}.values()
+        found += jobs((1,), [(kind, sizes) for kind, sizes in unlike if kind not in _PRODUCTS])
+        for kind, sizes in unlike:
+            if kind in _PRODUCTS:
+                found += [job for n in lengths[:2] for job in few_rows.jobs(_PRODUCTS[kind], n, device, dtype, **sizes)]
     else:
         found += jobs((batch, min(batch * lengths[0], _MOST_ROWS)), _of_modules(model))
         sizes = _attention(model)
         if sizes and not fused:
             window = getattr(model.config.get_text_config(decoder=True), "sliding_window", None) or 0
             found += jobs((batch,), [("decode_attention", sizes | {"keys": keys, "window": window})])
-    if isinstance(step, FusedStep) and fused:
+    if isinstance(step, FusedStep) and fused and not begun:
         heads = step.structure.layers[0].heads
         cache = torch.empty(batch, heads.kv, 128, heads.size, dtype=dtype, device=device)
         target = architecture(cache.get_device())

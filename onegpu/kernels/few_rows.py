@@ -8,14 +8,15 @@ or the dequantised product.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 
+from onegpu.kernels import ahead
 from onegpu.kernels.few_rows_table import CONFIGURATIONS, Config, Wide, ceil_div, resident_clusters
-from onegpu.kernels.guard import aligned
+from onegpu.kernels.guard import architecture
 from onegpu.kernels.launch import CudaKernel, source_text, tensor_map
 
 FORMATS = {"16bit": 0, "int8": 1, "4bit": 2}
@@ -119,16 +120,45 @@ def kernel(config: Config, fmt: str, bf16: bool, fp4: bool, nested: int, half: b
 
 
 def supports(fmt: str, x: torch.Tensor, weight: torch.Tensor, k: int, blocksize: int = 64) -> bool:
-    """Whether the kernels can multiply these: 16-bit x ``[M, K]`` of 1 to MAX_ROWS rows, all aligned."""
+    """Whether the kernels can multiply these: 16-bit x ``[M, K]`` of 1 to MAX_ROWS rows, all aligned.
+
+    Both are contiguous, so that with the first element all rows, of whole 16 bytes, are.
+    """
     return (
         0 < x.shape[0] <= MAX_ROWS[fmt]
         and x.dtype != torch.float32
         and k > 0
         and k % _COLUMNS[fmt] == 0
         and blocksize >= 32
-        and find_spec("cuda") is not None
-        and aligned(x, weight)
+        and not (x.data_ptr() | weight.data_ptr()) & 15
+        and _compiles()
     )
+
+
+@lru_cache(maxsize=1)
+def _compiles() -> bool:
+    return find_spec("cuda") is not None
+
+
+def _nested(nested: bool, k: int, blocksize: int, nested_blocksize: int) -> int:
+    """0 plain scales, 1 quantised, 2 so that a piece of a row has its codes in one word."""
+    return 0 if not nested else 2 if blocksize == 64 and k % 256 == 0 and nested_blocksize >= 4 else 1
+
+
+def jobs(
+    fmt: str, rows: int, device: torch.device, dtype: torch.dtype, n: int, k: int, blocksize: int = 64,
+    quant_type: str = "nf4", nested: bool = False, bias: bool = False,
+) -> list[ahead.Job]:  # fmt: skip
+    """What a product of so many rows compiles, found without memory to try it on. Arguments as of the op's warm-up."""
+    serves = 0 < rows <= MAX_ROWS[fmt] and k % _COLUMNS[fmt] == 0 and blocksize >= 32 and dtype != torch.float32
+    if not serves or not _compiles():
+        return []
+    index = torch.cuda.current_device() if device.index is None else device.index
+    quantised = _nested(nested, k, blocksize, 256)
+    found = plan(
+        fmt, rows, n, k, dtype == torch.bfloat16, quant_type == "fp4", quantised, blocksize == 32, index
+    )  # fmt: skip
+    return [] if found is None else [partial(found.kernel.compile_ahead, architecture(index))]
 
 
 def launch(
@@ -157,10 +187,9 @@ def launch(
     """
     m, k = x.shape
     half, device = blocksize == 32, x.get_device()
-    quantised = 0
-    if nested is not None and scales is not None:
-        whole = blocksize == 64 and k % 256 == 0 and nested_blocksize >= 4 and scales.data_ptr() % 4 == 0
-        quantised = 2 if whole else 1
+    quantised = _nested(nested is not None, k, blocksize, nested_blocksize)
+    if quantised == 2 and scales is not None and scales.data_ptr() % 4:
+        quantised = 1
     found = plan(fmt, m, n, k, x.dtype == torch.bfloat16, quant_type == "fp4", quantised, half, device)
     if found is None:
         return None

@@ -26,8 +26,9 @@ _KIND = {
 }  # fmt: skip
 _CONSTANT = "constexpr"
 _TF32 = 11  # CU_TENSOR_MAP_DATA_TYPE_TFLOAT32
-# Held while Triton hashes its own files and the kernel's, and while its front end runs: that is Python, and where many
-# threads want its lock, the program's own thread gets a turn of microseconds for each of milliseconds of theirs.
+# Held, by threads that compile ahead, while Triton hashes its own files and the kernel's, and while its front end runs:
+# that is Python, and where many threads want its lock, the program's own thread gets a turn of microseconds for each of
+# milliseconds of theirs. That thread itself does not wait for a turn.
 _TURN = threading.Lock()
 
 
@@ -242,7 +243,7 @@ class TritonKernel:
         def begin(pool: ThreadPoolExecutor) -> Future[Any] | None:
             if key in self._made or key in self._begun:
                 return None
-            self._begun[key] = begun = pool.submit(self.compile, _capability(device), args, constants)
+            self._begun[key] = begun = pool.submit(self.compile, _capability(device), args, constants, _TURN)
             return begun
 
         return ahead.note(begin)
@@ -263,9 +264,12 @@ class TritonKernel:
             return made
 
     def compile(
-        self, capability: int, args: tuple[Any, ...], constants: dict[str, Any]
+        self, capability: int, args: tuple[Any, ...], constants: dict[str, Any], turn: Any = None
     ) -> tuple[Any, list[tuple[int, str]]]:
-        """Triton's compiled kernel for such arguments, and which of them it takes at run time: (index, type)."""
+        """Triton's compiled kernel for such arguments, and which of them it takes at run time: (index, type).
+
+        turn: a lock to hold while this is Python.
+        """
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource, compile, make_backend
 
@@ -300,15 +304,15 @@ class TritonKernel:
         known = vars(make_backend(target).parse_options(dict(options)))
         if not options.keys() <= known.keys():
             raise KernelError(f"{self.op} has no constant or option {', '.join(options.keys() - known.keys())}")
-        with contextlib.ExitStack() as turn:
-            turn.enter_context(_TURN)
+        with contextlib.ExitStack() as held:
+            held.enter_context(turn or contextlib.nullcontext())
 
             class Source(source_kind):  # type: ignore[misc]
                 def make_ir(self, *args: Any, **kwargs: Any) -> Any:
                     try:
                         return super().make_ir(*args, **kwargs)
                     finally:
-                        turn.close()  # what follows is not Python
+                        held.close()  # what follows is not Python
 
             return compile(Source(self.function, signature, fixed, hints), target=target, options=options), kept
 

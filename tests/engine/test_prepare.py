@@ -84,6 +84,13 @@ def test_what_a_first_short_request_needs_comes_first(monkeypatch: pytest.Monkey
     assert found[:2] == [("attention", False, 300), ("attention", False, 1)]
     assert found[-2:] == [("attention", True, 300), ("attention", True, 1)]
     assert ("decode_attention", None, 4) in found
+    whole = found.copy()
+    found.clear()
+    prepare.begin(model, 4, 300, 512, begun=True)  # that was for a single row
+    assert found == whole
+    found.clear()
+    prepare.begin(model, 1, 300, 512, begun=True)
+    assert {kind for kind, _, _ in found} == {"rms_norm", "gated_mlp", "decode_attention"}
 
 
 @pytest.mark.gpu
@@ -102,7 +109,7 @@ def test_what_is_begun_is_what_is_launched(quantize: str | None, monkeypatch: py
     ids = torch.randint(3, 500, (1, 128), device="cuda")
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
     assert out.shape == (1, 148) and model.generate.report.loop == "captured"
-    assert model.generate.report.compile_s > 0 and len(model.generate.engine.prepared) == 1
+    assert model.generate.report.compile_s > 0 and len(model.generate.engine.prepared) == 2
     # All was guessed right, what was begun before the conversion too, but that of two choices of a token, with padding
     # and without, one was taken, and attention to a prompt of many tiles was not needed.
     left = [op for op, _ in begun()]
