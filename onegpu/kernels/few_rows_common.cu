@@ -53,11 +53,6 @@ DEVICE void let_next_kernel_start() {
 #endif
 }
 DEVICE void send_for(const void* p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }  // into L2: always coherent
-DEVICE void send_for(const void* p, int bytes) {                         // multiples of 16
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(p), "r"(bytes) : "memory");
-#endif
-}
 DEVICE int cluster_rank() {
   u32 r = 0;
   if (CL > 1) asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
@@ -74,7 +69,6 @@ DEVICE void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
-DEVICE void all_there(const float (&s)[4]) { asm volatile("" :: "f"(s[0]), "f"(s[1]), "f"(s[2]), "f"(s[3]) : "memory"); }
 DEVICE void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
@@ -178,24 +172,6 @@ DEVICE u32 max_of_8(u32 v) {                                             // of e
 #ifndef EARLY
 #define EARLY 0
 #endif
-#ifndef SENDS
-#define SENDS 0
-#endif
-#ifndef X_FIRST
-#define X_FIRST 0
-#endif
-#ifndef SKIP
-#define SKIP 0
-#endif
-#ifndef LAG
-#define LAG 0
-#endif
-#ifndef RELAXED
-#define RELAXED 0
-#endif
-#ifndef PARTS
-#define PARTS 0
-#endif
 DEVICE float lo_b(u32 v) { return __uint_as_float(v << 16); }
 DEVICE float hi_b(u32 v) { return __uint_as_float(v & 0xffff0000u); }
 DEVICE float value(u16 v) { return BF16 ? __uint_as_float((u32)v << 16) : h2f(v); }
@@ -245,8 +221,6 @@ struct Scales {
     u32 at = (u32)((u64)absmax + i) & 3;
     return fmaf(map_[word >> (8 * at) & 255], nested[i >> nested_shift], *offset);
   }
-  // Into L2: a block's scale, or its code (the scales of codes are few, and another block has sent for them).
-  DEVICE void send_for_block(u32 block) const { send_for((const u8*)absmax + (i64)(block >> shift) * (NESTED ? 1 : 4)); }
   // The same with the code's own scale copied too, `far` bytes behind: read in the loop, that would be a trip to memory for each
   // few pieces. What lies outside gives the offset, and meets zeros of x.
   DEVICE void fetch_both(Shared dst, int far, u32 block, bool inside) const {

@@ -88,20 +88,17 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
     Walk<WARPS> walk = here;
     for (int i = 0; i < EARLY && walk.tile < tiles; i++, walk.next()) {
       const int row = r0 + walk.tile * 16 + (lane & 15), at = walk.piece * CB + (lane >> 4) * 128;
-      if (SENDS != 2 && (lane >> 4) * 128 < CB && row < r1 && at < row_bytes) send_for(w + (i64)row * row_bytes + at);
-      if (SENDS == 2 && lane < 16 && row < r1) send_for(w + (i64)row * row_bytes + at, min(CB, row_bytes - at));
-      if (SENDS && FMT == 2 && lane >= 16 && row < r1) send_for((const u8*)absmax + (i64)((u32)(row * nb + walk.piece * (KB / 64)) >> shift) * (NESTED ? 1 : 4));
+      if ((lane >> 4) * 128 < CB && row < r1 && at < row_bytes) send_for(w + (i64)row * row_bytes + at);
     }
   } else fill();
   if (threadIdx.x < 32) top[threadIdx.x] = 0;                            // and the zeros
   if (FMT == 2) build_plain_table(table, THREADS);
   wait_before_reading_x();
-  if (EARLY && !X_FIRST) fill();
   Values<THREADS> values; values.fetch(map);
   const float plus = NESTED ? *offset : 0.f;
   // 4-bit: the units of 16 bytes of x change places so that four lanes, the same unit of each, spread over the banks.
   hold_x<MP, WARPS, TO_FP16>(x, top, m, k, 0, pieces * KB / 8, [&](int r, int v) { return xs + r * pitch + (FMT == 2 ? v ^ (v >> 2 & 3) : v) * 16; },
-                              [&]() { if (EARLY && X_FIRST) fill(); });
+                             [&]() { if (EARLY) fill(); });
   if (NESTED) { values.put(map_); __syncthreads(); }
 
   const u32 lane4 = lane * 4;

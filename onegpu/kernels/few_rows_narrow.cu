@@ -48,10 +48,9 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   if (threadIdx.x < 16) top[threadIdx.x] = 0;
   build_table(table, THREADS);
   wait_before_reading_x();
-  if (EARLY && !X_FIRST) stream.fill();
   Values<THREADS> values; values.fetch(map);
   const float plus = NESTED ? *offset : 0.f;
-  hold_x<MP, WARPS, TO_FP16>(x, top, m, k, p0 * KB, share * KB / 8, [&](int r, int v) { return xs + r * pitch + v * 16; }, [&]() { if (EARLY && X_FIRST) stream.fill(); });
+  hold_x<MP, WARPS, TO_FP16>(x, top, m, k, p0 * KB, share * KB / 8, [&](int r, int v) { return xs + r * pitch + v * 16; }, [&]() { if (EARLY) stream.fill(); });
   if (NESTED) { values.put(map_); __syncthreads(); }
 
   const u32 lane4 = lane * 4;

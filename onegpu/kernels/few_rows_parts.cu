@@ -9,11 +9,10 @@ template <int STEP> struct Walk {
 
 // Up to ROWS rows of x, `vectors` of eight columns each from `col0` on, into shared memory: place(row, vector) says where. OF: warps. FP16: see
 // to_fp16; `top` is zeros before and the largest |x| of each row after. Begins and ends with all warps together. `meanwhile`: what each
-// warp does while its first vectors are on their way.
+// warp does while its first vectors are on their way: it sends for weights then, behind which x would come late.
 template <int ROWS, int OF, int FP16, class Place, class Meanwhile>
 DEVICE void hold_x(const u16* x, u32* top, int m, int k, int col0, int vectors, Place place, Meanwhile meanwhile) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, chunks = (vectors + 31) / 32;
-  if (FP16 && !X_FIRST) __syncthreads();
   // A warp takes 32 vectors of one row at a time, and several before it uses the first: one trip to memory, not one a row.
   constexpr int BATCH = 8;
   for (int u0 = warp; u0 == warp || u0 < ROWS * chunks; u0 += BATCH * OF) {
@@ -26,7 +25,7 @@ DEVICE void hold_x(const u16* x, u32* top, int m, int k, int col0, int vectors, 
     }
     if (u0 == warp) {
       meanwhile();
-      if (FP16 && X_FIRST) __syncthreads();
+      if (FP16) __syncthreads();
     }
 #pragma unroll
     for (int j = 0; j < BATCH; j++) {
@@ -73,7 +72,8 @@ DEVICE void put_tiles(const Output& out, At at, int m, int rank, int row0, int r
   for (int i = 4 * (threadIdx.x + rank * OF), q = 0; q < tiles; i += 4 * CL * OF) {
     while (i >= m * BN && q < tiles) { i -= m * BN; q++; row0 += BN; }
     if (q == tiles) break;
-    const int row = i % BN, r = i / BN, first = (q * ROWS8 + r) * PITCH + row;
+    const int row = i % BN, r = i / BN; if (row0 + row >= r1) continue;
+    const int first = (q * ROWS8 + r) * PITCH + row;
     float4 sum = CL * OF_BLOCK == 1 ? *(const float4*)at(first) : make_float4(0.f, 0.f, 0.f, 0.f);
     if (CL * OF_BLOCK > 1) {
       float4 v[CL * OF_BLOCK];
@@ -86,13 +86,12 @@ DEVICE void put_tiles(const Output& out, At at, int m, int rank, int row0, int r
       for (int j = 0; j < CL * OF_BLOCK; j++) { sum.x += v[j].x; sum.y += v[j].y; sum.z += v[j].z; sum.w += v[j].w; }
     }
     const float s[4] = {sum.x, sum.y, sum.z, sum.w};
-    if (RELAXED) all_there(s);
 #pragma unroll
     for (int j = 0; j < 4; j++)
       if (row0 + row + j < r1) out.put(r, row0 + row + j, s[j]);
   }
   __syncwarp();
-  if (CL > 1 && RELAXED && last) { cluster_arrive(); cluster_wait(); }
+  if (CL > 1 && last) { cluster_arrive(); cluster_wait(); }               // what was read is in y's stores: no fence needed to end
   else if (CL > 1) cluster_sync();
   else if (!last) __syncthreads();
 }
@@ -181,10 +180,7 @@ template <int STEP> struct Ring {
     Walk<STEP> walk = ahead;
     for (int i = 0; i < EARLY && walk.tile < tiles; i++, walk.next()) {
       const int row = rows + walk.tile * tile + (threadIdx.x & 15), at = (p0 + walk.piece) * CB;
-      if (row < r1 && at < row_bytes) {
-        if ((threadIdx.x & 31) < 16) { if (SENDS == 2) send_for(w + (i64)row * row_bytes + at, min(CB, row_bytes - at)); else send_for(w + (i64)row * row_bytes + at); }
-        else if (FMT == 2 && SENDS) scales.send_for_block(row * nb + (p0 + walk.piece) * SCALES);
-      }
+      if ((threadIdx.x & 31) < 16 && row < r1 && at < row_bytes) send_for(w + (i64)row * row_bytes + at);
     }
   }
   // The next piece, of this tile and number: its bytes, its scales as floats behind them (not where PACKED).

@@ -12,9 +12,9 @@ constexpr int E_PITCH = BN + 4, DIRECT = WK == 1 && CL == 1;           // DIRECT
 constexpr int IN_TABLE = FMT == 2 && ROWS * E_PITCH <= 8192;  // the sums, in what the table leaves free
 // Tiles between two meetings of the blocks of a cluster: as many as the table has room for; else two, where x leaves room.
 constexpr int MEET = IN_TABLE ? 8192 / (ROWS * E_PITCH) : ROWS <= 16 && CL >= 4 ? 2 : 1;
-constexpr int PUSH = PARTS == 2 && CL > 1 && ROWS <= 32 && (!IN_TABLE || (WK * E_PITCH + BN) * ROWS <= 8192);
-constexpr int APART = PUSH || PARTS && WK > 1 && (!IN_TABLE || WK <= MEET);      // a block of one tile keeps the sums of its WK apart
-constexpr int SUMS = DIRECT || IN_TABLE ? 0 : ((APART && WK > MEET ? WK : MEET) * ROWS * E_PITCH + PUSH * ROWS * BN + 31) / 32 * 32;
+constexpr int PARTS = APART && WK > MEET ? WK : MEET, PUSHED = APART && CL > 1 ? ROWS * BN : 0;  // APART: of WK, where a block has one tile
+constexpr int SUMS = DIRECT || IN_TABLE ? 0 : (PARTS * ROWS * E_PITCH + PUSHED + 31) / 32 * 32;
+static_assert(!APART || !IN_TABLE || WK * ROWS * E_PITCH + PUSHED <= 8192, "the table has room for the parts of the sums");
 constexpr int TO_FP16 = FMT == 2 && BF16, MMA_BF16 = BF16 && FMT != 2;
 static_assert(FMT != 0 && GROUPS % 2 == 0, "products alternate between two sets of registers");
 
@@ -48,15 +48,13 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   let_next_kernel_start();
   out.send_for_rows(r0, r1);
   if (EARLY) stream.begin_early(); else stream.fill();
-  if (threadIdx.x < (PUSH ? 48 : 64)) top[threadIdx.x] = 0;
+  if (threadIdx.x < (PUSHED ? 48 : 64)) top[threadIdx.x] = 0;
   if (FMT == 2) build_plain_table(table, THREADS);
-  if (PUSH) expect_pushes(top + 48, threadIdx.x == 0, tiles == 1 ? m * (BN / CL) * (CL - 1) : 0);
+  if (PUSHED) expect_pushes(top + 48, threadIdx.x == 0, tiles == 1 ? m * (BN / CL) * (CL - 1) : 0);
   wait_before_reading_x();
-  if (PUSH) cluster_wait();
-  if (EARLY && !X_FIRST) stream.fill();
+  if (PUSHED) cluster_wait();
   Values<THREADS> values; values.fetch(map);
   const float plus = NESTED ? *offset : 0.f;
-  if (TO_FP16 && !X_FIRST) __syncthreads();
 
   // x: a warp takes 64 columns of four rows at a time. Columns 16 t + 4 s + 2 h + {0, 1} of 64 go where lane t finds pair h of step s.
   constexpr int FOURS = ROWS / 4, BATCH = 8;
@@ -70,7 +68,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
       q[j] = make_uint4(0, 0, 0, 0);
       if (u < units && r < m && col < k) q[j] = *(const uint4*)(x + (i64)r * k + col);
     }
-    if (X_FIRST && u0 == warp) {
+    if (u0 == warp) {                                                    // not before: x would come behind the weights
       if (EARLY) stream.fill();
       if (TO_FP16) __syncthreads();
     }
@@ -116,7 +114,6 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   for (int tile = 0; tile < tiles; tile++) {
     const int row0 = r0 + tile * BN;
     const bool filled = row0 + wn * 64 < r1;                             // for whole warpgroups
-    const bool own = !SKIP || row0 + mine < r1;                          // a warp without a row multiplies zeros
     while (here.tile == tile) {
       const int piece = here.piece;
       const u8* slot = stream.next(tile, piece, plus, map_);
@@ -131,19 +128,14 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
         for (int b = 0; b < GROUPS; b++) {
           const u8* x_group = xs + (piece * GROUPS + b) * ROWS * 128;
           u32 a[16];
-          if (!own)
-#pragma unroll
-            for (int i = 0; i < 16; i++) a[i] = 0;
           if (FMT == 2) {
             const u8* p = slot + swizzled<CB>(g, b * 2 + (t >> 1)) * 16 + (t & 1) * 8;
-            if (own) {
             const uint2 e = *(const uint2*)(p + g * CB), d = *(const uint2*)(p + (g + 8) * CB);
 #pragma unroll
             for (int h = 0; h < 2; h++) {
               const u32 up = h ? e.y : e.x, low = h ? d.y : d.x; u32* q = a + 8 * h;
               q[0] = look_up<0>(table, up, lane4); q[1] = look_up<0>(table, low, lane4); q[2] = look_up<1>(table, up, lane4); q[3] = look_up<1>(table, low, lane4);
               q[4] = look_up<2>(table, up, lane4); q[5] = look_up<2>(table, low, lane4); q[6] = look_up<3>(table, up, lane4); q[7] = look_up<3>(table, low, lane4);
-            }
             }
             float (&sum)[NT][4] = c[b & 1];
             before_products();
@@ -160,12 +152,10 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
             }
           } else {
             const u8* p = slot + swizzled<CB>(g, b * 4 + t) * 16;
-            if (own) {
             const uint4 e = *(const uint4*)(p + g * CB), d = *(const uint4*)(p + (g + 8) * CB);
             const u32 up[4] = {e.x, e.y, e.z, e.w}, low[4] = {d.x, d.y, d.z, d.w};
 #pragma unroll
             for (int s = 0; s < 4; s++) { a[4 * s] = int8_pair<0>(up[s]); a[4 * s + 1] = int8_pair<0>(low[s]); a[4 * s + 2] = int8_pair<1>(up[s]); a[4 * s + 3] = int8_pair<1>(low[s]); }
-            }
             before_products();
 #pragma unroll
             for (int s = 0; s < 4; s++) wgmma<MMA_BF16>(acc, a[4 * s], a[4 * s + 1], a[4 * s + 2], a[4 * s + 3], x_group, s);
@@ -202,7 +192,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
       for (int i = 0; i < NT; i++)
 #pragma unroll
         for (int j = 0; j < 4; j++) *sum_at((wk * ROWS + 8 * i + 2 * t + (j & 1)) * E_PITCH + mine + g + 8 * (j >> 1)) = acc[i][j];
-      if (PUSH) push_tile<BN, E_PITCH, ROWS, THREADS, WK>(out, sum_at, [&](int i) { return sum_at(WK * ROWS * E_PITCH + i); }, top + 48, m, rank, row0, r1);
+      if (PUSHED) push_tile<BN, E_PITCH, ROWS, THREADS, WK>(out, sum_at, [&](int i) { return sum_at(WK * ROWS * E_PITCH + i); }, top + 48, m, rank, row0, r1);
       else put_tiles<BN, E_PITCH, ROWS, THREADS, WK>(out, sum_at, m, rank, row0, r1, 1, true);
       break;
     }

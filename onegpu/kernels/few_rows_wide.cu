@@ -20,11 +20,11 @@ constexpr int ALIGN = WGMMA ? 1024 : 16, STAGE = (W_BYTES + X_BYTES + BN * (PACK
 constexpr int E_PITCH = BN + 4, DIRECT = WGMMA && WK == 1 && CL == 1;      // DIRECT: no sums meet
 constexpr int SUMS = DIRECT ? 0 : (ROWS * E_PITCH * 4 + ALIGN - 1) / ALIGN * ALIGN;
 // LAG: the last products of a stage run while the next stage's weights are expanded, so its place in the ring is free one stage later.
-constexpr int PUSH = PARTS == 2 && WGMMA && CL > 1;
+constexpr int PUSH = APART && CL > 1;
 constexpr int AHEAD = STAGES - 1 - LAG;
-static_assert(AHEAD > 0 && (!LAG || WGMMA), "a stage on its way, one that is read, one that products read");
+static_assert(AHEAD > 0 && (WGMMA || !LAG && !APART), "a stage on its way, one that is read, one that products read");
 static_assert(!WGMMA || (RT == 1 && WN % 4 == 0), "a warpgroup multiplies 64 rows");
-static_assert(!PARTS || !WGMMA || WK == 1 || WK * ROWS * E_PITCH * 4 <= STAGES * STAGE, "the parts of the sums have room in the ring");
+static_assert(!APART || WK * ROWS * E_PITCH * 4 <= STAGES * STAGE, "the parts of the sums have room in the ring");
 static_assert(GROUPS * WK * 64 == KC && (CB == 64 || CB == 128 || (WGMMA && CB == 256)), "a warp takes whole groups of 64 columns");
 
 // wgmma: units of 16 bytes of W change places so that eight rows, the same unit of each, spread over the banks.
@@ -117,11 +117,8 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
     f = c;
     for (int i = 0; i < EARLY && i < items; i++, f.next(pieces))
       for (int r = threadIdx.x; r < BN; r += THREADS)
-        if (f.row0 + r < r1 && (p0 + f.piece) * CB < row_bytes) {
-          const u8* from = w + (i64)(f.row0 + r) * row_bytes + (p0 + f.piece) * CB;
-          if (SENDS == 2) send_for(from, min(CB, row_bytes - (p0 + f.piece) * CB)); else send_for(from);
-          if (SENDS && FMT == 2) scales.send_for_block((f.row0 + r) * nb + (p0 + f.piece) * SCALES);
-        }
+        if (f.row0 + r < r1 && (p0 + f.piece) * CB < row_bytes)
+          send_for(w + (i64)(f.row0 + r) * row_bytes + (p0 + f.piece) * CB);
   }
 #if XT
   if (threadIdx.x == 0) {
@@ -139,7 +136,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   if (PUSH) cluster_wait();
   f = c;
 #pragma unroll
-  for (int i = 0; i < AHEAD; i++) { if (i < items) { if (X_FIRST) fetch_x(f); if (EARLY) fetch_w(f); if (!X_FIRST) fetch_x(f); } f.next(pieces); commit(); }
+  for (int i = 0; i < AHEAD; i++) { if (i < items) { if (EARLY) fetch_w(f); fetch_x(f); } f.next(pieces); commit(); }
   Values<THREADS> values; values.fetch(map);
   const float plus = NESTED ? *offset : 0.f;
   values.put(map_);                                                      // seen when the warps meet at the first stage
@@ -162,7 +159,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
         }
       return;
     }
-    if (PARTS && WGMMA && (WK > 1 || PUSH) && tiles == 1) {                          // the ring has been read: a part of the sums for each warp
+    if (APART && tiles == 1) {                                         // the ring has been read: a part of the sums for each warp
       __syncthreads();
 #pragma unroll
       for (int i = 0; i < NT; i++) {
@@ -196,7 +193,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
     if (WGMMA && !LAG) products_left<0>();
     if (WGMMA && !XT) copies_seen_by_wgmma();
     __syncthreads();
-    if (item + AHEAD < items) { if (X_FIRST) fetch_x(f); fetch_w(f); if (!X_FIRST) fetch_x(f); f.next(pieces); }
+    if (item + AHEAD < items) { fetch_w(f); fetch_x(f); f.next(pieces); }
     commit();
     const u8* stage = ring + c.stage * STAGE;
     if (XT) wait_for(bars + c.stage * 8, item / STAGES & 1);
@@ -207,10 +204,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
         const u8* p = stage + row * CB;
         const u8* xs = stage + W_BYTES + group * ROWS * 128;
         u32 (&a)[16] = b & 1 ? odd : even;
-        if (SKIP && c.row0 + wn * 16 >= r1) {                            // a warp without a row multiplies zeros
-#pragma unroll
-          for (int i = 0; i < 16; i++) a[i] = 0;
-        } else if (FMT == 2) {
+        if (FMT == 2) {
           float s[4];                                                    // rows g, g + 8; halves of the group
 #pragma unroll
           for (int i = 0; i < 4; i++) {

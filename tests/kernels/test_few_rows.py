@@ -69,10 +69,10 @@ FOUR_BIT = [
     (Direct(2, 4, 4, 2, 1), "fp4", True, 128, 2, 70, 704, torch.bfloat16),
     (Direct(2, 2, 2, 2, 2), "nf4", True, 4096, 2, 40, 704, torch.float16),
     (Direct(4, 4, 2, 2, 1), "nf4", True, 64, 3, 70, 704, torch.bfloat16),
-    (Wide(1, 1, 4, 4, 256, 4, 2, 7, True, bulk=True, lag=True, apart=2), "nf4", True, 64, 8, 100, 1280, torch.bfloat16),
-    (Wide(1, 1, 4, 2, 256, 3, 2, 8, True, bulk=True, lag=True, apart=1), "nf4", False, 64, 8, 150, 1280, torch.float16),
-    (Resident(2, 3, 1, 64, 2, cluster=4, apart=2), "nf4", False, 64, 13, 150, 2048, torch.bfloat16),
-    (Resident(2, 1, 4, 128, 2, apart=1), "nf4", False, 64, 13, 100, 2048, torch.bfloat16),
+    (Wide(1, 1, 4, 4, 256, 4, 2, 7, True, bulk=True, lag=True, apart=True), "nf4", True, 64, 8, 100, 1280, torch.bfloat16),
+    (Wide(1, 1, 4, 2, 256, 3, 2, 8, True, bulk=True, lag=True, apart=True), "nf4", False, 64, 8, 150, 1280, torch.float16),
+    (Resident(2, 3, 1, 64, 2, cluster=4, apart=True), "nf4", False, 64, 13, 150, 2048, torch.bfloat16),
+    (Resident(2, 1, 4, 128, 2, apart=True), "nf4", False, 64, 13, 100, 2048, torch.bfloat16),
 ]
 
 
@@ -111,8 +111,8 @@ def test_4_bit_kernels_on_the_cpu(case: tuple) -> None:
         Wide(1, 1, 4, 2, 256, 2, wgmma=True, bulk=True),
         Resident(2, 1, 2, 128, 2, cluster=2),
         Resident(2, 1, 1, 128, 2, cluster=4),
-        Resident(2, 1, 3, 128, 2, cluster=2, apart=2),
-        Wide(1, 1, 4, 2, 128, 3, wgmma=True, bulk=True, lag=True, apart=1),
+        Resident(2, 1, 3, 128, 2, cluster=2, apart=True),
+        Wide(1, 1, 4, 2, 128, 3, wgmma=True, bulk=True, lag=True, apart=True),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -210,11 +210,11 @@ def test_products_that_start_early_read_what_the_one_before_wrote(fmt: str, nest
 @pytest.mark.parametrize(
     ("fmt", "config"),
     [
-        ("4bit", Wide(8, 1, 4, 4, 256, 4, 2, 7, True, bulk=True, early=2, lag=True, apart=2)),
-        ("4bit", Wide(8, 1, 4, 2, 256, 3, 2, 8, True, bulk=True, early=2, lag=True, apart=1)),
-        ("int8", Wide(8, 1, 4, 4, 256, 4, 2, 8, True, bulk=True, early=2, lag=True, apart=2)),
-        ("4bit", Resident(2, 3, 1, 64, 3, cluster=4, early=4, apart=2)),
-        ("int8", Resident(2, 1, 4, 128, 2, cluster=2, early=4, apart=2)),
+        ("4bit", Wide(8, 1, 4, 4, 256, 4, 2, 7, True, bulk=True, early=2, lag=True, apart=True)),
+        ("4bit", Wide(8, 1, 4, 2, 256, 3, 2, 8, True, bulk=True, early=2, lag=True, apart=True)),
+        ("int8", Wide(8, 1, 4, 4, 256, 4, 2, 8, True, bulk=True, early=2, lag=True, apart=True)),
+        ("4bit", Resident(2, 3, 1, 64, 3, cluster=4, early=4, apart=True)),
+        ("int8", Resident(2, 1, 4, 128, 2, cluster=2, early=4, apart=True)),
     ],
 )
 def test_products_that_overlap_and_sums_that_are_sent_on_a_gpu(
