@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import inf
 from typing import ClassVar
 
 # Weights of a block: where they are few, what a kernel takes to start, or a cluster to meet, counts most.
@@ -31,8 +32,8 @@ class Narrow:
     products half as large and its look-ups a little slower. early: pieces of each warp that are sent for
     into L2 before the kernel in front has ended (0: this one starts when that has ended; compute capability 9.0).
     price: time of a row of a tile (filled or not), over that of the others with as many rows. nested: that of
-    quantised scales, over that of plain ones. share: weights of a block, padding included, between which it is taken.
-    blocks: as Direct's.
+    quantised scales, over that of plain ones (inf: it serves none). share: weights of a block, padding included,
+    between which it is taken. blocks: as Direct's.
     """
 
     rows: int
@@ -280,8 +281,8 @@ def _bulk(
     share: tuple[int, int] = ANY, lag: bool = False, apart: bool = False,
 ) -> Wide:  # fmt: skip
     """What won as Wide on Hopper."""
-    options = {"share": share, "lag": lag, "apart": apart}
-    return Wide(eights, 1, warps_n, warps_k, columns, stages, cluster, 8, True, price, True, 2, **options)
+    bulk = Wide(eights, 1, warps_n, warps_k, columns, stages, cluster, wgmma=True, bulk=True, early=2)
+    return replace(bulk, price=price, share=share, lag=lag, apart=apart)
 
 
 # By format. Of those that fit, by memory and by `share`, and have the fewest rows the cheapest is taken: by price (with
@@ -314,7 +315,7 @@ CONFIGURATIONS: dict[str, tuple[Config, ...]] = {
         Resident(4, 3, 1, 128, 2, cluster=2, early=4, price=1.228),
         Wide(4, 1, 4, 2, 128, 5, cluster=2, price=3.1), Wide(4, 1, 4, 2, 128, 3, price=9),
         _bulk(8, 12, 1, 256, 2, 1, 1.0), _bulk(8, 12, 1, 256, 2, 2, 1.313),
-        _bulk(8, 12, 1, 256, 2, 4, 1.936), _bulk(8, 8, 1, 256, 3, 2, 1.6), 
+        _bulk(8, 12, 1, 256, 2, 4, 1.936), _bulk(8, 8, 1, 256, 3, 2, 1.6),
         _bulk(8, 4, 2, 256, 4, 2, 2.669, lag=True, apart=True),
         _bulk(8, 8, 1, 256, 3, 1, 0.95, FEW),
         _bulk(8, 4, 2, 128, 6, 8, 4.184), Wide(8, 1, 4, 1, 64, 3, price=9),
@@ -324,7 +325,7 @@ CONFIGURATIONS: dict[str, tuple[Config, ...]] = {
     ),
     "4bit": (
         Direct(1, 8, 2, 3, 12, blocks=2, early=2, price=0.9, share=FEW), Direct(1, 12, 2, 3, 12, early=2, price=1.05),
-        Narrow(1, 10, 2, 128, 12, table_shift=7, early=1, price=0.88, nested=1.25, blocks=2),
+        Narrow(1, 10, 2, 128, 12, table_shift=7, early=1, price=0.88, nested=inf, blocks=2),
         Narrow(1, 16, 2, 128, 12, early=1, nested=1.15), Narrow(1, 8, 2, 64, 4, table_shift=7, nested=1.15),
         Direct(2, 8, 2, 3, 8, blocks=2, early=2, price=0.9, share=FEW), Direct(2, 12, 2, 3, 8, early=2, price=1.09),
         Narrow(2, 16, 2, 128, 8, early=2, nested=1.15),

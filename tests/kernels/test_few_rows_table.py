@@ -75,7 +75,9 @@ SENT = Wide(8, 1, 4, 4, 256, 3, cluster=2, wgmma=True, bulk=True, early=2, lag=T
         ("4bit", 0, 16, 4544, 4544, Resident(2, 3, 1, 64, 3, cluster=4, early=4)),
         ("4bit", 0, 16, 22016, 4096, Resident(2, 3, 1, 64, 2, early=4)),
         ("4bit", 2, 16, 22016, 4096, Resident(2, 3, 1, 128, 2, cluster=2, early=4)),
-        ("4bit", 0, 64, 4096, 11008, SENT), ("4bit", 2, 64, 4096, 11008, SENT), ("4bit", 0, 64, 4096, 4096, SENT),
+        ("4bit", 0, 64, 4096, 11008, SENT),
+        ("4bit", 2, 64, 4096, 11008, SENT),
+        ("4bit", 0, 64, 4096, 4096, SENT),
         ("4bit", 0, 64, 9728, 896, Wide(8, 1, 8, 2, 256, 2, wgmma=True, bulk=True, early=2, apart=True)),
     ],
 )
