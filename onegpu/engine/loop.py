@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from onegpu.engine.cache import unsupported
 from onegpu.engine.decoding import Decoding
 from onegpu.engine.fingerprint import fingerprint, runs_python
 from onegpu.engine.slots import Slot, Slots, padded_batch
+from onegpu.errors import bad_argument
 from onegpu.kernels import ahead
 
 _KNOWN = frozenset(
@@ -96,7 +98,9 @@ class Request:
         self._check(input_ids)
         self.prompt = input_ids
         self.rows, self.columns = input_ids.shape
-        self.max_length: int = min((c.max_length for c in self.stopping if type(c) is MaxLengthCriteria), default=0)
+        self._check_cache()
+        limits = (c.max_length for c in self.stopping if type(c) is MaxLengthCriteria)
+        self.max_length = math.ceil(min(limits, default=0))
         self.device = input_ids.device
         self.run = Run("eager")
 
@@ -121,6 +125,13 @@ class Request:
         for reason, holds in reasons.items():
             if holds:
                 raise UnservedError(reason)
+
+    def _check_cache(self) -> None:
+        """Name a cache of other sequences, which torch would complain of somewhere in the model."""
+        held = {layer.keys.shape[0] for layer in self.cache.layers if layer.is_initialized and layer.keys.numel()}
+        if held - {self.rows}:
+            why = f"holds {held.pop()} sequences, the prompt has {self.rows}"
+            raise bad_argument("past_key_values", self.cache, why, "Pass the cache of these sequences, or leave it out")
 
     def mask(self) -> torch.Tensor:
         """[B, n]: the real ones of all tokens up to the prompt's end, those in the cache among them."""

@@ -150,6 +150,10 @@ def test_torch_compile_keeps_one_graph():
         ({"q_range": torch.zeros(2, 2)}, r"not int32 \[B, 2\]"),
         ({"window": 3}, r"window=3 is not \(left, right\)"),
         ({"window": (-5, 0)}, r"window=\(-5, 0\) is not \(left, right\)"),
+        ({"window": (1.5, 0)}, r"window=\(1.5, 0\) is not \(left, right\)"),
+        ({"window": (None, 0)}, r"window=\(None, 0\) is not \(left, right\)"),
+        ({"k": torch.zeros(2, 7, 2, 8, device="meta")}, "k='meta' is not the device of q, cpu"),
+        ({"k_range": [[0, 3], [0, 3]]}, r"k_range=\[\[0, 3\], \[0, 3\]\] is not int32 \[B, 2\]"),
         ({"implementation": "fast"}, "is not known"),
     ],
 )
@@ -157,6 +161,32 @@ def test_bad_arguments(change: dict[str, Any], message: str):
     q, k, v = inputs(5, 7, 4, 2, 8, 6)
     with pytest.raises(ArgumentError, match=message):
         attention(**({"q": q, "k": k, "v": v} | change))
+
+
+@pytest.mark.parametrize(
+    ("ends_q", "ends_k", "message"),
+    [
+        (int32(0, 6, 4, 9), int32(0, 3, 6, 9), r"cu_seqlens_q=\[0, 6, 4, 9\] does not rise from 0 to at most 9"),
+        (int32(0, 9), int32(0, 12), r"cu_seqlens_k=\[0, 12\] does not rise"),
+        (int32(-3, 9), int32(0, 9), r"cu_seqlens_q=\[-3, 9\] does not rise"),
+        (int32(0, 4, 9), int32(0, 9), "cu_seqlens_k=.* does not go with the 2 sequences of cu_seqlens_q"),
+        (int32(), int32(), "cu_seqlens_q=.* is not an int32 vector"),
+        ([0, 9], [0, 9], r"cu_seqlens_q=\[0, 9\] is not an int32 vector"),
+    ],
+)
+def test_ends_that_are_none(ends_q: Any, ends_k: Any, message: str):
+    q = torch.zeros(9, 2, 8)
+    with pytest.raises(ArgumentError, match=message):
+        attention(q, q, q, cu_seqlens_q=ends_q, cu_seqlens_k=ends_k)
+
+
+@pytest.mark.gpu
+def test_ends_of_other_sequences_are_not_read_on_a_gpu():
+    q = torch.zeros(9, 2, 64, dtype=torch.bfloat16, device="cuda")
+    ends = int32(0, 4, 9).cuda()
+    attention(q, q, q, cu_seqlens_q=ends, cu_seqlens_k=ends)
+    with pytest.raises(ArgumentError, match="does not go with the 2 sequences of cu_seqlens_q"):
+        attention(q, q, q, cu_seqlens_q=ends, cu_seqlens_k=ends[:2])
 
 
 def test_cost():
