@@ -7,6 +7,7 @@ import inspect
 import pickle
 import threading
 
+import accelerate
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
@@ -230,6 +231,20 @@ def test_two_models_in_two_threads_each(way: Way):
     assert not wrong
     for model in models:
         served(model, way)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_an_offloaded_model_runs_eagerly_and_gives_the_same_tokens(device: str, tmp_path):
+    way = device, "emulate" if device == "cpu" else "auto"
+    model = ours(causal_model("llama"), way)
+    ids, mask = (tensor.to(device) for tensor in padded("right"))
+    expected = model.generate(ids, attention_mask=mask, max_new_tokens=12)
+    served(model, way)
+    accelerate.dispatch_model(
+        model, {"model": 0 if device == "cuda" else "cpu", "lm_head": "disk"}, offload_dir=tmp_path
+    )
+    assert torch.equal(model.generate(ids, attention_mask=mask, max_new_tokens=12), expected)
+    assert model.generate.report.loop == "eager" and "offloading does that" in model.generate.report.reason
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
 import pytest
@@ -424,3 +425,21 @@ def test_a_graph_captured_twice_on_one_stream(implementation: str | None):
         torch.cuda.synchronize()
         for one in made:
             assert all(map(torch.equal, one, expected))
+
+
+@pytest.mark.gpu
+def test_a_call_costs_little_host_time():
+    """DESIGN's 30 microseconds, or, on a core that others slow down, as many of torch's own launches; see
+    `test_launch.py` for how that is measured."""
+    q, k, v = inputs(128, 128, 4, 4, 128, 128, device="cuda", dtype=torch.bfloat16)
+    calls = {"attention": lambda: attention(q, k, v, causal=True), "torch.add": lambda: torch.add(q, q)}
+    best = dict.fromkeys(calls, math.inf)
+    for _ in range(100):
+        for name, call in calls.items():
+            call()
+            torch.cuda.synchronize()
+            start = time.thread_time()
+            for _ in range(20):
+                call()
+            best[name] = min(best[name], (time.thread_time() - start) / 20)
+    assert best["attention"] < max(30e-6, 7.5 * best["torch.add"]), best
