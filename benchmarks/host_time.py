@@ -72,7 +72,8 @@ def host_us(model: Any, ids: Any, step: Any, tokens: int, repeats: int = 5) -> d
     on_gpu = ids.device.type == "cuda"
     synchronize = torch.cuda.synchronize if on_gpu else _nothing
     run, clock, few = step._run, _Clock(synchronize), max(tokens // 16, 12)
-    step._run = _nothing
+    draws, step._run = dict(step.samplers), _nothing
+    step.samplers.update({key: draw._replace(behind=None) for key, draw in draws.items()})
     try:
         never = int(step.logits[0].argmin())  # a token that is not among the best, with logits that stay as they are
         draw = {"do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.95}
@@ -100,6 +101,7 @@ def host_us(model: Any, ids: Any, step: Any, tokens: int, repeats: int = 5) -> d
             found[name] = round((long - short) / (tokens - few) * 1e6, 1)
     finally:
         step._run = run
+        step.samplers.update(draws)
     return found
 
 

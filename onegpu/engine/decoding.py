@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerationMixin
 
-from onegpu.engine.capture import Graph, NotCapturableError
+from onegpu.engine.capture import NotCapturableError
 from onegpu.engine.sampling import Sampler, Unsupported
 from onegpu.engine.slots import Slot
 from onegpu.engine.step import Start, StaticStep
@@ -23,6 +24,16 @@ from onegpu.engine.stops import Readback, Stops
 from onegpu.errors import KernelError
 
 _WORTH_CAPTURING = 8  # steps to come
+
+_Launch = tuple[Callable[[], None], list[torch.Tensor | None]]  # and the scores that it makes
+
+
+class _Draw(NamedTuple):
+    """A sampler's choice as it is launched: alone, and behind a step in the same launch, where there is that."""
+
+    sampler: Sampler
+    alone: _Launch
+    behind: _Launch | None
 
 
 class Decoding:
@@ -44,7 +55,8 @@ class Decoding:
         self.raw: list[torch.Tensor] = []
         self.readback = Readback(request.device)
         self.start_length = 0
-        self._draw: tuple[Any, list[torch.Tensor | None]] | None = None  # the sampler's graph, and the scores it makes
+        self._draw: _Draw | None = None
+        self._drawn: list[torch.Tensor | None] | None = None  # the scores, where the last step chose as well
         self._next: dict[str, Any] | None = None  # the next call's arguments but for the token, where they are known
         self.keeps = request.config.return_dict_in_generate
         self.history, self.lengths = self._history()
@@ -155,9 +167,11 @@ class Decoding:
         if self.keeps and self.config.output_logits:
             self.raw.append(self._logits(step).clone())
         if self._draw is not None:
-            graph, kept = self._draw
-            graph()  # it hands the tokens to the step as well
-            scores = kept[0]
+            run, kept = self._draw.alone
+            if self._drawn is None:
+                run()  # it hands the tokens to the step as well
+            scores = (self._drawn or kept)[0]
+            self._drawn = None
         elif self.host_processors is not None:
             seen = self.history[:, : self.columns].contiguous()
             scores = self.host_processors(seen, self._logits(step).clone())
@@ -181,7 +195,11 @@ class Decoding:
         """Run the model on the tokens chosen last."""
         self.run.steps += 1
         if step is not None:
-            step()
+            if self._draw is not None and self._draw.behind is not None:
+                run, self._drawn = self._draw.behind  # one launch: the device idles between two of them
+                run()
+            else:
+                step()
             return step
         inputs = self._inputs()
         made: tuple[StaticStep, Start] | None = None
@@ -269,31 +287,38 @@ class Decoding:
         step.logits[: self.rows].copy_(expected)
         self.slot.step, self.slot.fingerprint = step, self.request.fingerprint
         self._capture_sampler(step)
+        step.release()
         self.run.loop, self.run.reason, self.run.fused = "captured", None, step.fused is not None
         self.run.capture_s += time.perf_counter() - began
         return step
 
     def _capture_sampler(self, step: StaticStep) -> None:
         """Give the sampler a graph over the step's logits, or take an earlier one that does the same."""
-        if self.host_processors is not None or step.pool is None:
+        if self.host_processors is not None:
             return
-        sampler, history, lengths, logits = self.sampler, self.history, self.lengths, step.logits[: self.rows]
-        known = step.samplers.get(sampler.key)
-        if known is not None:
-            known[0].copy_from(sampler)
-            self.sampler, self._draw = known[0], known[1:]
+        sampler, rows, history, lengths = self.sampler, self.rows, self.history, self.lengths
+        self._draw = step.samplers.get(sampler.key)
+        if self._draw is not None:
+            self._draw.sampler.copy_from(sampler)
+            self.sampler = self._draw.sampler
             return
-        kept: list[torch.Tensor | None] = [None]
-
-        def pick() -> None:
-            kept[0] = sampler.step(logits, history, lengths)
-            tokens.copy_(sampler.out[0])
-
-        tokens = step.input_ids[: self.rows, 0]
-        sampler.rehearse(logits, history, lengths)
+        if rows == self.slot.batch:
+            sampler.out = step.chosen.copy_(sampler.out)
+        sampler.rehearse(step.logits[:rows], history, lengths)
         generators = () if sampler.generator is None else (sampler.generator,)
-        self._draw = Graph(pick, self.request.device, step.pool, generators), kept
-        step.samplers[sampler.key] = sampler, *self._draw
+
+        def launch(behind: bool) -> _Launch:
+            kept: list[torch.Tensor | None] = [None]
+
+            def run() -> None:
+                kept[0] = sampler.step(step.logits[:rows], history, lengths)
+                if sampler.out is not step.chosen:
+                    step.input_ids[:rows, 0].copy_(sampler.out[0])
+
+            return step.capture(run, generators, behind), kept
+
+        self._draw = _Draw(sampler, launch(False), launch(True) if step.again else None)
+        step.samplers[sampler.key] = self._draw
 
     def _settle(self, columns: int, step: StaticStep | None) -> int | None:
         """Look at the tokens of the step that made ``columns`` columns; returns ``columns`` if it was the last."""

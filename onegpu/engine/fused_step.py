@@ -67,6 +67,7 @@ class FusedStep:
         rope_position: torch.Tensor,
         caches: list[Pair],
         first: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Logits of the next token; writes this one's keys and values.
 
@@ -79,9 +80,10 @@ class FusedStep:
                 ``[1]``, where it stands in its text.
             caches: for each layer keys and values ``[B, H_kv, L, D]``, contiguous; position p is in slot p % L.
             first: int32 ``[B]``: the first position of the cache that a row sees, or None for all.
+            out: float32 ``[B, V]``, contiguous, for the logits.
 
         Returns:
-            float32 ``[B, V]``.
+            float32 ``[B, V]``: `out`, if it was given.
         """
         rows = len(input_ids)
         if self.structure.device.type == "cuda" and rows not in self._compiled:
@@ -89,7 +91,7 @@ class FusedStep:
 
             compile_together(self.kernels(rows, caches[0]), self.structure.embedding.get_device())
             self._compiled.add(rows)
-        return self._launch(input_ids, position, rope_position, caches, first)
+        return self._launch(input_ids, position, rope_position, caches, first, out)
 
     def kernels(self, rows: int, cache: Pair) -> list[CudaKernel]:
         """What a step of so many sequences launches, over caches like ``cache``; launches nothing."""
@@ -107,13 +109,14 @@ class FusedStep:
         rope_position: torch.Tensor,
         caches: list[Pair],
         first: torch.Tensor | None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         found, rows = self.structure, len(input_ids)
         run = _Run(found, rows, self.pdl)
         run.embed(input_ids.view(-1), rope_position)
         for layer, cache in zip(found.layers, caches, strict=True):
             run.layer(layer, cache, position, rope_position, first)
-        return run.logits()
+        return run.logits(out)
 
 
 class _Run:
@@ -180,10 +183,10 @@ class _Run:
             self._product(self._read(norms[2]), layer.up, up, self.act, act=layer.act)
         self._add(self.act, layer.down, norms[3], layer.order)
 
-    def logits(self) -> torch.Tensor:
+    def logits(self, out: torch.Tensor | None) -> torch.Tensor:
         """float32 ``[rows, V]``."""
         found, last = self.found, self._read(self.found.norm, keep=False)
-        logits = self._make(found.head.rows)
+        logits = self._make(found.head.rows) if out is None else out
         if found.project_out is not None:
             small = self._make(found.project_out.rows)
             self._product(last, found.project_out, "store", small)
@@ -260,11 +263,16 @@ class Fused:
         self.step = None  # not of self.made: the graph reads it, and its memory would be given to others
 
     def __call__(
-        self, ids: torch.Tensor, position: torch.Tensor, rope_position: torch.Tensor | None, memory: list[Pair]
+        self,
+        ids: torch.Tensor,
+        position: torch.Tensor,
+        rope_position: torch.Tensor | None,
+        memory: list[Pair],
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `FusedStep`."""
         assert self.step is not None, "released"
-        return self.step(ids, position, position if rope_position is None else rope_position, memory, self.first)
+        return self.step(ids, position, position if rope_position is None else rope_position, memory, self.first, out)
 
 
 def left_padded(mask: torch.Tensor) -> bool:

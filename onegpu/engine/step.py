@@ -7,6 +7,8 @@ that the step itself moves on.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,6 +54,7 @@ class StaticStep:
 
     Attributes:
         input_ids: int64 [B, 1]: write the token here. logits: read here.
+        chosen: int64 [3, B]: what a sampler of B rows may take as its `out`, which writes the token there.
         fused: the fused step, or None: the model's own forward runs.
         samplers: captured samplers over ``logits``, by their key.
 
@@ -73,14 +76,17 @@ class StaticStep:
         device = inputs["input_ids"].device
         self.device = device
         with torch.inference_mode(False):
-            self.input_ids = torch.zeros(slot.batch, 1, dtype=torch.long, device=device)
-            self.position = torch.zeros(1, dtype=torch.long, device=device)
+            self.chosen = torch.zeros(3, slot.batch, dtype=torch.long, device=device)
+            self.input_ids = self.chosen[0, :, None]
+            # Of the cache, and from 16 bytes on, as kernels like it, of each row's text: one launch moves all on.
+            self._places = torch.zeros(2 + slot.batch, dtype=torch.long, device=device)
+            self.position = self._places[:1]
             self._slots: dict[int, torch.Tensor] = {}  # ring length -> position % length
             self.position_ids = None
             if inputs.get("position_ids") is not None:
                 if inputs["position_ids"].ndim != 2:
                     raise NotCapturableError("the model has several positions for a token")
-                self.position_ids = torch.zeros(slot.batch, 1, dtype=torch.long, device=device)
+                self.position_ids = self._places[2:, None]
             # Of each row's keys, for attention of ours: where the first real one is, and how many places there are.
             self.first = torch.zeros(slot.batch, dtype=torch.int32, device=device)
             self.length = torch.ones(slot.batch, dtype=torch.int32, device=device)
@@ -103,10 +109,6 @@ class StaticStep:
         with torch.inference_mode(False), torch.no_grad():
             self._run: Graph | Plain
             self._run = Graph(self._step, device, self.pool, warm=True) if captured else Plain(self._step)
-        if captured:
-            self.model = None  # the graph does not need it
-            if self.fused is not None:
-                self.fused.release()
 
     def load(self, start: Start, at: int | None = None) -> None:
         """Begin a request: positions, masks, rings. ``at``: another position than the first one behind the prompt."""
@@ -141,6 +143,27 @@ class StaticStep:
         self._run()
         return self.logits
 
+    @property
+    def again(self) -> bool:
+        """Whether steps can be captured again, in little time: fused ones, until `release`."""
+        return self.fused is not None and self.fused.step is not None
+
+    def capture(self, run: Callable[[], None], generators: tuple[Any, ...], behind: bool) -> Callable[[], None]:
+        """``run``, which has run before, as one launch where steps are.
+
+        Args:
+            generators: whose random numbers it draws. behind: with a step in front of it (see `again`).
+        """
+        launch = partial(self._step, run) if behind else run
+        return launch if self.pool is None else Graph(launch, self.device, self.pool, generators)
+
+    def release(self) -> None:
+        """Let go of the model: graphs do not need it."""
+        if self.pool is not None:
+            self.model = None
+            if self.fused is not None:
+                self.fused.release()
+
     def finish(self, cache: Any, length: int, rows: int) -> None:
         """Show transformers' ``cache`` what the steps wrote: its first ``length`` positions."""
         for index, layer in enumerate(cache.layers):
@@ -149,15 +172,15 @@ class StaticStep:
             else:
                 layer.show(length)
 
-    def _step(self) -> None:
+    def _step(self, then: Callable[[], None] | None = None) -> None:
         if self.fused is not None:
             memory = [(layer.keys, layer.values) for layer in self.cache.layers]
-            self.logits.copy_(self.fused(self.input_ids, self.position, self.position_ids, memory))
+            self.fused(self.input_ids, self.position, self.position_ids, memory, self.logits)
         else:
             self._forward()
-        self.position.add_(1)
-        if self.position_ids is not None:
-            self.position_ids.add_(1)
+        if then is not None:
+            then()  # a kernel of ours that follows another of ours begins before that has ended
+        self._places.add_(1)
 
     def _forward(self) -> None:
         for size, slot in self._slots.items():

@@ -212,7 +212,7 @@ def embed(
     spots, position, offset = (places.table, places.position, places.offset) if places else (None, None, 0)
     lengths = [0 if t is None else len(t) for t in (table, spots)]
     kernel(
-        (len(h),), 256, 0, ids, table, position, spots, *_weights(norm), h, *lengths, h.shape[1],
+        (len(h),), 512, 0, ids, table, position, spots, *_weights(norm), h, *lengths, h.shape[1],
         int(position is not None and position.numel() > 1), offset, scale, norm.eps if norm else 0.0,
         norm.one if norm else 0.0, pdl=pdl,
     )  # fmt: skip

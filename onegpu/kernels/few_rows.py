@@ -16,7 +16,7 @@ import torch
 
 from onegpu.kernels import ahead
 from onegpu.kernels.few_rows_table import CONFIGURATIONS, Config, Wide, ceil_div, resident_clusters
-from onegpu.kernels.guard import aligned, architecture
+from onegpu.kernels.guard import architecture
 from onegpu.kernels.launch import CudaKernel, source_text, tensor_map
 
 FORMATS = {"16bit": 0, "int8": 1, "4bit": 2}
@@ -120,16 +120,24 @@ def kernel(config: Config, fmt: str, bf16: bool, fp4: bool, nested: int, half: b
 
 
 def supports(fmt: str, x: torch.Tensor, weight: torch.Tensor, k: int, blocksize: int = 64) -> bool:
-    """Whether the kernels can multiply these: 16-bit x ``[M, K]`` of 1 to MAX_ROWS rows, all aligned."""
+    """Whether the kernels can multiply these: 16-bit x ``[M, K]`` of 1 to MAX_ROWS rows, all aligned.
+
+    Both are contiguous, so that with the first element all rows, of whole 16 bytes, are.
+    """
     return (
         0 < x.shape[0] <= MAX_ROWS[fmt]
         and x.dtype != torch.float32
         and k > 0
         and k % _COLUMNS[fmt] == 0
         and blocksize >= 32
-        and find_spec("cuda") is not None
-        and aligned(x, weight)
+        and not (x.data_ptr() | weight.data_ptr()) & 15
+        and _compiles()
     )
+
+
+@lru_cache(maxsize=1)
+def _compiles() -> bool:
+    return find_spec("cuda") is not None
 
 
 def _nested(nested: bool, k: int, blocksize: int, nested_blocksize: int) -> int:
@@ -143,7 +151,7 @@ def jobs(
 ) -> list[ahead.Job]:  # fmt: skip
     """What a product of so many rows compiles, found without memory to try it on. Arguments as of the op's warm-up."""
     serves = 0 < rows <= MAX_ROWS[fmt] and k % _COLUMNS[fmt] == 0 and blocksize >= 32 and dtype != torch.float32
-    if not serves or find_spec("cuda") is None:
+    if not serves or not _compiles():
         return []
     index = torch.cuda.current_device() if device.index is None else device.index
     quantised = _nested(nested, k, blocksize, 256)

@@ -8,8 +8,6 @@ import torch
 
 from onegpu.errors import KernelError
 
-_ALIGNMENT = 16
-
 
 def current_device() -> int:
     """Index of this thread's current CUDA device."""
@@ -46,21 +44,3 @@ def other_device(op: str, tensor: torch.Tensor, device: int) -> KernelError:
 def not_on_cuda(op: str) -> KernelError:
     """Returns the error for a first tensor that is on the CPU."""
     return KernelError(f"{op}: its first tensor is not on a CUDA device")
-
-
-def aligned(*tensors: torch.Tensor | None) -> bool:
-    """Whether a kernel may read and write 16 bytes at once; where not, the op takes its portable kernel.
-
-    True if every base pointer, and every stride but those of 1, is a multiple of 16 bytes, and no stride is 0.
-    Dimensions of one element do not count, nor do tensors that are None.
-    """
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if tensor.data_ptr() % _ALIGNMENT:
-            return False
-        itemsize = tensor.element_size()
-        for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-            if size > 1 and stride != 1 and (stride == 0 or stride * itemsize % _ALIGNMENT):
-                return False
-    return True

@@ -19,19 +19,11 @@ import torch
 
 from onegpu.errors import KernelError
 from onegpu.kernels import ahead, driver, nvrtc
-from onegpu.kernels.guard import (
-    aligned,
-    architecture,
-    current_device,
-    not_on_cuda,
-    other_device,
-    raw_stream,
-    refuse_capture,
-)
+from onegpu.kernels.guard import architecture, current_device, not_on_cuda, other_device, raw_stream, refuse_capture
 from onegpu.kernels.tensor_map import tensor_map
 from onegpu.kernels.triton_kernel import Bound, TritonKernel
 
-__all__ = ["CudaKernel", "aligned", "compile_together", "tensor_map", "triton_bind", "triton_launch"]
+__all__ = ["CudaKernel", "compile_together", "tensor_map", "triton_bind", "triton_launch"]
 
 Grid = tuple[int, ...]  # one to three sizes
 

@@ -7,9 +7,12 @@ have a defined order, and the maximum over any number of parts is the same in ev
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import cuda as tl_cuda
 
 from onegpu.kernels.launch import triton_launch
 from onegpu.kernels.next_token import Shape, State
@@ -54,8 +57,13 @@ def _record(
 
 
 @triton.jit(do_not_specialize=_ANY)
-def _best_kernel(p_scores, p_noise, p_best, V, stride, scale, span, BLOCK: tl.constexpr, RACE: tl.constexpr):
+def _best_kernel(
+    p_scores, p_noise, p_best, V, stride, scale, span, BLOCK: tl.constexpr, RACE: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
     """The best key of each span of a row. Reads each score once, in parts that fill the GPU."""
+    if PDL:
+        tl_cuda.gdc_wait()
+        tl_cuda.gdc_launch_dependents()
     i_row = tl.program_id(0).to(tl.int64)
     i_part = tl.program_id(1)
     b_best = tl.full([BLOCK], _LOWEST, tl.int64)  # [BLOCK]
@@ -73,9 +81,11 @@ def _best_kernel(p_scores, p_noise, p_best, V, stride, scale, span, BLOCK: tl.co
 @triton.jit(do_not_specialize=_ANY)
 def _take_kernel(
     p_best, parts, p_eos, n_eos, p_pad, p_out, n_rows, p_history, L, p_lengths,
-    PARTS: tl.constexpr, RACE: tl.constexpr, EOS: tl.constexpr, PAD: tl.constexpr,
+    PARTS: tl.constexpr, RACE: tl.constexpr, EOS: tl.constexpr, PAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The best of a row's parts, recorded."""
+    if PDL:
+        tl_cuda.gdc_wait()
     i_row = tl.program_id(0).to(tl.int64)
     o_part = tl.arange(0, PARTS)
     b_best = tl.load(p_best + i_row * parts + o_part, mask=o_part < parts, other=_LOWEST)  # [PARTS]
@@ -127,15 +137,17 @@ def take(scores: torch.Tensor, noise: torch.Tensor | None, temperature: float, s
         span *= 2
     parts = triton.cdiv(vocab, span)
     best = torch.empty(rows, parts, dtype=torch.int64, device=scores.device)
-    race = noise is not None
+    race, pdl = noise is not None, _starts_early(scores.device)
+    options = {"launch_pdl": True} if pdl else {}
     triton_launch(
         _best_kernel, (rows, parts),
         scores, noise if race else scores, best, vocab, scores.stride(0), 1.0 / temperature, span,
-        BLOCK=_BLOCK, RACE=race,
+        BLOCK=_BLOCK, RACE=race, PDL=pdl, **options,
     )  # fmt: skip
     triton_launch(
         _take_kernel, (rows,),
-        best, parts, *_pointers(state), PARTS=_PROGRAMS, RACE=race, **_constants(state), num_warps=1,
+        best, parts, *_pointers(state),
+        PARTS=_PROGRAMS, RACE=race, PDL=pdl, **_constants(state), num_warps=1, **options,
     )  # fmt: skip
 
 
@@ -148,6 +160,12 @@ def take_candidates(values: torch.Tensor, ids: torch.Tensor, noise: torch.Tensor
         values, ids, noise, noise.shape[1], 1.0 / temperature, top_k, 1.0 - top_p, least_top_p, min_p, least_min_p,
         *_pointers(state), K=count, TOP_P=top_p < 1, MIN_P=min_p > 0, **_constants(state), num_warps=4,
     )  # fmt: skip
+
+
+@functools.cache
+def _starts_early(device: torch.device) -> bool:
+    """Whether there is programmatic dependent launch."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def _pointers(state: State) -> tuple[torch.Tensor | int, ...]:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from onegpu.engine.decoding import Decoding
+from onegpu.engine.step import StaticStep
 from tests.engine.models import causal_model, ours, pair, prompts
+from tests.tiny import PAD, VOCAB_SIZE
 
 WAY = ("cpu", "emulate")
 
@@ -70,3 +75,60 @@ def test_batches_are_padded_to_steps_that_are_there():
     ids = torch.cat([prompts(), prompts()[:1].flip(1)])
     assert torch.equal(model.generate(ids, max_new_tokens=16), theirs.generate(ids, max_new_tokens=16))
     assert model.generate.engine.slots._idle[0].step is step
+
+
+def watch(monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[bool]]:
+    """How often a step ran by itself, and of each advance whether the choice behind it was in the same launch."""
+    alone, behind = [0], []
+    call, advance = StaticStep.__call__, Decoding._advance
+
+    def counted(step: StaticStep) -> torch.Tensor:
+        alone[0] += 1
+        return call(step)
+
+    def watched(decoding: Decoding, step: StaticStep | None) -> StaticStep | None:
+        step = advance(decoding, step)
+        behind.append(decoding._drawn is not None)
+        return step
+
+    monkeypatch.setattr(StaticStep, "__call__", counted)
+    monkeypatch.setattr(Decoding, "_advance", watched)
+    return alone, behind
+
+
+@pytest.mark.parametrize("rows", [2, 3])  # of the step's size, and less than that
+def test_a_fused_step_and_the_choice_behind_it_are_one_launch(rows: int, monkeypatch: pytest.MonkeyPatch):
+    theirs, model = pair("llama", WAY)
+    alone, behind = watch(monkeypatch)
+    ids = prompts()[:1].expand(rows, -1)
+    expected = theirs.generate(ids, max_new_tokens=16)
+    for first in (True, False):
+        alone[0], behind[:] = 0, []
+        assert torch.equal(model.generate(ids, max_new_tokens=16), expected) and model.generate.report.fused
+        assert alone == [int(first)], "only to be compared with an ordinary step, when it is new"
+        assert behind == [not first] + [True] * 14
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [2, 3])
+@pytest.mark.parametrize("sample", [False, True])
+def test_one_launch_gives_the_tokens_of_two(rows: int, sample: bool, monkeypatch: pytest.MonkeyPatch):
+    sizes = {"hidden_size": 256, "intermediate_size": 192, "num_attention_heads": 4, "num_hidden_layers": 2}
+    config = LlamaConfig(vocab_size=VOCAB_SIZE, eos_token_id=None, pad_token_id=PAD, initializer_range=0.2, **sizes)
+    model = ours(LlamaForCausalLM(config).eval().to(torch.bfloat16), ("cuda", "auto"))
+    alone, behind = watch(monkeypatch)
+    ids = prompts()[:1].expand(rows, -1).cuda()
+    made = []
+    for launches in (1, 1, 2):
+        if launches == 2:
+            samplers = model.generate.engine.slots._idle[0].step.samplers
+            samplers.update({key: draw._replace(behind=None) for key, draw in samplers.items()})
+        alone[0], behind[:] = 0, []
+        torch.manual_seed(0)
+        arguments = {"do_sample": sample, "return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+        result = model.generate(ids, max_new_tokens=40, **arguments)
+        made.append((result.sequences, *result.scores, *result.logits))
+        del result  # and with it the memory of the step, which the next call can then have
+        assert model.generate.report.fused
+        assert (alone[0] > 1) == (launches == 2) == (not behind[-1])
+    assert all(map(torch.equal, *made[1:]))  # the first call began with an ordinary step

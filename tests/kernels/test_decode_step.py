@@ -290,12 +290,14 @@ def test_products_of_weights_stored_by_columns(device: str, case: tuple, monkeyp
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("kind", [None, "rms", "layer"])
-def test_embedding_with_places_and_a_norm(device: str, kind: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    table, spots, gain, bias = (random(*shape).bfloat16() for shape in ((10, 300), (7, 300), (300,), (300,)))
+@pytest.mark.parametrize(("kind", "width"), [(None, 300), ("rms", 300), ("layer", 304), (None, 4104)])
+def test_embedding_with_places_and_a_norm(
+    device: str, kind: str | None, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table, spots, gain, bias = (random(*shape).bfloat16() for shape in ((10, width), (7, width), (width,), (width,)))
     norm = None if kind is None else ops.Norm(kind, gain, 1e-5, bias if kind == "layer" else None, 0.5)
     place, position = on(device, monkeypatch), torch.tensor([[4], [0]])
-    h, alone = torch.empty(2, 300, device=place), torch.empty(2, 300, device=place)
+    h, alone = torch.empty(2, width, device=place), torch.empty(2, width, device=place)
     places = ops.Places(spots.to(place), position.to(place), 2)
     ops.embed(torch.tensor([9, 0], device=place), table.to(place), h, 3.0, places, moved(norm, place))
     ops.embed(torch.tensor([9, 0], device=place), None, alone, places=places)
@@ -305,10 +307,11 @@ def test_embedding_with_places_and_a_norm(device: str, kind: str | None, monkeyp
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_embedding(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    table = random(10, 300).bfloat16()
+@pytest.mark.parametrize("width", [300, 304])
+def test_embedding(device: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = random(10, width).bfloat16()
     place = on(device, monkeypatch)
-    h = torch.empty(2, 300, device=place)
+    h = torch.empty(2, width, device=place)
     ops.embed(torch.tensor([9, 0], device=place), table.to(place), h)
     assert torch.equal(h.cpu(), table[[9, 0]].float())
     ops.embed(torch.tensor([10, 1], device=place), table.to(place), h)  # not in the table

@@ -297,3 +297,25 @@ def test_what_the_kernels_cannot_serve_is_still_right_on_a_gpu() -> None:
             compare(linear_4bit(x, packed), x, w, None)
     x, packed = activations((4, 0), torch.float16, "cuda")[:0], four_bit(64, 256, "cuda")
     assert linear_4bit(x.new_empty(0, 256), packed).shape == (0, 64)
+
+
+@pytest.mark.parametrize(
+    ("base", "rows", "k", "dtype", "served"),
+    [
+        (0, 1, 128, torch.float16, True),
+        (8, 128, 128, torch.float16, True),
+        (1, 1, 128, torch.float16, False),  # off 16 bytes: the portable kernel (DESIGN.md, "Launching", g)
+        (0, 0, 128, torch.float16, False),
+        (0, 129, 128, torch.float16, False),
+        (0, 1, 96, torch.float16, False),
+        (0, 1, 128, torch.float32, False),
+    ],
+)
+def test_g_what_the_kernels_take(
+    base: int, rows: int, k: int, dtype: torch.dtype, served: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(few_rows, "_compiles", lambda: True)
+    x = torch.zeros(base + rows * k, dtype=dtype)[base:].view(rows, k)
+    w = torch.zeros(8 + 64 * k, dtype=torch.uint8)
+    assert few_rows.supports("4bit", x, w, k) is served
+    assert not few_rows.supports("4bit", x, w[1:], k)

@@ -1,28 +1,24 @@
-"""What a launch asks of torch; rule (g) of DESIGN.md, "Launching"."""
+"""What a launch asks of torch, and the errors where the answer is no."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from onegpu.kernels.launch import aligned
+from onegpu.errors import KernelError
+from onegpu.kernels.guard import not_on_cuda, other_device, refuse_capture
 
 
-@pytest.mark.parametrize(
-    ("tensor", "expected"),
-    [
-        (torch.zeros(8, 16), True),
-        (torch.zeros(8, 16).t(), True),
-        (torch.zeros(129)[1:], False),  # base
-        (torch.zeros(129)[4:], True),
-        (torch.zeros(8, 17)[:, :16], False),  # row stride
-        (torch.zeros(8, 20, dtype=torch.float16)[:, :16], False),
-        (torch.zeros(8, 24, dtype=torch.float16)[:, :16], True),
-        (torch.zeros(1, 16).expand(8, 16), False),  # stride 0
-        (torch.zeros(1, 17)[:, :16], True),  # one row has no row stride
-        (torch.zeros(0, 16), True),
-    ],
-)
-def test_g_what_may_be_read_16_bytes_at_once(tensor: torch.Tensor, expected: bool) -> None:
-    assert aligned(tensor) is expected
-    assert aligned(torch.zeros(4), None, tensor) is expected
+def test_c_nothing_compiles_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    refuse_capture("linear_4bit")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(KernelError, match=r"linear_4bit would compile .* while a CUDA graph is captured"):
+        refuse_capture("linear_4bit")
+
+
+def test_a_tensor_elsewhere_is_named() -> None:
+    x = torch.zeros(2, 3)
+    assert "a tensor of (2, 3) is on cpu, the first one on cuda:1" in str(other_device("few_rows", x, 1))
+    assert str(other_device("few_rows", x, -1)).endswith("the first one on the CPU")
+    assert "few_rows: its first tensor" in str(not_on_cuda("few_rows"))

@@ -25,10 +25,10 @@ def test_compiles_within_the_limits(architecture: int) -> None:
 
     best = {"p_scores": "*bf16", "p_noise": "*fp32", "p_best": "*i64", "V": "i32", "stride": "i32", "scale": "fp32"}
     best["span"] = "i32"
-    constants: dict[str, Any] = {"BLOCK": 1024, "RACE": True}
+    constants: dict[str, Any] = {"BLOCK": 1024, "RACE": True, "PDL": architecture >= 90}
     _fits(kernels._best_kernel, best, constants, architecture)
     _fits(kernels._best_kernel, best, {**constants, "RACE": False}, architecture)
-    constants = {"PARTS": 512, "RACE": True, "EOS": 16, "PAD": True}
+    constants = {"PARTS": 512, "RACE": True, "EOS": 16, "PAD": True, "PDL": architecture >= 90}
     _fits(kernels._take_kernel, {"p_best": "*i64", "parts": "i32", **_STATE}, constants, architecture, num_warps=1)
     names = ("p_values", "p_ids", "p_noise", "V", "scale", "top_k", "cut", "least_top_p", "min_p", "least_min_p")
     kinds = ("*bf16", "*i64", "*fp32", "i32", "fp32", "i32", "fp32", "i32", "fp32", "i32")
