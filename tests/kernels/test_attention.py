@@ -271,6 +271,9 @@ def test_lengths_on_gpu(implementation, d, dtype, mask, all_lengths):
         ("portable", (192, 128), torch.bfloat16, {}),
         ("portable", (192, 192), torch.bfloat16, SLIDING),
         (None, (72, 72), torch.bfloat16, {"causal": True}),
+        (None, (112, 112), torch.float16, SLIDING),
+        (None, (192, 128), torch.bfloat16, {"causal": True}),  # DeepSeek's
+        (None, (64, 128), torch.bfloat16, BAND),
         (None, (256, 256), torch.float16, {"causal": True}),
     ],
 )
