@@ -17,6 +17,7 @@ from onegpu.engine.slots import Slot, Slots, padded_batch
 from onegpu.errors import bad_argument
 from onegpu.kernels import ahead
 
+_WORKSPACE = 2 * (32 << 20)  # of cuBLAS, for torch's stream and the graph's, as large as torch makes them on Hopper
 _KNOWN = frozenset(
     {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "inputs_embeds"}
 )
@@ -168,11 +169,12 @@ class Request:
         return self.mask().shape[1] + max(self.max_length - int(self.columns), 1)
 
     def prefill_bytes(self) -> int:
-        """About what the widest layer takes for the prompt, in bytes."""
+        """About what the widest layer takes for the prompt, and what cuBLAS sets aside on a GPU, in bytes."""
         config = self.model.config.get_text_config()
         wide = 6 * config.hidden_size + 3 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
         tokens = min(self.columns, self.config.prefill_chunk_size or self.columns)
-        return int(self.rows * tokens * wide * self.model.dtype.itemsize)
+        workspace = _WORKSPACE if self.device.type == "cuda" else 0
+        return int(self.rows * tokens * wide * self.model.dtype.itemsize) + workspace
 
     def may_capture(self) -> bool:
         """Whether a captured step is worth trying; if not, ``run.reason`` says why."""
