@@ -83,7 +83,7 @@ def test_f_numbers_beyond_32_bits_and_unaligned_pointers_have_code_of_their_own(
 def test_a_launch_that_is_settled_takes_its_tensors_alone(fake: FakeDriver, cpu_compiled: Any) -> None:
     x, y, z = (on_gpu(torch.zeros(4)) for _ in range(3))
     fake.sizes = [8, 8, 4, 4, 8, 8]
-    bound = triton_bind(cpu_compiled.scale, (6,), x, y, None, 4, 2.0, 1, cluster=3, BIAS=False)
+    bound = triton_bind(cpu_compiled.scale, (6,), x, y, None, 4, 2.0, 1, cluster=3, shared=60000, BIAS=False)
     assert not fake.launches
     bound(z, x)
     bound(y, y)
@@ -92,6 +92,7 @@ def test_a_launch_that_is_settled_takes_its_tensors_alone(fake: FakeDriver, cpu_
     ]
     assert fake.launches[0].arguments[2:4] == [struct.pack("<i", 4), struct.pack("<f", 2.0)]
     assert fake.launches[0].grid == (6, 1, 1) and fake.launches[0].attributes[4] == (3, 1, 1)
+    assert fake.launches[0].shared == 60000
     with pytest.raises(KernelError, match="the first one on cuda:0"):
         bound(z, on_gpu(torch.zeros(4), 1))
     with pytest.raises(ValueError, match="zip"):
