@@ -147,6 +147,15 @@ def test_processors_of_the_users_and_transformers_own(way: Way):
         {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "bad_words_ids": [[5], [7, 9]]},
         {"num_return_sequences": 2, "do_sample": True, "top_k": 20, "temperature": 0.7},
         {"do_sample": True, "logits_processor": [Forbids()]},
+        {
+            "do_sample": True,
+            "top_p": 0.9,
+            "min_p": 0.02,
+            "typical_p": 0.95,
+            "suppress_tokens": [9],
+            "min_new_tokens": 4,
+        },
+        {"forced_eos_token_id": 5, "sequence_bias": {(7,): 4.0}, "begin_suppress_tokens": [11]},
     ):
         torch.manual_seed(3)
         expected = theirs.generate(ids, max_new_tokens=12, **arguments)
