@@ -123,7 +123,7 @@ class _Mapped:
             "typestr": "<i8",
             "data": (memory.data_ptr(), False),
             "strides": None,
-            "version": 2,
+            "version": 3,
         }
 
 
