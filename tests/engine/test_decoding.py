@@ -294,7 +294,12 @@ def test_what_the_choice_writes_to_the_host_is_what_a_copy_was(way: Way, tokens:
         for rows in (1, 2, 3):
             answer = model.generate(ids[:rows], max_new_tokens=tokens)
             absent = max(set(range(2048)) - set(answer.flatten().tolist()))
-            ways = [{}, {"do_sample": True, "top_k": 0}, {"do_sample": True, "top_k": 5}, {"stopping_criteria": [Late()]}]
+            ways = [
+                {},
+                {"do_sample": True, "top_k": 0},
+                {"do_sample": True, "top_k": 5},
+                {"stopping_criteria": [Late()]},
+            ]
             ways += [{"streamer": Kept()}] if rows == 1 else []
             for more in ways * 2:  # the second time in the other request's memory
                 torch.manual_seed(7)
