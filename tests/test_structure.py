@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import onegpu
-from tests import structure
+from tests import modules, structure
 
 ROOT = Path(onegpu.__file__).parents[1]
 Check = Callable[[Path], list[str]]
@@ -40,6 +40,16 @@ CHECKS: list[Check] = [
 def test_package(check: Check):
     problems = check(ROOT)
     assert not problems, "\n".join(problems)
+
+
+def test_the_architecture_page_names_every_file():
+    listed = modules.PAGE.read_text(encoding="utf-8").split(modules.BEGIN)[1].split(modules.END)[0]
+    for folder in {path.parent for path in modules.files()}:
+        (part,) = [part for part in listed.split("**`") if part.startswith(f"{folder}/`**")]
+        missing = [path.name for path in modules.files() if path.parent == folder and f"- `{path.name}`: " not in part]
+        assert not missing, f"{missing} of {folder}: python -m tests.modules"
+        for name in (line.split("`")[1] for line in part.splitlines() if line.startswith("- ")):
+            assert (ROOT / folder / name).is_file(), f"{name} is gone: python -m tests.modules"
 
 
 # Every check on trees that break it, and on trees that only look as if they did: a check that cannot fail is none.

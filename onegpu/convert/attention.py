@@ -147,6 +147,9 @@ def _packed(others: dict[str, Any]) -> Packed | None:
             raise bad_argument("cu_seq_lens_q", None, "is missing beside cu_seq_lens_k", "pass the ends of the queries")
         return None
     ends_k = ends_q if ends_k is None else ends_k
+    for name, ends in (("cu_seq_lens_q", ends_q), ("cu_seq_lens_k", ends_k)):
+        if not isinstance(ends, torch.Tensor):
+            raise bad_argument(name, ends, "is no tensor of ends", "pass int32 [N + 1] for N sequences")
     longest = [others.get(name) for name in ("max_length_q", "max_length_k")]
     return Packed(
         ends_q.to(torch.int32), ends_k.to(torch.int32), *(None if size is None else int(size) for size in longest)
@@ -191,6 +194,10 @@ def mask_function(
         return made
 
     rule, device = _rule_of(pattern), torch.device(device)
+    if attention_mask is not None and isinstance(q_offset, int):
+        # Of queries beyond its end a shorter mask says nothing: they would count as padding, without a word.
+        least = q_offset + q_length if rule is not None and rule.causal else 0
+        attention_mask = _of_batch(attention_mask, batch_size, least)
     # A step of a static cache, which generate() may have compiled: it takes tensors. One of our engine's does not look.
     static = isinstance(q_offset, torch.Tensor) and q_length == 1 and current_step() is None
     numbered = isinstance(kv_offset, int) and (rule is None or rule.sequences is None or attention_mask is None)
@@ -201,6 +208,14 @@ def mask_function(
         return None
     rule = replace(rule, padding=attention_mask, q_offset=q_offset, k_offset=kv_offset)
     return AttentionMask(rule, (batch_size, q_length, kv_length), matrix, device)
+
+
+def _of_batch(mask: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """A 2-D mask for ``rows``; raises where it is of another batch, or ends before ``columns``."""
+    if mask.shape[0] not in (1, rows) or mask.shape[1] < columns:
+        why = f"does not go with a batch of {rows} and {columns} tokens, those in the cache counted"
+        raise bad_argument("attention_mask", list(mask.shape), why, "pass a 1 or a 0 for each of these tokens")
+    return mask.expand(rows, -1)
 
 
 def _rule_of(pattern: Any) -> Rule | None:

@@ -20,7 +20,7 @@ from onegpu.engine.capture import NotCapturableError
 from onegpu.engine.sampling import Sampler, Unsupported
 from onegpu.engine.slots import Slot
 from onegpu.engine.step import Start, StaticStep
-from onegpu.engine.stops import Readback, Stops
+from onegpu.engine.stops import Readback, Ring, Stops
 from onegpu.errors import KernelError
 
 _WORTH_CAPTURING = 8  # steps to come
@@ -29,9 +29,13 @@ _Launch = tuple[Callable[[], None], list[torch.Tensor | None]]  # and the scores
 
 
 class _Draw(NamedTuple):
-    """A sampler's choice as it is launched: alone, and behind a step in the same launch, where there is that."""
+    """A sampler's choice as it is launched: alone, and behind a step in the same launch, where there is that.
+
+    ring: what it writes to for the host, if a request that the host had to look at made it.
+    """
 
     sampler: Sampler
+    ring: Ring | None
     alone: _Launch
     behind: _Launch | None
 
@@ -186,7 +190,8 @@ class Decoding:
         self.columns += 1
         self.stops.remind(self.columns, self.history)
         if self.stops.looks:
-            self.readback.push(self.sampler.out)
+            ring = None if self._draw is None else self._draw.ring
+            self.readback.push(self.sampler.out, None if ring is None else ring.at(self.columns))
 
     def _logits(self, step: StaticStep | None) -> torch.Tensor:
         return self.logits if step is None else step.logits[: self.rows]
@@ -301,9 +306,13 @@ class Decoding:
         if self._draw is not None:
             self._draw.sampler.copy_from(sampler)
             self.sampler = self._draw.sampler
+            if self._draw.ring is not None:
+                self._draw.ring.begin(self.sampler.out)
             return
         if rows == self.slot.batch:
             sampler.out = step.chosen.copy_(sampler.out)
+        ring = Ring.make(sampler.out) if self.stops.looks else None
+        sampler.shown = None if ring is None else ring.shown
         sampler.rehearse(step.logits[:rows], history, lengths)
         generators = () if sampler.generator is None else (sampler.generator,)
 
@@ -317,7 +326,7 @@ class Decoding:
 
             return step.capture(run, generators, behind), kept
 
-        self._draw = _Draw(sampler, launch(False), launch(True) if step.again else None)
+        self._draw = _Draw(sampler, ring, launch(False), launch(True) if step.again else None)
         step.samplers[sampler.key] = self._draw
 
     def _settle(self, columns: int, step: StaticStep | None) -> int | None:

@@ -17,6 +17,7 @@ import torch
 
 from onegpu.engine import prepare
 from onegpu.engine.loop import Engine, Run, UnservedError, decode
+from onegpu.errors import bad_argument
 
 logger = logging.getLogger("onegpu")
 
@@ -74,6 +75,7 @@ class Generate:
         model, generate = self.__self__, self.__func__
         given = self.__signature__.bind(*args, **kwargs).arguments
         given.update(given.pop("kwargs", {}))
+        _check_mask(given)
         home = _device_of_inputs(given)
         moves = home is not None and home != model.device and model.device.type != "meta"
         if moves:  # transformers would warn, and then fail, or copy every token
@@ -88,6 +90,18 @@ class Generate:
             self.engine.last = Run("transformers", reason)
         result = generate(model, **given)
         return _brought_home(result, home) if moves and home is not None else result
+
+
+def _check_mask(given: dict[str, Any]) -> None:
+    """Name a mask that is not the prompt's, which torch would complain of somewhere in the model."""
+    prompt = given.get("inputs", given.get("input_ids"))
+    mask = given.get("attention_mask")
+    if not isinstance(prompt, torch.Tensor) or not isinstance(mask, torch.Tensor) or prompt.ndim != 2 or mask.ndim != 2:
+        return
+    if mask.shape[0] not in (1, prompt.shape[0]) or mask.shape[1] < prompt.shape[1]:
+        why = f"does not go with a prompt of {prompt.shape[0]} x {prompt.shape[1]} tokens"
+        fix = "Pass a 1 or a 0 for each token, those in past_key_values too"
+        raise bad_argument("attention_mask", list(mask.shape), why, fix)
 
 
 def _device_of_inputs(given: dict[str, Any]) -> torch.device | None:

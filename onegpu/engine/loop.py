@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +14,10 @@ from onegpu.engine.cache import unsupported
 from onegpu.engine.decoding import Decoding
 from onegpu.engine.fingerprint import fingerprint, runs_python
 from onegpu.engine.slots import Slot, Slots, padded_batch
+from onegpu.errors import bad_argument
 from onegpu.kernels import ahead
 
+_WORKSPACE = 2 * (32 << 20)  # of cuBLAS, for torch's stream and the graph's, as large as torch makes them on Hopper
 _KNOWN = frozenset(
     {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "inputs_embeds"}
 )
@@ -96,7 +99,9 @@ class Request:
         self._check(input_ids)
         self.prompt = input_ids
         self.rows, self.columns = input_ids.shape
-        self.max_length: int = min((c.max_length for c in self.stopping if type(c) is MaxLengthCriteria), default=0)
+        self._check_cache()
+        limits = (c.max_length for c in self.stopping if type(c) is MaxLengthCriteria)
+        self.max_length = math.ceil(min(limits, default=0))
         self.device = input_ids.device
         self.run = Run("eager")
 
@@ -121,6 +126,13 @@ class Request:
         for reason, holds in reasons.items():
             if holds:
                 raise UnservedError(reason)
+
+    def _check_cache(self) -> None:
+        """Name a cache of other sequences, which torch would complain of somewhere in the model."""
+        held = {layer.keys.shape[0] for layer in self.cache.layers if layer.is_initialized and layer.keys.numel()}
+        if held - {self.rows}:
+            why = f"holds {held.pop()} sequences, the prompt has {self.rows}"
+            raise bad_argument("past_key_values", self.cache, why, "Pass the cache of these sequences, or leave it out")
 
     def mask(self) -> torch.Tensor:
         """[B, n]: the real ones of all tokens up to the prompt's end, those in the cache among them."""
@@ -157,11 +169,12 @@ class Request:
         return self.mask().shape[1] + max(self.max_length - int(self.columns), 1)
 
     def prefill_bytes(self) -> int:
-        """About what the widest layer takes for the prompt, in bytes."""
+        """About what the widest layer takes for the prompt, and what cuBLAS sets aside on a GPU, in bytes."""
         config = self.model.config.get_text_config()
         wide = 6 * config.hidden_size + 3 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
         tokens = min(self.columns, self.config.prefill_chunk_size or self.columns)
-        return int(self.rows * tokens * wide * self.model.dtype.itemsize)
+        workspace = _WORKSPACE if self.device.type == "cuda" else 0
+        return int(self.rows * tokens * wide * self.model.dtype.itemsize) + workspace
 
     def may_capture(self) -> bool:
         """Whether a captured step is worth trying; if not, ``run.reason`` says why."""

@@ -37,6 +37,7 @@ class Sampler:
         out: int64 [3, B], updated in place by each step, to be copied to the host in one piece:
             the token; 1 once the row is finished (the host may write a 1 here, too, between steps);
             1 once a probability was NaN (see `raise_if_invalid`).
+        shown: None, or a ring of copies of `out`, which each step adds to: see `onegpu.kernels.next_token.State`.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Sampler:
 
         self.generator: torch.Generator | None = None
         self.out = torch.zeros(3, frame.batch, dtype=torch.int64, device=frame.device)
+        self.shown: Tensor | None = None
         self._steps, self._rows, self._eos, self._pad = steps, frame.rows, eos, pad
         self._do_sample, self._scores = do_sample, scores
         # Before this point transformers' scores are computed; the shape is part of drawing a token from them.
@@ -183,7 +185,7 @@ class Sampler:
             scores = logits.to(torch.float32, copy=self._scores)
         for step in self._before:
             scores = step(scores, Text(history, lengths))
-        state = State(self._eos, self._pad, self.out, history, lengths)
+        state = State(self._eos, self._pad, self.out, history, lengths, self.shown)
         if self._candidates:
             values, ids = torch.topk(scores, self._candidates, dim=-1, sorted=False)
             take_candidates(values, ids, self._draw(), self._shape, state)

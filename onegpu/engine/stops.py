@@ -16,6 +16,8 @@ from transformers.generation.stopping_criteria import (
 
 from onegpu.kernels.driver import copy_to_host
 
+_SLOTS = 4  # of a ring, a power of two: two tokens are under way at most
+
 
 class Readback:
     """Copies of a small device tensor to the host, in the order of :meth:`push`, without waiting for the device.
@@ -31,8 +33,14 @@ class Readback:
         self._raw = 0 if self._stream is None else self._stream.cuda_stream
         self._direct = self._stream is not None and torch.cuda.current_device() == self._stream.device_index
 
-    def push(self, source: torch.Tensor) -> None:
-        """Take a copy of ``source`` as it is now in its stream."""
+    def push(self, source: torch.Tensor, written: _Copy | None = None) -> None:
+        """Take a copy of ``source`` as it is now in its stream; ``written``: the one that was written with it."""
+        if written is not None:
+            assert len(self._waiting) < _SLOTS - 1, "the next token would overwrite one that nobody has read"
+            if written.event is not None:
+                written.event.record(self._stream)
+            self._waiting.append(written)
+            return
         if self._stream is None:
             self._waiting.append(_Copy(source.clone(), None))
             return
@@ -55,19 +63,68 @@ class Readback:
         copy = self._waiting.popleft()
         if copy.event is not None:
             copy.event.synchronize()
-            self._free.append(copy)
+            if not copy.lent:
+                self._free.append(copy)
         rows: list[list[int]] = copy.tensor.tolist()
         return rows
 
 
 class _Copy:
-    """Where a copy goes, and the event behind it."""
+    """Where a copy goes, and the event behind it. lent: the place is a ring's."""
 
-    __slots__ = ("address", "bytes", "event", "tensor")
+    __slots__ = ("address", "bytes", "event", "lent", "tensor")
 
-    def __init__(self, tensor: torch.Tensor, event: Any) -> None:
-        self.tensor, self.event = tensor, event
+    def __init__(self, tensor: torch.Tensor, event: Any, lent: bool = False) -> None:
+        self.tensor, self.event, self.lent = tensor, event, lent
         self.address, self.bytes = tensor.data_ptr(), tensor.nbytes
+
+
+class Ring:
+    """Host memory that a captured choice of tokens writes to as it goes: a copy behind it would cost the device 12 µs.
+
+    Args:
+        memory: int64 [_SLOTS, 3, B], pinned where the device is a GPU.
+        shown: the same, as the device sees it.
+    """
+
+    def __init__(self, memory: torch.Tensor, shown: torch.Tensor) -> None:
+        self.shown, self._memory = shown, memory
+        self._copies = [_Copy(slot, torch.cuda.Event() if shown.is_cuda else None, lent=True) for slot in memory]
+
+    @classmethod
+    def make(cls, out: torch.Tensor) -> Ring | None:
+        """For a choice that writes to ``out``, int64 [3, B]; None if its device cannot write to the host's memory."""
+        with torch.inference_mode(False):
+            memory = torch.zeros(_SLOTS, *out.shape, dtype=out.dtype, pin_memory=out.is_cuda)
+            shown = torch.as_tensor(_Mapped(memory), device=out.device) if out.is_cuda else memory
+        if shown.data_ptr() != memory.data_ptr():
+            return None  # it is a copy
+        ring = cls(memory, shown)
+        ring.begin(out)
+        return ring
+
+    def begin(self, out: torch.Tensor) -> None:
+        """A request begins in the current stream, which torch's allocator learns by a copy: it gives the memory to
+        nobody else before what is in the stream when the ring dies is done."""
+        self._memory[0].copy_(out, non_blocking=True)
+
+    def at(self, columns: int) -> _Copy:
+        """The copy that is written by the choice that makes ``columns`` columns."""
+        return self._copies[(columns - 1) % _SLOTS]
+
+
+class _Mapped:
+    """Pinned memory in the form in which torch takes memory of a GPU: addresses are the same on both sides."""
+
+    def __init__(self, memory: torch.Tensor) -> None:
+        self._memory = memory  # kept for as long as torch's view of it
+        self.__cuda_array_interface__ = {
+            "shape": tuple(memory.shape),
+            "typestr": "<i8",
+            "data": (memory.data_ptr(), False),
+            "strides": None,
+            "version": 3,
+        }
 
 
 class Stops:

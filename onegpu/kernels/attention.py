@@ -92,7 +92,8 @@ def attention(
         q_range, k_range: int32 ``[B, 2]`` on the device of q, (first, length) of the real rows of each batch row. What
             the others hold does not matter, not even NaN; their output and gradients are zeros. None: all are real.
         cu_seqlens_q, cu_seqlens_k: int32 ``[B + 1]`` on the device of q: packed sequence b is
-            ``[cu_seqlens[b], cu_seqlens[b + 1])``. Rows before the first and after the last are padding.
+            ``[cu_seqlens[b], cu_seqlens[b + 1])``. Rows before the first and after the last are padding. They must not
+            fall, nor pass T; only the CPU looks, since on a GPU reading them would wait for it.
         max_seqlen_q, max_seqlen_k: upper bounds of packed lengths; without them T is, which starts idle blocks.
         deterministic: gradients bit-equal from run to run; None is ``torch.are_deterministic_algorithms_enabled()``.
         return_lse: also return the log-sum-exp.
@@ -112,7 +113,7 @@ def attention(
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if q.ndim < 3 or k.ndim < 3:
         _check(q, k, v, q_range, k_range, cu_seqlens_q, cu_seqlens_k, implementation)
-    if window is not None and (not isinstance(window, tuple | list) or len(window) != 2 or min(window) < -1):
+    if window is not None and not _is_window(window):
         raise bad_argument("window", window, "is not (left, right)", "Pass two numbers of keys; -1 is no limit")
     left, right = (-1, -1) if window is None else window
     if causal:
@@ -136,6 +137,12 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+def _is_window(window: Any) -> bool:
+    if not isinstance(window, tuple | list) or len(window) != 2:
+        return False
+    return all(isinstance(side, int | torch.SymInt) and side >= -1 for side in window)
+
+
 def _check(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_range: torch.Tensor | None, k_range: torch.Tensor | None,
     cu_seqlens_q: torch.Tensor | None, cu_seqlens_k: torch.Tensor | None, implementation: str | None,
@@ -150,6 +157,8 @@ def _check(
             raise bad_argument(name, list(x.shape), "has the wrong number of dimensions", f"Pass {wanted}")
         if x.dtype != q.dtype or not x.is_floating_point():
             raise bad_argument(name, x.dtype, "is not the floating dtype of q", "Cast q, k and v to one dtype")
+        if x.device != q.device:
+            raise bad_argument(name, str(x.device), f"is not the device of q, {q.device}", "Move q, k and v to one")
     if k.shape[-1] != q.shape[-1] or (not packed and k.shape[0] != q.shape[0]):
         raise bad_argument("k", list(k.shape), f"does not fit q {list(q.shape)}", "Use the batch and head dim of q")
     if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
@@ -158,17 +167,24 @@ def _check(
     if k.shape[:-1] != v.shape[:-1]:
         raise bad_argument("v", list(v.shape), "has other rows or heads than k", f"Pass {[*k.shape[:-1], 'D_v']}")
     for name, ends in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        if ends is not None and (ends.ndim != 1 or ends.dtype != torch.int32 or ends.device != q.device):
+        if ends is not None and not (_is_int32(ends, q.device) and ends.ndim == 1 and ends.numel()):
             raise bad_argument(name, ends, "is not an int32 vector on the device of q", "Pass int32 [B + 1]")
+    if cu_seqlens_q is not None and cu_seqlens_k is not None and cu_seqlens_q.numel() != cu_seqlens_k.numel():
+        why = f"does not go with the {cu_seqlens_q.numel() - 1} sequences of cu_seqlens_q"
+        raise bad_argument("cu_seqlens_k", cu_seqlens_k, why, "Pass one end more than there are sequences, in both")
     for name, rows in (("q_range", q_range), ("k_range", k_range)):
         if rows is None:
             continue
         if packed:
             raise bad_argument(name, rows, "is for padded batches", "Pass either ranges or cu_seqlens")
-        if rows.shape != (q.shape[0], 2) or rows.dtype != torch.int32 or rows.device != q.device:
+        if not _is_int32(rows, q.device) or rows.shape != (q.shape[0], 2):
             raise bad_argument(name, rows, "is not int32 [B, 2] on the device of q", "Pass (first, length) of each row")
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise bad_argument("implementation", implementation, "is not known", f"Use one of {IMPLEMENTATIONS}")
+
+
+def _is_int32(x: Any, device: torch.device) -> bool:
+    return isinstance(x, torch.Tensor) and x.dtype == torch.int32 and x.device == device
 
 
 @register("attention")

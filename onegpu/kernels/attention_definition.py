@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from onegpu.errors import bad_argument
 from onegpu.kernels import attention_cpu
 
 
@@ -42,9 +43,13 @@ class _Sequence(NamedTuple):
 def _sequences(q: torch.Tensor, k: torch.Tensor, options: Options) -> Iterator[_Sequence]:
     if options.cu_seqlens_q is not None and options.cu_seqlens_k is not None:
         ends_q, ends_k = options.cu_seqlens_q.tolist(), options.cu_seqlens_k.tolist()
+        for name, ends, most in (("cu_seqlens_q", ends_q, q.shape[0]), ("cu_seqlens_k", ends_k, k.shape[0])):
+            if ends != sorted(ends) or ends[0] < 0 or ends[-1] > most:
+                fix = "Pass where each sequence begins, in order, and where the last one ends"
+                raise bad_argument(name, ends, f"does not rise from 0 to at most {most}, the rows there are", fix)
         for b in range(len(ends_q) - 1):
-            rows, keys = slice(ends_q[b], ends_q[b + 1]), slice(ends_k[b], ends_k[b + 1])
-            yield _Sequence((rows,), (keys,), (slice(None), rows))
+            queries, keys = slice(ends_q[b], ends_q[b + 1]), slice(ends_k[b], ends_k[b + 1])
+            yield _Sequence((queries,), (keys,), (slice(None), queries))
         return
     ranges_q = [(0, q.shape[1])] * q.shape[0] if options.q_range is None else options.q_range.tolist()
     ranges_k = [(0, k.shape[1])] * q.shape[0] if options.k_range is None else options.k_range.tolist()

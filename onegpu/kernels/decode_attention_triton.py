@@ -26,6 +26,7 @@ _CLUSTER = 8  # programs; more than 8 are a matter of luck with the layout of th
 _CLUSTER_KEYS = 512  # that one of them has at most
 _TILE = 8192  # rows × (D + D_v)
 _MOST_PLANS = 4096
+_SHARED = 228 * 1024  # bytes that a Hopper SM has
 
 
 @triton.jit
@@ -77,9 +78,9 @@ def _split_kernel(
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SLOPES: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr,
     PRECISION: tl.constexpr, UNIT: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        tl_cuda.gdc_wait()
+    if PDL:  # the next kernel's programs are there when the last of these ends; they wait as well, for all before them
         tl_cuda.gdc_launch_dependents()
+        tl_cuda.gdc_wait()
     i_program = tl.program_id(0)
     i_split = i_program % SPLITS
     i_tile = (i_program // SPLITS) % ROW_TILES
@@ -187,8 +188,8 @@ def _combine_kernel(
     PDL: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     if PDL:
-        tl_cuda.gdc_wait()
         tl_cuda.gdc_launch_dependents()
+        tl_cuda.gdc_wait()
     ROWS: tl.constexpr = T * G
     i_row = tl.program_id(0).to(tl.int64)  # of all key heads of all sequences
     i_head, i_m = i_row // ROWS, i_row % ROWS
@@ -198,7 +199,10 @@ def _combine_kernel(
 
 
 class Config(NamedTuple):
-    """What a program of the first kernel looks like, how many parts there are, and whether they are one cluster."""
+    """What a program of the first kernel looks like, how many parts there are, and whether they are one cluster.
+
+    alone: no SM takes two programs. Those of the next call, there before these have ended, would gather on free SMs.
+    """
 
     bm: int
     bn: int
@@ -206,6 +210,7 @@ class Config(NamedTuple):
     stages: int
     splits: int
     cluster: bool = False
+    alone: bool = False
 
 
 @functools.lru_cache(maxsize=1024)
@@ -228,7 +233,10 @@ def configure(heads: int, rows: int, d: int, d_v: int, keys: int, itemsize: int,
     # Where the cache is short, so that a second kernel costs more than idle SMs, and each program adds one row at most.
     few = min(_CLUSTER, max(2, sms // 2 // programs), triton.cdiv(keys, FEWEST_KEYS))
     cluster = clusters and parts > 1 and min(rows, bm) <= few > 1 and keys <= few * _CLUSTER_KEYS
-    return Config(bm, bn, warps, stages, few if cluster else parts, cluster)
+    parts = few if cluster else parts
+    # Two of the next call's on an SM do no harm, where there is one for each.
+    crowd = cluster or 3 * stages * bn * wide * itemsize <= _SHARED
+    return Config(bm, bn, warps, stages, parts, cluster, clusters and crowd and programs * parts <= sms)
 
 
 def piece(padded: int, itemsize: int) -> int:
@@ -241,12 +249,14 @@ def _padded(d: int) -> int:
 
 
 @functools.cache
-def _device(device: torch.device) -> tuple[int, bool]:
-    """Streaming multiprocessors, and whether there are clusters and programmatic dependent launch."""
+def _device(device: torch.device) -> tuple[int, bool, int]:
+    """Streaming multiprocessors, whether there are clusters and programmatic dependent launch, and the bytes of shared
+    memory that leave no room for a second program on an SM: half, for each takes a little more."""
     if device.type != "cuda":
-        return 1, False
+        return 1, False, 0
     properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.major >= 9
+    half = properties.shared_memory_per_multiprocessor // 2
+    return properties.multi_processor_count, properties.major >= 9, half
 
 
 class _Plan(NamedTuple):
@@ -274,10 +284,10 @@ def _plan(
     group = h // h_kv
     # 8 where every row begins at a multiple of eight elements
     align = 8 if all(stride % 8 == 0 for x in (k, v) for stride in x.stride()[:3]) else 1
-    sms, hopper = _device(q.device)
+    sms, hopper, half = _device(q.device)
     seen = min(room, window + t - 1) if window else room
     config = config or configure(b * h_kv, t * group, d, d_v, seen, q.element_size(), sms, hopper)
-    bm, bn, warps, stages, parts, cluster = config
+    bm, bn, warps, stages, parts, cluster, alone = config
     tiles, whole = triton.cdiv(t * group, bm), parts == 1
     size = 0 if whole else b * h * t * parts * (d_v + 2)
     scratch = torch.empty(size, dtype=torch.float32, device=q.device)
@@ -293,7 +303,7 @@ def _plan(
         T=t, G=group, D=d, DV=d_v, BM=bm, BN=bn, BD=pad_d, PIECE=piece(pad_d, q.element_size()), BDV=pad_dv,
         ALIGN=align, FIRST=first is not None, WINDOW=window > 0, SOFTCAP=softcap > 0, SLOPES=slopes is not None,
         WHOLE=whole, PDL=hopper, PRECISION="ieee" if exact else None, UNIT=unit, BS=block if cluster else 0,
-        cluster=parts if cluster else 1, num_warps=warps, num_stages=stages, **options,
+        cluster=parts if cluster else 1, shared=half if alone else 0, num_warps=warps, num_stages=stages, **options,
     )  # fmt: skip
     if whole or cluster:
         return _Plan(split, None, size)

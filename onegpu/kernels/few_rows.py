@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from functools import lru_cache, partial
 from importlib.util import find_spec
+from math import inf
 from typing import NamedTuple
 
 import torch
@@ -48,7 +49,7 @@ def fits(
     nested: 0 plain scales, 1 quantised, 2 so that a piece of a row has its codes in one word. half: scales for 32
     columns. sms, limit: multiprocessors, and bytes of shared memory that a block may have.
     """
-    if m > config.rows or (half and not isinstance(config, Wide)):
+    if m > config.rows or (half and not isinstance(config, Wide)) or (nested and config.nested == inf):
         return None
     pieces = ceil_div(k, config.piece(fmt))
     if (config.cluster - 1) * ceil_div(pieces, config.cluster) >= pieces:

@@ -63,6 +63,25 @@ DEVICE void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
+// Without a release, which is a fence for the whole GPU: to see that others are there, or have read.
+DEVICE void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+DEVICE void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+// Four sums to the same place of another block, and their bytes to its barrier `b`.
+DEVICE void push4(float* p, int rank, float4 v, void* b) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("{ .reg .b32 p, b; mapa.shared::cluster.u32 p, %0, %6; mapa.shared::cluster.u32 b, %1, %6;\n"
+               "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [p], {%2, %3, %4, %5}, [b]; }"
+               :: "r"(saddr(p)), "r"(saddr(b)), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(rank) : "memory");
+#endif
+}
 DEVICE float cluster_read(const float* p, int rank) {
   float v = 0.f;
 #if __CUDA_ARCH__ >= 900
@@ -127,6 +146,9 @@ DEVICE void barrier_init(void* b, int arrivals) { asm volatile("mbarrier.init.sh
 DEVICE void barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }   // bulk copies see them
 DEVICE void arrive(void* b) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(saddr(b)) : "memory"); }
 DEVICE void arrive_and_expect(void* b, int bytes) { asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(saddr(b)), "r"(bytes) : "memory"); }
+DEVICE void wait_for_pushes(void* b) {
+  asm volatile("{ .reg .pred p;\nagain:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], 0;\n@!p bra again;\n}" :: "r"(saddr(b)) : "memory");
+}
 DEVICE void wait_for(void* b, int parity) {
   asm volatile("{ .reg .pred p;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@!p bra again;\n}" :: "r"(saddr(b)), "r"(parity) : "memory");
 }

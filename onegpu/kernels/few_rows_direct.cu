@@ -94,11 +94,11 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   if (threadIdx.x < 32) top[threadIdx.x] = 0;                            // and the zeros
   if (FMT == 2) build_plain_table(table, THREADS);
   wait_before_reading_x();
-  if (EARLY) fill();
   Values<THREADS> values; values.fetch(map);
   const float plus = NESTED ? *offset : 0.f;
   // 4-bit: the units of 16 bytes of x change places so that four lanes, the same unit of each, spread over the banks.
-  hold_x<MP, WARPS, TO_FP16>(x, top, m, k, 0, pieces * KB / 8, [&](int r, int v) { return xs + r * pitch + (FMT == 2 ? v ^ (v >> 2 & 3) : v) * 16; });
+  hold_x<MP, WARPS, TO_FP16>(x, top, m, k, 0, pieces * KB / 8, [&](int r, int v) { return xs + r * pitch + (FMT == 2 ? v ^ (v >> 2 & 3) : v) * 16; },
+                             [&]() { if (EARLY) fill(); });
   if (NESTED) { values.put(map_); __syncthreads(); }
 
   const u32 lane4 = lane * 4;

@@ -8,20 +8,24 @@ template <int STEP> struct Walk {
 };
 
 // Up to ROWS rows of x, `vectors` of eight columns each from `col0` on, into shared memory: place(row, vector) says where. OF: warps. FP16: see
-// to_fp16; `top` is zeros before and the largest |x| of each row after. Begins and ends with all warps together.
-template <int ROWS, int OF, int FP16, class Place>
-DEVICE void hold_x(const u16* x, u32* top, int m, int k, int col0, int vectors, Place place) {
+// to_fp16; `top` is zeros before and the largest |x| of each row after. Begins and ends with all warps together. `meanwhile`: what each
+// warp does while its first vectors are on their way: it sends for weights then, behind which x would come late.
+template <int ROWS, int OF, int FP16, class Place, class Meanwhile>
+DEVICE void hold_x(const u16* x, u32* top, int m, int k, int col0, int vectors, Place place, Meanwhile meanwhile) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, chunks = (vectors + 31) / 32;
-  if (FP16) __syncthreads();
   // A warp takes 32 vectors of one row at a time, and several before it uses the first: one trip to memory, not one a row.
   constexpr int BATCH = 8;
-  for (int u0 = warp; u0 < ROWS * chunks; u0 += BATCH * OF) {
+  for (int u0 = warp; u0 == warp || u0 < ROWS * chunks; u0 += BATCH * OF) {
     uint4 q[BATCH];
 #pragma unroll
     for (int j = 0; j < BATCH; j++) {
       const int u = u0 + j * OF, r = u % ROWS, v = u / ROWS * 32 + lane, col = col0 + v * 8;
       q[j] = make_uint4(0, 0, 0, 0);
       if (u < ROWS * chunks && v < vectors && r < m && col < k) q[j] = *(const uint4*)(x + (i64)r * k + col);
+    }
+    if (u0 == warp) {
+      meanwhile();
+      if (FP16) __syncthreads();
     }
 #pragma unroll
     for (int j = 0; j < BATCH; j++) {
@@ -60,21 +64,26 @@ template <int OF> struct Values {
 
 // The sums of tiles of BN rows of W, from those of their cluster's blocks, into y. Tile number q of them begins at row0 + q * BN, and
 // at(q * ROWS8 * PITCH + r * PITCH + row) is where row of x r and row of W `row` have their sum. CL 1: all have been written and seen. After
-// it they may be overwritten, or the block end.
-template <int BN, int PITCH, int ROWS8, int OF, class At>
+// it they may be overwritten, or the block end. OF_BLOCK: parts of a sum that each block has, one tile apart.
+template <int BN, int PITCH, int ROWS8, int OF, int OF_BLOCK = 1, class At>
 DEVICE void put_tiles(const Output& out, At at, int m, int rank, int row0, int r1, int tiles, bool last) {
   if (CL > 1) cluster_sync();
+  else if (OF_BLOCK > 1) __syncthreads();
   for (int i = 4 * (threadIdx.x + rank * OF), q = 0; q < tiles; i += 4 * CL * OF) {
     while (i >= m * BN && q < tiles) { i -= m * BN; q++; row0 += BN; }
     if (q == tiles) break;
-    const int row = i % BN, r = i / BN; const float* p = at((q * ROWS8 + r) * PITCH + row);
-    float4 sum = CL == 1 ? *(const float4*)p : make_float4(0.f, 0.f, 0.f, 0.f);
-    if (CL > 1) {
-      float4 v[CL];
+    const int row = i % BN, r = i / BN; if (row0 + row >= r1) continue;
+    const int first = (q * ROWS8 + r) * PITCH + row;
+    float4 sum = CL * OF_BLOCK == 1 ? *(const float4*)at(first) : make_float4(0.f, 0.f, 0.f, 0.f);
+    if (CL * OF_BLOCK > 1) {
+      float4 v[CL * OF_BLOCK];
 #pragma unroll
-      for (int j = 0; j < CL; j++) v[j] = cluster_read4(p, j);
+      for (int j = 0; j < CL * OF_BLOCK; j++) {
+        const float* p = at(first + j / CL * ROWS8 * PITCH);
+        v[j] = CL > 1 ? cluster_read4(p, j % CL) : *(const float4*)p;
+      }
 #pragma unroll
-      for (int j = 0; j < CL; j++) { sum.x += v[j].x; sum.y += v[j].y; sum.z += v[j].z; sum.w += v[j].w; }
+      for (int j = 0; j < CL * OF_BLOCK; j++) { sum.x += v[j].x; sum.y += v[j].y; sum.z += v[j].z; sum.w += v[j].w; }
     }
     const float s[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
@@ -82,8 +91,45 @@ DEVICE void put_tiles(const Output& out, At at, int m, int rank, int row0, int r
       if (row0 + row + j < r1) out.put(r, row0 + row + j, s[j]);
   }
   __syncwarp();
-  if (CL > 1) cluster_sync();
+  if (CL > 1 && last) { cluster_arrive(); cluster_wait(); }               // what was read is in y's stores: no fence needed to end
+  else if (CL > 1) cluster_sync();
   else if (!last) __syncthreads();
+}
+
+// The same where each block has one tile, without a meeting: block j of a cluster adds rows j BN / CL and on of W. Each adds its OF_BLOCK parts and
+// sends the others theirs; slot(i): where rank r's sums come to lie, ROWS8 BN / CL from r times that on. `pushes`: a barrier that
+// expects m BN / CL (CL - 1) sums; all blocks have been seen to have begun.
+template <int BN, int PITCH, int ROWS8, int OF, int OF_BLOCK, class At, class Slot>
+DEVICE void push_tile(const Output& out, At at, Slot slot, void* pushes, int m, int rank, int row0, int r1) {
+  constexpr int OWN = BN / CL;
+  __syncthreads();
+#pragma unroll
+  for (int j = 1; j <= CL; j++) {                                        // its own last
+    const int to = (rank + j) % CL;
+    for (int i = 4 * threadIdx.x; i < m * OWN; i += 4 * OF) {
+      const int first = i / OWN * PITCH + to * OWN + i % OWN;
+      float4 sum = *(const float4*)at(first);
+#pragma unroll
+      for (int q = 1; q < OF_BLOCK; q++) { const float4 v = *(const float4*)at(first + q * ROWS8 * PITCH); sum.x += v.x; sum.y += v.y; sum.z += v.z; sum.w += v.w; }
+      float* p = slot(rank * ROWS8 * OWN + i);
+      if (j < CL) push4(p, to, sum, pushes); else *(float4*)p = sum;
+    }
+  }
+  wait_for_pushes(pushes);
+  for (int i = 4 * threadIdx.x; i < m * OWN; i += 4 * OF) {
+    float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+    for (int j = 0; j < CL; j++) { const float4 v = *(const float4*)slot(j * ROWS8 * OWN + i); sum.x += v.x; sum.y += v.y; sum.z += v.z; sum.w += v.w; }
+    const int row = row0 + rank * OWN + i % OWN; const float s[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+      if (row + j < r1) out.put(i / OWN, row + j, s[j]);
+  }
+}
+// What the blocks do early for it: `first` is one thread.
+DEVICE void expect_pushes(void* pushes, bool first, int sums) {
+  if (first) { barrier_init(pushes, 1); barriers_ready(); arrive_and_expect(pushes, sums * 4); }
+  cluster_arrive();
 }
 
 #ifdef SLOTS

@@ -12,7 +12,9 @@ constexpr int E_PITCH = BN + 4, DIRECT = WK == 1 && CL == 1;           // DIRECT
 constexpr int IN_TABLE = FMT == 2 && ROWS * E_PITCH <= 8192;  // the sums, in what the table leaves free
 // Tiles between two meetings of the blocks of a cluster: as many as the table has room for; else two, where x leaves room.
 constexpr int MEET = IN_TABLE ? 8192 / (ROWS * E_PITCH) : ROWS <= 16 && CL >= 4 ? 2 : 1;
-constexpr int SUMS = DIRECT || IN_TABLE ? 0 : (MEET * ROWS * E_PITCH + 31) / 32 * 32;
+constexpr int PARTS = APART && WK > MEET ? WK : MEET, PUSHED = APART && CL > 1 ? ROWS * BN : 0;  // APART: of WK, where a block has one tile
+constexpr int SUMS = DIRECT || IN_TABLE ? 0 : (PARTS * ROWS * E_PITCH + PUSHED + 31) / 32 * 32;
+static_assert(!APART || !IN_TABLE || WK * ROWS * E_PITCH + PUSHED <= 8192, "the table has room for the parts of the sums");
 constexpr int TO_FP16 = FMT == 2 && BF16, MMA_BF16 = BF16 && FMT != 2;
 static_assert(FMT != 0 && GROUPS % 2 == 0, "products alternate between two sets of registers");
 
@@ -46,25 +48,29 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   let_next_kernel_start();
   out.send_for_rows(r0, r1);
   if (EARLY) stream.begin_early(); else stream.fill();
-  if (threadIdx.x < 64) top[threadIdx.x] = 0;
+  if (threadIdx.x < (PUSHED ? 48 : 64)) top[threadIdx.x] = 0;
   if (FMT == 2) build_plain_table(table, THREADS);
+  if (PUSHED) expect_pushes(top + 48, threadIdx.x == 0, tiles == 1 ? m * (BN / CL) * (CL - 1) : 0);
   wait_before_reading_x();
-  if (EARLY) stream.fill();
+  if (PUSHED) cluster_wait();
   Values<THREADS> values; values.fetch(map);
   const float plus = NESTED ? *offset : 0.f;
-  if (TO_FP16) __syncthreads();
 
   // x: a warp takes 64 columns of four rows at a time. Columns 16 t + 4 s + 2 h + {0, 1} of 64 go where lane t finds pair h of step s.
   constexpr int FOURS = ROWS / 4, BATCH = 8;
   const int units = share * GROUPS * FOURS, v = lane & 7;
   auto x_of = [&](int u) { return xs + u / FOURS * ROWS * 128 + (u % FOURS * 4 + (lane >> 3)) * 128; };
-  for (int u0 = warp; u0 < units; u0 += BATCH * WARPS) {
+  for (int u0 = warp; u0 == warp || u0 < units; u0 += BATCH * WARPS) {
     uint4 q[BATCH];
 #pragma unroll
     for (int j = 0; j < BATCH; j++) {
       const int u = u0 + j * WARPS, r = u % FOURS * 4 + (lane >> 3), col = p0 * KB + u / FOURS * 64 + v * 8;
       q[j] = make_uint4(0, 0, 0, 0);
       if (u < units && r < m && col < k) q[j] = *(const uint4*)(x + (i64)r * k + col);
+    }
+    if (u0 == warp) {                                                    // not before: x would come behind the weights
+      if (EARLY) stream.fill();
+      if (TO_FP16) __syncthreads();
     }
 #pragma unroll
     for (int j = 0; j < BATCH; j++) {
@@ -180,6 +186,15 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
           acc[i][j] = 0.f;
         }
       continue;
+    }
+    if (APART && tiles == 1) {
+#pragma unroll
+      for (int i = 0; i < NT; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) *sum_at((wk * ROWS + 8 * i + 2 * t + (j & 1)) * E_PITCH + mine + g + 8 * (j >> 1)) = acc[i][j];
+      if (PUSHED) push_tile<BN, E_PITCH, ROWS, THREADS, WK>(out, sum_at, [&](int i) { return sum_at(WK * ROWS * E_PITCH + i); }, top + 48, m, rank, row0, r1);
+      else put_tiles<BN, E_PITCH, ROWS, THREADS, WK>(out, sum_at, m, rank, row0, r1, 1, true);
+      break;
     }
     const int before = tile % MEET; const bool meet = before == MEET - 1 || tile + 1 == tiles;
     for (int turn = 0; turn < WK; turn++) {                              // in this order, whoever is first

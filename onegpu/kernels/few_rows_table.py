@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import inf
 from typing import ClassVar
 
 # Weights of a block: where they are few, what a kernel takes to start, or a cluster to meet, counts most.
@@ -31,7 +32,8 @@ class Narrow:
     products half as large and its look-ups a little slower. early: pieces of each warp that are sent for
     into L2 before the kernel in front has ended (0: this one starts when that has ended; compute capability 9.0).
     price: time of a row of a tile (filled or not), over that of the others with as many rows. nested: that of
-    quantised scales, over that of plain ones. share: weights of a block, padding included, between which it is taken.
+    quantised scales, over that of plain ones (inf: it serves none). share: weights of a block, padding included,
+    between which it is taken. blocks: as Direct's.
     """
 
     rows: int
@@ -45,10 +47,10 @@ class Narrow:
     price: float = 1.0
     nested: float = 1.0
     share: tuple[int, int] = ANY
+    blocks: int = 1
 
     source: ClassVar[str] = "few_rows_narrow.cu"
     packs: ClassVar[int] = 1
-    blocks: ClassVar[int] = 1
     tile: ClassVar[int] = 16
     depth: ClassVar[int] = 0
 
@@ -78,7 +80,8 @@ class Narrow:
 
     def constants(self, half: bool) -> dict[str, int]:
         names = {"MP": self.rows, "WARPS": self.warps, "SLOTS": self.slots, "CB": self.width, "TG": self.tiles}
-        return {**names, "CL": self.cluster, "TABLE_SHIFT": self.table_shift, "EARLY": self.early}
+        return {**names, "CL": self.cluster, "TABLE_SHIFT": self.table_shift, "EARLY": self.early,
+                "BLOCKS": self.blocks}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,9 @@ class Wide:
 
     eights: rows of x, in eights. warps_n x warps_k warps share the rows and the columns. stages: of the ring.
     wgmma: Hopper only. bulk: its engine for bulk copies brings x. early: as Narrow's, in stages. price,
-    nested, share: as Narrow's.
+    nested, share: as Narrow's. lag: products run while the next stage's weights are expanded, which takes a stage of
+    the ring. apart: where a block has one tile, the sums of warps_k meet once, not one after the other, and the
+    blocks of a cluster send each other theirs. Both: with wgmma.
     """
 
     eights: int
@@ -104,6 +109,8 @@ class Wide:
     early: int = 0
     nested: float = 1.0
     share: tuple[int, int] = ANY
+    lag: bool = False
+    apart: bool = False
 
     source: ClassVar[str] = "few_rows_wide.cu"
     packs: ClassVar[int] = 2
@@ -120,7 +127,7 @@ class Wide:
     @property
     def depth(self) -> int:
         """Of the ring."""
-        return self.stages
+        return self.stages - self.lag
 
     def shorter(self) -> Wide:
         """With a ring shorter by one."""
@@ -137,7 +144,7 @@ class Wide:
         total = (256 << self.table_shift) + 1024 * (nested > 0) if four else 0
         if not (self.wgmma and self.warps_k == self.cluster == 1):
             total += ceil_div(self.rows * (tile + 4) * 4, unit) * unit
-        return total + self.stages * ceil_div(stage, unit) * unit + 8 * self.stages * self.bulk
+        return total + self.stages * ceil_div(stage, unit) * unit + 8 * self.stages * self.bulk + 8 * self.apart
 
     @property
     def tile(self) -> int:
@@ -148,7 +155,7 @@ class Wide:
         names = {"NT": self.eights, "RT": self.row_tiles, "WN": self.warps_n, "WK": self.warps_k, "KC": self.columns}
         return {**names, "STAGES": self.stages, "CL": self.cluster, "TABLE_SHIFT": self.table_shift,
                 "HALF_BLOCK": int(half), "WGMMA": int(self.wgmma), "XT": int(self.bulk),
-                "EARLY": self.early}  # fmt: skip
+                "EARLY": self.early, "LAG": int(self.lag), "APART": int(self.apart)}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -156,7 +163,7 @@ class Resident:
     """Configuration of few_rows_resident.cu (Hopper): as Wide with wgmma, but x stays in shared memory.
 
     eights: rows of x, in eights (1, 2, 4, 8). warps_n x warps_k groups of four warps share the rows and the columns.
-    width, slots, early, price, nested, share: as Narrow's.
+    width, slots, early, price, nested, share: as Narrow's. apart: as Wide's.
     """
 
     eights: int
@@ -169,6 +176,7 @@ class Resident:
     price: float = 1.0
     nested: float = 1.0
     share: tuple[int, int] = ANY
+    apart: bool = False
 
     source: ClassVar[str] = "few_rows_resident.cu"
     wgmma: ClassVar[bool] = True
@@ -206,13 +214,16 @@ class Resident:
         total += ceil_div(ceil_div(k, columns), self.cluster) * columns * 2 * self.rows
         sums, meets = self.rows * (self.tile + 4), self.warps_k * self.cluster > 1
         if meets and not (four and sums <= 8192):
-            total += ceil_div(sums * (2 if self.rows <= 16 and self.cluster >= 4 else 1), 32) * 128
+            tiles = 2 if self.rows <= 16 and self.cluster >= 4 else 1
+            sent = self.rows * self.tile * (self.apart and self.cluster > 1)
+            total += ceil_div(sums * max(tiles, self.warps_k * self.apart) + sent, 32) * 128
         scales = 128 if nested == 2 else columns * (1 + nested)
         return total + warps * self.slots * (16 * self.width + scales * four)
 
     def constants(self, half: bool) -> dict[str, int]:
         names = {"NT": self.eights, "WN": self.warps_n, "WK": self.warps_k, "CB": self.width, "SLOTS": self.slots}
-        return {**names, "CL": self.cluster, "TABLE_SHIFT": 8, "WGMMA": 1, "EARLY": self.early}
+        return {**names, "CL": self.cluster, "TABLE_SHIFT": 8, "WGMMA": 1, "EARLY": self.early,
+                "APART": int(self.apart)}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -267,10 +278,11 @@ Config = Narrow | Wide | Resident | Direct
 
 def _bulk(
     eights: int, warps_n: int, warps_k: int, columns: int, stages: int, cluster: int, price: float,
-    share: tuple[int, int] = ANY,
+    share: tuple[int, int] = ANY, lag: bool = False, apart: bool = False,
 ) -> Wide:  # fmt: skip
     """What won as Wide on Hopper."""
-    return Wide(eights, 1, warps_n, warps_k, columns, stages, cluster, 8, True, price, True, 2, share=share)
+    bulk = Wide(eights, 1, warps_n, warps_k, columns, stages, cluster, wgmma=True, bulk=True, early=2)
+    return replace(bulk, price=price, share=share, lag=lag, apart=apart)
 
 
 # By format. Of those that fit, by memory and by `share`, and have the fewest rows the cheapest is taken: by price (with
@@ -293,6 +305,7 @@ CONFIGURATIONS: dict[str, tuple[Config, ...]] = {
         Narrow(16, 16, 2, 64, 2, early=4, price=1.66),
         Resident(2, 3, 1, 128, 2, early=4, price=0.6, share=FEW),
         Resident(2, 3, 1, 128, 3, early=4), Resident(2, 3, 1, 128, 4, cluster=2, early=4, price=1.33),
+        Resident(2, 1, 4, 128, 2, cluster=2, early=4, price=1.6, share=FEW, apart=True),
         Resident(2, 1, 3, 128, 2, cluster=2, early=4, price=2.04),
         Resident(2, 3, 1, 128, 2, cluster=4, early=4, price=1.53), _bulk(2, 12, 1, 256, 3, 2, 1.4),
         _bulk(2, 8, 2, 256, 5, 4, 1.79),
@@ -302,7 +315,8 @@ CONFIGURATIONS: dict[str, tuple[Config, ...]] = {
         Resident(4, 3, 1, 128, 2, cluster=2, early=4, price=1.228),
         Wide(4, 1, 4, 2, 128, 5, cluster=2, price=3.1), Wide(4, 1, 4, 2, 128, 3, price=9),
         _bulk(8, 12, 1, 256, 2, 1, 1.0), _bulk(8, 12, 1, 256, 2, 2, 1.313),
-        _bulk(8, 12, 1, 256, 2, 4, 1.936), _bulk(8, 8, 1, 256, 3, 2, 1.6), _bulk(8, 4, 2, 256, 4, 2, 2.669),
+        _bulk(8, 12, 1, 256, 2, 4, 1.936), _bulk(8, 8, 1, 256, 3, 2, 1.6),
+        _bulk(8, 4, 2, 256, 4, 2, 2.669, lag=True, apart=True),
         _bulk(8, 8, 1, 256, 3, 1, 0.95, FEW),
         _bulk(8, 4, 2, 128, 6, 8, 4.184), Wide(8, 1, 4, 1, 64, 3, price=9),
         Wide(16, 1, 12, 1, 128, 2, cluster=2, wgmma=True, price=1.47),
@@ -311,7 +325,8 @@ CONFIGURATIONS: dict[str, tuple[Config, ...]] = {
     ),
     "4bit": (
         Direct(1, 8, 2, 3, 12, blocks=2, early=2, price=0.9, share=FEW), Direct(1, 12, 2, 3, 12, early=2, price=1.05),
-        Narrow(1, 16, 2, 128, 12, early=2, nested=1.15), Narrow(1, 8, 2, 64, 4, table_shift=7, nested=1.15),
+        Narrow(1, 10, 2, 128, 12, table_shift=7, early=1, price=0.88, nested=inf, blocks=2),
+        Narrow(1, 16, 2, 128, 12, early=1, nested=1.15), Narrow(1, 8, 2, 64, 4, table_shift=7, nested=1.15),
         Direct(2, 8, 2, 3, 8, blocks=2, early=2, price=0.9, share=FEW), Direct(2, 12, 2, 3, 8, early=2, price=1.09),
         Narrow(2, 16, 2, 128, 8, early=2, nested=1.15),
         Narrow(4, 16, 2, 128, 6, early=2), Narrow(4, 16, 3, 64, 6, price=1.1), Narrow(8, 16, 2, 64, 2, price=2.01),
@@ -321,6 +336,7 @@ CONFIGURATIONS: dict[str, tuple[Config, ...]] = {
         Wide(1, 2, 2, 4, 256, 3, cluster=2, price=3.2), Wide(1, 1, 4, 2, 128, 3, table_shift=7, price=9),
         Resident(2, 3, 1, 64, 2, early=4, price=0.6, share=FEW), Resident(2, 3, 1, 64, 2, early=4, nested=1.1),
         Resident(2, 3, 1, 128, 2, cluster=2, early=4, price=1.215, nested=0.85),
+        Resident(2, 1, 4, 128, 2, cluster=2, early=4, price=2.0, share=FEW, apart=True),
         Resident(2, 3, 1, 64, 3, cluster=4, early=4, price=1.396),
         Resident(2, 3, 1, 128, 2, cluster=8, early=4, price=1.38, share=MANY),
         Resident(2, 1, 4, 64, 2, cluster=8, early=4, price=2.9),
@@ -331,7 +347,8 @@ CONFIGURATIONS: dict[str, tuple[Config, ...]] = {
         _bulk(4, 8, 2, 256, 4, 4, 1.82), Wide(4, 1, 4, 2, 128, 2, table_shift=7, price=9),
         _bulk(8, 12, 1, 256, 2, 1, 1.0), _bulk(8, 12, 1, 128, 3, 2, 1.527),
         _bulk(8, 12, 1, 128, 3, 4, 2.101), _bulk(8, 12, 1, 128, 3, 8, 2.666), _bulk(8, 8, 1, 256, 2, 2, 1.918),
-        _bulk(8, 4, 4, 256, 3, 2, 2.797), _bulk(8, 4, 2, 128, 6, 8, 4.21), _bulk(8, 8, 1, 256, 3, 1, 0.95, FEW),
+        _bulk(8, 4, 4, 256, 3, 2, 2.797, lag=True, apart=True), _bulk(8, 4, 2, 128, 6, 8, 4.21),
+        _bulk(8, 8, 2, 256, 2, 1, 0.95, FEW, apart=True),
         Wide(8, 1, 2, 2, 128, 2, table_shift=7, price=9),
         Wide(16, 1, 12, 1, 128, 2, cluster=2, table_shift=7, wgmma=True, price=1.47),
         Wide(16, 1, 12, 1, 256, 2, table_shift=7, wgmma=True),

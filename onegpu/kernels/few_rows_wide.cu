@@ -19,7 +19,12 @@ constexpr int X_PITCH = WGMMA ? KC * 2 : KC * 2 + 16, W_BYTES = BN * CB, X_BYTES
 constexpr int ALIGN = WGMMA ? 1024 : 16, STAGE = (W_BYTES + X_BYTES + BN * (PACKED ? 8 : SCALES * 4 * (1 + NESTED)) + ALIGN - 1) / ALIGN * ALIGN;
 constexpr int E_PITCH = BN + 4, DIRECT = WGMMA && WK == 1 && CL == 1;      // DIRECT: no sums meet
 constexpr int SUMS = DIRECT ? 0 : (ROWS * E_PITCH * 4 + ALIGN - 1) / ALIGN * ALIGN;
+// LAG: the last products of a stage run while the next stage's weights are expanded, so its place in the ring is free one stage later.
+constexpr int PUSH = APART && CL > 1;
+constexpr int AHEAD = STAGES - 1 - LAG;
+static_assert(AHEAD > 0 && (WGMMA || !LAG && !APART), "a stage on its way, one that is read, one that products read");
 static_assert(!WGMMA || (RT == 1 && WN % 4 == 0), "a warpgroup multiplies 64 rows");
+static_assert(!APART || WK * ROWS * E_PITCH * 4 <= STAGES * STAGE, "the parts of the sums have room in the ring");
 static_assert(GROUPS * WK * 64 == KC && (CB == 64 || CB == 128 || (WGMMA && CB == 256)), "a warp takes whole groups of 64 columns");
 
 // wgmma: units of 16 bytes of W change places so that eight rows, the same unit of each, spread over the banks.
@@ -83,6 +88,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
       scales.fetch_both(at.to + W_BYTES + X_BYTES + e * 4, BN * SCALES * 4, row * nb + b, row < r1 && b < nb);
     }
   };
+  u8* pushes = ring + STAGES * STAGE + 8 * STAGES * XT;                  // PUSH: a barrier
   u8* bars = ring + STAGES * STAGE;                                      // XT: of each stage, that its x is there
   auto fetch_x = [&](const Cursor& at) {
 #if XT
@@ -106,12 +112,13 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   out.send_for_rows(r0, r1);
   Cursor f = {r0, 0, 0, shared(ring)}, c = f;
 #pragma unroll
-  for (int i = 0; i < STAGES - 1; i++) { if (i < items && !EARLY) fetch_w(f); f.next(pieces); }
+  for (int i = 0; i < AHEAD; i++) { if (i < items && !EARLY) fetch_w(f); f.next(pieces); }
   if (EARLY) {
     f = c;
     for (int i = 0; i < EARLY && i < items; i++, f.next(pieces))
       for (int r = threadIdx.x; r < BN; r += THREADS)
-        if (f.row0 + r < r1 && (p0 + f.piece) * CB < row_bytes) send_for(w + (i64)(f.row0 + r) * row_bytes + (p0 + f.piece) * CB);
+        if (f.row0 + r < r1 && (p0 + f.piece) * CB < row_bytes)
+          send_for(w + (i64)(f.row0 + r) * row_bytes + (p0 + f.piece) * CB);
   }
 #if XT
   if (threadIdx.x == 0) {
@@ -124,10 +131,12 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
     if (WGMMA) build_plain_table(table, THREADS);
     else build_table(table, THREADS);
   }
+  if (PUSH) expect_pushes(pushes, threadIdx.x == 0, tiles == 1 ? m * (BN / CL) * (CL - 1) : 0);
   wait_before_reading_x();
+  if (PUSH) cluster_wait();
   f = c;
 #pragma unroll
-  for (int i = 0; i < STAGES - 1; i++) { if (i < items) { if (EARLY) fetch_w(f); fetch_x(f); } f.next(pieces); commit(); }
+  for (int i = 0; i < AHEAD; i++) { if (i < items) { if (EARLY) fetch_w(f); fetch_x(f); } f.next(pieces); commit(); }
   Values<THREADS> values; values.fetch(map);
   const float plus = NESTED ? *offset : 0.f;
   values.put(map_);                                                      // seen when the warps meet at the first stage
@@ -150,6 +159,18 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
         }
       return;
     }
+    if (APART && tiles == 1) {                                         // the ring has been read: a part of the sums for each warp
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < NT; i++) {
+        float *p = (float*)ring + (wk * ROWS + 8 * i + 2 * t) * E_PITCH + wn * 16 + g, (&s)[4] = acc[0][i];
+        p[0] = s[0]; p[E_PITCH] = s[1]; p[8] = s[2]; p[E_PITCH + 8] = s[3];
+      }
+      auto part = [&](int i) { return (float*)ring + i; };
+      if (PUSH) push_tile<BN, E_PITCH, ROWS, THREADS, WK>(out, part, [&](int i) { return sums + i; }, pushes, m, rank, row0, r1);
+      else put_tiles<BN, E_PITCH, ROWS, THREADS, WK>(out, part, m, rank, row0, r1, 1, true);
+      return;
+    }
     for (int turn = 0; turn < WK; turn++) {                              // in this order, whoever is first
       if (wk == turn) {
 #pragma unroll
@@ -167,12 +188,12 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
     put_tiles<BN, E_PITCH, ROWS, THREADS>(out, [&](int i) { return sums + i; }, m, rank, row0, r1, 1, true);
   };
 
-  for (int item = 0; item < items; item++, c.next(pieces)) {
-    copies_left<STAGES - 2>();
-    if (WGMMA) products_left<0>();
+  auto step = [&](int item, u32 (&even)[16], u32 (&odd)[16]) {            // wgmma: the operands of even and of odd groups
+    copies_left<AHEAD - 1>();
+    if (WGMMA && !LAG) products_left<0>();
     if (WGMMA && !XT) copies_seen_by_wgmma();
     __syncthreads();
-    if (item + STAGES - 1 < items) { fetch_w(f); fetch_x(f); f.next(pieces); }
+    if (item + AHEAD < items) { fetch_w(f); fetch_x(f); f.next(pieces); }
     commit();
     const u8* stage = ring + c.stage * STAGE;
     if (XT) wait_for(bars + c.stage * 8, item / STAGES & 1);
@@ -182,7 +203,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
         const int group = wk * GROUPS + b, row = wn * 16 + g;
         const u8* p = stage + row * CB;
         const u8* xs = stage + W_BYTES + group * ROWS * 128;
-        u32 a[16];
+        u32 (&a)[16] = b & 1 ? odd : even;
         if (FMT == 2) {
           float s[4];                                                    // rows g, g + 8; halves of the group
 #pragma unroll
@@ -266,5 +287,11 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
       }
     }
     if (c.piece == pieces - 1) { if (WGMMA) sums_ready<0>(acc[0]); finish(c.row0); }
-  }
+    c.next(pieces);
+  };
+  u32 a0[16], a1[16];
+  if (LAG && GROUPS % 2)
+    for (int item = 0; item < items; item += 2) { step(item, a0, a1); if (item + 1 < items) step(item + 1, a1, a0); }
+  else
+    for (int item = 0; item < items; item++) step(item, a0, a1);
 }

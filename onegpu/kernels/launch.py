@@ -192,17 +192,18 @@ def triton_launch(kernel: Any, grid: Grid, *args: Any, **constants: Any) -> None
     _triton(kernel)(grid, args, constants)
 
 
-def triton_bind(kernel: Any, grid: Grid, *args: Any, cluster: int = 1, **constants: Any) -> Bound:
+def triton_bind(kernel: Any, grid: Grid, *args: Any, cluster: int = 1, shared: int = 0, **constants: Any) -> Bound:
     """Settle a launch once, for an op that keeps it by all that decides it: shapes, strides, alignment, options.
 
     Args:
         kernel, grid, args, constants: as of `triton_launch`; the tensors are examples.
         cluster: so many blocks in a row run at once and may use ``barrier.cluster`` (compute capability 9.0 and up).
+        shared: bytes of shared memory a block at least, so that fewer fit beside one another.
 
     Returns:
         The launch: called with its tensors alone, alike in dtype, device and 16-byte alignment, without the Nones.
     """
-    return _triton(kernel).bind(grid, args, constants, cluster)
+    return _triton(kernel).bind(grid, args, constants, cluster, shared)
 
 
 def _triton(kernel: Any) -> TritonKernel:

@@ -48,6 +48,8 @@ class State(NamedTuple):
         out: [3, B], updated: the token; 1 once the row is finished; 1 once a probability was NaN.
         history: [B, L], updated: the token is written to column ``min(lengths[b], L - 1)``.
         lengths: [B], updated: 1 is added.
+        shown: [N, 3, B], N a power of two, or None; updated: ``shown[lengths[b] % N, :, b]`` becomes what ``out`` is
+            then. It may be memory of the host that the device has mapped.
     """
 
     eos: torch.Tensor
@@ -55,14 +57,15 @@ class State(NamedTuple):
     out: torch.Tensor
     history: torch.Tensor
     lengths: torch.Tensor
+    shown: torch.Tensor | None = None
 
 
 _SHAPE = "float temperature, int top_k, float top_p, int least_top_p, float min_p, int least_min_p"
-_STATE = "Tensor eos, Tensor? pad, Tensor(a!) out, Tensor(b!) history, Tensor(c!) lengths"
+_STATE = "Tensor eos, Tensor? pad, Tensor(a!) out, Tensor(b!) history, Tensor(c!) lengths, Tensor(d!)? shown=None"
 
 
 def _record(token: torch.Tensor, state: State) -> None:
-    eos, pad, out, history, lengths = state
+    eos, pad, out, history, lengths, shown = state
     finished = out[1]
     if pad is not None:
         token = torch.where(finished != 0, pad, token)
@@ -70,6 +73,8 @@ def _record(token: torch.Tensor, state: State) -> None:
     finished.logical_or_((token[:, None] == eos).any(dim=1))
     # A step may run past the end before the host has seen it: the last column takes that token.
     history.scatter_(1, lengths.clamp(max=history.shape[1] - 1)[:, None], token[:, None])
+    if shown is not None:
+        shown[lengths % len(shown), :, torch.arange(len(lengths), device=out.device)] = out.T
     lengths.add_(1)
 
 

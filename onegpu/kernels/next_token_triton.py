@@ -20,7 +20,7 @@ from onegpu.kernels.next_token import Shape, State
 _BLOCK = 1024
 _PROGRAMS = 512  # so many keep the memory of any GPU busy; a power of two
 # Numbers that differ between requests: one compiled kernel serves all.
-_ANY = ["n_eos", "n_rows", "L", "parts", "span", "top_k", "least_top_p", "least_min_p"]
+_ANY = ["n_eos", "n_rows", "L", "n_shown", "parts", "span", "top_k", "least_top_p", "least_min_p"]
 _FEW_EOS = 16  # one kernel for up to so many
 _LOWEST = tl.constexpr(-(1 << 63))
 _NAN = tl.constexpr(0x7FFFFFFF)
@@ -39,7 +39,7 @@ def _ordered(b_x):
 
 @triton.jit
 def _record(
-    i_row, token, invalid, p_eos, n_eos, p_pad, p_out, n_rows, p_history, L, p_lengths,
+    i_row, token, invalid, p_eos, n_eos, p_pad, p_out, n_rows, p_history, L, p_lengths, p_shown, n_shown,
     EOS: tl.constexpr, PAD: tl.constexpr,
 ):  # fmt: skip
     finished = tl.load(p_out + n_rows + i_row)
@@ -48,10 +48,17 @@ def _record(
     o_eos = tl.arange(0, EOS)
     b_eos = tl.load(p_eos + o_eos, mask=o_eos < n_eos, other=-1)  # [EOS]
     hit = tl.max((b_eos == token).to(tl.int32), axis=0)
-    tl.store(p_out + i_row, token)
-    tl.store(p_out + n_rows + i_row, ((finished != 0) | (hit != 0)).to(tl.int64))
-    tl.store(p_out + 2 * n_rows + i_row, tl.load(p_out + 2 * n_rows + i_row) | invalid.to(tl.int64))
+    finished = ((finished != 0) | (hit != 0)).to(tl.int64)
+    invalid = tl.load(p_out + 2 * n_rows + i_row) | invalid.to(tl.int64)
     length = tl.load(p_lengths + i_row)
+    tl.store(p_out + i_row, token)
+    tl.store(p_out + n_rows + i_row, finished)
+    tl.store(p_out + 2 * n_rows + i_row, invalid)
+    if n_shown > 0:  # who reads it there waits for an event behind this kernel
+        p_slot = p_shown + (length & (n_shown - 1)) * 3 * n_rows + i_row
+        tl.store(p_slot, token)
+        tl.store(p_slot + n_rows, finished)
+        tl.store(p_slot + 2 * n_rows, invalid)
     tl.store(p_history + i_row * L + tl.minimum(length, L - 1), token)
     tl.store(p_lengths + i_row, length + 1)
 
@@ -80,7 +87,7 @@ def _best_kernel(
 
 @triton.jit(do_not_specialize=_ANY)
 def _take_kernel(
-    p_best, parts, p_eos, n_eos, p_pad, p_out, n_rows, p_history, L, p_lengths,
+    p_best, parts, p_eos, n_eos, p_pad, p_out, n_rows, p_history, L, p_lengths, p_shown, n_shown,
     PARTS: tl.constexpr, RACE: tl.constexpr, EOS: tl.constexpr, PAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The best of a row's parts, recorded."""
@@ -94,13 +101,15 @@ def _take_kernel(
     # Scores that are infinite upwards or NaN have no probabilities, nor have scores that are all -inf.
     invalid = ((value >= _INF) | (value <= _MINUS_INF)) if RACE else value != value
     token = 0x7FFFFFFF - (best & 0xFFFFFFFF)
-    _record(i_row, token, invalid, p_eos, n_eos, p_pad, p_out, n_rows, p_history, L, p_lengths, EOS, PAD)
+    _record(
+        i_row, token, invalid, p_eos, n_eos, p_pad, p_out, n_rows, p_history, L, p_lengths, p_shown, n_shown, EOS, PAD
+    )
 
 
 @triton.jit(do_not_specialize=_ANY)
 def _candidates_kernel(
     p_values, p_ids, p_noise, V, scale, top_k, cut, least_top_p, min_p, least_min_p,
-    p_eos, n_eos, p_pad, p_out, n_rows, p_history, L, p_lengths,
+    p_eos, n_eos, p_pad, p_out, n_rows, p_history, L, p_lengths, p_shown, n_shown,
     K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr, EOS: tl.constexpr, PAD: tl.constexpr,
 ):  # fmt: skip
     """One row: its candidates sorted, cut from the left, raced, recorded."""
@@ -126,7 +135,10 @@ def _candidates_kernel(
     # Not negative: the bits are in the order of the numbers.
     best = tl.max((b_score.to(tl.int32, bitcast=True).to(tl.int64) << 32) | b_ids, axis=0)
     token = best & 0xFFFFFFFF
-    _record(i_row, token, total != total, p_eos, n_eos, p_pad, p_out, n_rows, p_history, L, p_lengths, EOS, PAD)
+    invalid = total != total
+    _record(
+        i_row, token, invalid, p_eos, n_eos, p_pad, p_out, n_rows, p_history, L, p_lengths, p_shown, n_shown, EOS, PAD
+    )
 
 
 def take(scores: torch.Tensor, noise: torch.Tensor | None, temperature: float, state: State) -> None:
@@ -169,8 +181,10 @@ def _starts_early(device: torch.device) -> bool:
 
 
 def _pointers(state: State) -> tuple[torch.Tensor | int, ...]:
-    eos, pad, out, history, lengths = state
-    return eos, len(eos), out if pad is None else pad, out, out.shape[1], history, history.shape[1], lengths
+    eos, pad, out, history, lengths, shown = state
+    pad, slots = out if pad is None else pad, 0 if shown is None else len(shown)
+    ring = out if shown is None else shown
+    return eos, len(eos), pad, out, out.shape[1], history, history.shape[1], lengths, ring, slots
 
 
 def _constants(state: State) -> dict[str, int | bool]:

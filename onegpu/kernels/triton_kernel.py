@@ -173,7 +173,9 @@ class TritonKernel:
             raise not_on_cuda(self.op)
         return device, (*key, device, unaligned, *constants.values(), *constants), addresses
 
-    def bind(self, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any], cluster: int) -> Bound:
+    def bind(
+        self, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any], cluster: int, shared: int = 0
+    ) -> Bound:
         """A launch of which only the addresses are open, see `onegpu.kernels.launch.triton_bind`."""
         # tensors, and descriptors, for which their tensors are given
         tensors = [index for index, arg in enumerate(args) if isinstance(arg, torch.Tensor) or hasattr(arg, "base")]
@@ -191,6 +193,8 @@ class TritonKernel:
             made = self._made.get(key) or self._make(key, device, args, constants)
             if cluster > 8:
                 made.kernel.allow_large_cluster(device)
+            shared = max(shared, made.shared)
+            made.kernel.allow_shared(shared, device)
         if made.scratch or made.ctas > 1:
             raise KernelError(f"{self.op}: Triton's scratch and its clusters cannot be bound")
         attributes = driver.attributes(made.pdl, made.cooperative, (cluster, 1, 1), spread=True)
@@ -209,7 +213,7 @@ class TritonKernel:
         # A tensor that the code does not read has no place among them: it goes to the end, which is taken off again.
         places = [place_of.get(index, (-1, None, ())) for index in tensors]
         values += (0, 0, 0)
-        kernel, threads, shared, launch_packed = made.kernel, made.threads, made.shared, made.packer.launch
+        kernel, threads, launch_packed = made.kernel, made.threads, made.packer.launch
 
         def launch(*given: torch.Tensor) -> None:
             if device != current_device():

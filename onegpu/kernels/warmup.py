@@ -62,9 +62,11 @@ def warmup(
         Seconds: of compiling all at once, in threads; then by op, sizes and rows, in the order in which they ran.
 
     Raises:
-        ArgumentError: rows is not a number above 0, or an op is not known.
+        ArgumentError: model is no module, rows is not a number above 0, or an op is not known.
         KernelError: a kernel cannot be compiled, or a CUDA graph is being captured.
     """
+    if model is not None and not isinstance(model, torch.nn.Module):
+        raise bad_argument("model", model, "is no module", "Pass a model that is loaded, from_pretrained's result")
     runs = _runs(model, rows, shapes, device, dtype)
     start = time.perf_counter()
     for done in ahead.start(_jobs(runs)):

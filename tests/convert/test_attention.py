@@ -135,6 +135,28 @@ def test_ends_of_the_keys_alone_are_no_packing():
         attention_function(SimpleNamespace(is_causal=True), q, q, q, None, cu_seq_lens_k=ends)
 
 
+def test_ends_that_are_no_tensor():
+    q = torch.randn(1, 2, 3, 8)
+    with pytest.raises(ArgumentError, match=r"^cu_seq_lens_q=\[0, 3\] is no tensor of ends"):
+        attention_function(SimpleNamespace(is_causal=True), q, q, q, None, cu_seq_lens_q=[0, 3])
+
+
+def test_a_mask_of_another_batch_or_of_too_few_tokens_is_named():
+    """Without a word the tokens that a short mask leaves out would count as padding."""
+    model = tiny_model("llama", attn_implementation="onegpu")
+    ids = harness.text(batch=3)["input_ids"]
+    for mask in (torch.ones(2, 14), torch.ones(3, 13)):
+        with pytest.raises(ArgumentError, match=r"^attention_mask=\[.*\] does not go with a batch of 3 and 14 tokens"):
+            model(ids, attention_mask=mask.long())
+    cache = model(ids[:, :9], use_cache=True).past_key_values
+    with pytest.raises(ArgumentError, match=r"^attention_mask=\[3, 5\] does not go with a batch of 3 and 14 tokens"):
+        model(ids[:, 9:], attention_mask=torch.ones(3, 5).long(), past_key_values=cache)
+    padded = torch.ones(1, 14).long()
+    padded[:, :4] = 0
+    one = model(ids, attention_mask=padded).logits
+    assert torch.equal(one, model(ids, attention_mask=padded.repeat(3, 1)).logits)
+
+
 def test_an_unknown_tensor_raises():
     q = torch.randn(1, 2, 3, 8)
     caller = SimpleNamespace(is_causal=True)

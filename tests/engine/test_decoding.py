@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import DynamicCache, LogitsProcessor, StoppingCriteria
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, LogitsProcessor, StoppingCriteria
 
 from benchmarks.hand_captured import HandCaptured
+from onegpu.engine.stops import Ring
 from tests.engine.models import LENGTHS, WAYS, Way, causal_model, ours, padded, pair, prompts, served
 from tests.tiny import PAD, tiny_model, tiny_tokenizer
 
@@ -147,6 +148,15 @@ def test_processors_of_the_users_and_transformers_own(way: Way):
         {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "bad_words_ids": [[5], [7, 9]]},
         {"num_return_sequences": 2, "do_sample": True, "top_k": 20, "temperature": 0.7},
         {"do_sample": True, "logits_processor": [Forbids()]},
+        {
+            "do_sample": True,
+            "top_p": 0.9,
+            "min_p": 0.02,
+            "typical_p": 0.95,
+            "suppress_tokens": [9],
+            "min_new_tokens": 4,
+        },
+        {"forced_eos_token_id": 5, "sequence_bias": {(7,): 4.0}, "begin_suppress_tokens": [11]},
     ):
         torch.manual_seed(3)
         expected = theirs.generate(ids, max_new_tokens=12, **arguments)
@@ -243,3 +253,60 @@ def test_a_long_answer(way: Way, tokens: int):
         expected = theirs.generate(ids, max_new_tokens=tokens)
     assert torch.equal(model.generate(ids, max_new_tokens=tokens), expected)
     served(model, way)
+
+
+@pytest.mark.parametrize(
+    ("way", "tokens"),
+    [
+        pytest.param(("cpu", "emulate"), 20, id="cpu-static"),
+        pytest.param(("cuda", "auto"), 500, id="cuda-graph", marks=pytest.mark.gpu),
+    ],
+)
+def test_what_the_choice_writes_to_the_host_is_what_a_copy_was(way: Way, tokens: int, monkeypatch: pytest.MonkeyPatch):
+    """Of one, two, and three rows, which take a step for four."""
+    made: list[torch.Tensor] = []
+
+    class Kept:
+        def put(self, shown: torch.Tensor) -> None:
+            made.append(shown.clone())
+
+        def end(self) -> None:
+            made.append(torch.zeros(0))
+
+    class Late(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            made.append(input_ids.cpu())
+            ended = input_ids.shape[1] >= LENGTHS[-1] + tokens - 5
+            return torch.full((len(input_ids),), ended, device=input_ids.device)
+
+    def ring(out: torch.Tensor) -> Ring | None:
+        rings.append(make(out))
+        return rings[-1]
+
+    sizes = {"hidden_size": 256, "intermediate_size": 192, "num_attention_heads": 4, "num_hidden_layers": 2}
+    config = LlamaConfig(vocab_size=2048, eos_token_id=None, pad_token_id=PAD, initializer_range=0.2, **sizes)
+    dtype = torch.bfloat16 if way[0] == "cuda" else torch.float32
+    ids, results, rings, make = prompts().to(way[0]), [], [], Ring.make
+    for way_back in (ring, lambda out: None):
+        monkeypatch.setattr(Ring, "make", way_back)
+        torch.manual_seed(0)
+        model = ours(LlamaForCausalLM(config).eval().to(dtype), way)
+        for rows in (1, 2, 3):
+            answer = model.generate(ids[:rows], max_new_tokens=tokens)
+            absent = max(set(range(2048)) - set(answer.flatten().tolist()))
+            ways = [
+                {},
+                {"do_sample": True, "top_k": 0},
+                {"do_sample": True, "top_k": 5},
+                {"stopping_criteria": [Late()]},
+            ]
+            ways += [{"streamer": Kept()}] if rows == 1 else []
+            for more in ways * 2:  # the second time in the other request's memory
+                torch.manual_seed(7)
+                made.append(model.generate(ids[:rows], max_new_tokens=tokens, eos_token_id=absent, **more).cpu())
+                served(model, way)
+                assert model.generate.report.fused
+        results.append(made.copy())
+        made.clear()
+    assert rings and None not in rings and max(len(x.T) for x in results[0] if x.ndim == 2) == LENGTHS[-1] + tokens
+    assert len(results[0]) == len(results[1]) and all(map(torch.equal, *results))

@@ -7,6 +7,7 @@ import inspect
 import pickle
 import threading
 
+import accelerate
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
@@ -14,6 +15,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 import onegpu
 from onegpu.engine.generate import Generate, _brought_home, _device_of_inputs, _moved, attach, detach
+from onegpu.errors import ArgumentError
 from tests.engine.models import LENGTHS, WAYS, Way, causal_model, ours, padded, pair, prompts, served
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -104,6 +106,35 @@ def test_errors_of_transformers_are_still_raised():
         model.generate(prompts(), not_an_argument=1)
     with pytest.raises(TypeError):
         model.generate(prompts(), None, None, None, None, None, None, None, None, None, None, 1)
+
+
+@pytest.mark.parametrize("shape", [(2, LENGTHS[-1]), (3, 7)])
+def test_a_mask_of_another_prompt_is_named(shape: tuple[int, int]):
+    """Also one of ones, which transformers leaves out after it has made wrong positions of it."""
+    model = ours(causal_model("llama"), ("cpu", "emulate"))
+    for mask in (torch.ones(shape), torch.arange(shape[1]).gt(3).repeat(shape[0], 1)):
+        with pytest.raises(ArgumentError, match=r"^attention_mask=\[.*\] does not go with a prompt of 3 x 40 tokens"):
+            model.generate(prompts(), attention_mask=mask.long(), max_new_tokens=3)
+    longer = torch.ones(1, LENGTHS[-1] + 5, dtype=torch.long)  # which transformers takes
+    assert model.generate(prompts(), attention_mask=longer, max_new_tokens=3).shape == (3, LENGTHS[-1] + 3)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_cache_of_other_sequences_is_named_and_does_no_harm(way: Way):
+    model = ours(causal_model("llama"), way)
+    ids = prompts().to(way[0])
+    expected = model.generate(ids, max_new_tokens=12)
+    cache = model.generate(ids[:2], max_new_tokens=2, return_dict_in_generate=True).past_key_values
+    with pytest.raises(ArgumentError, match=r"^past_key_values=.*holds 2 sequences, the prompt has 3\. Pass"):
+        model.generate(ids, past_key_values=cache, max_new_tokens=3)
+    assert torch.equal(model.generate(ids, max_new_tokens=12), expected)
+
+
+def test_a_fraction_of_a_token_is_a_token():
+    theirs, model = pair("llama", ("cpu", "emulate"))
+    expected = theirs.generate(prompts(), max_new_tokens=2.5)
+    assert torch.equal(model.generate(prompts(), max_new_tokens=2.5), expected)
+    assert model.generate.report.loop == "eager" and expected.shape[1] == LENGTHS[-1] + 3
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -200,6 +231,20 @@ def test_two_models_in_two_threads_each(way: Way):
     assert not wrong
     for model in models:
         served(model, way)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_an_offloaded_model_runs_eagerly_and_gives_the_same_tokens(device: str, tmp_path):
+    way = device, "emulate" if device == "cpu" else "auto"
+    model = ours(causal_model("llama"), way)
+    ids, mask = (tensor.to(device) for tensor in padded("right"))
+    expected = model.generate(ids, attention_mask=mask, max_new_tokens=12)
+    served(model, way)
+    accelerate.dispatch_model(
+        model, {"model": 0 if device == "cuda" else "cpu", "lm_head": "disk"}, offload_dir=tmp_path
+    )
+    assert torch.equal(model.generate(ids, attention_mask=mask, max_new_tokens=12), expected)
+    assert model.generate.report.loop == "eager" and "offloading does that" in model.generate.report.reason
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StoppingCriteria
 
-from onegpu.engine.stops import Readback, Stops
+from onegpu.engine.stops import Readback, Ring, Stops
+from onegpu.kernels.next_token import State, take
 
 
 def stops(*criteria, streamer=None, rows=2):
@@ -89,3 +90,35 @@ def test_copies_come_back_in_order(name: str):
     back.push(source)
     seen += [back.pop(), back.pop()]
     assert seen == [[[number] * 2] * 3 for number in (0, 1, 7)]
+
+
+@pytest.mark.parametrize("name", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_choice_writes_to_the_host_itself(name: str):
+    out = torch.zeros(3, 2, dtype=torch.long, device=name)
+    history, lengths = out.new_zeros(2, 30), out.new_full((2,), 5)
+    ring, back = Ring.make(out), Readback(torch.device(name))
+    assert ring is not None and (ring.shown.device, ring.shown.shape) == (out.device, (4, 3, 2))
+    state = State(out.new_tensor([7]), None, out, history, lengths, ring.shown)
+    scores, seen = torch.zeros(2, 300, device=name), []
+    for columns in range(6, 26):
+        scores.zero_()[torch.arange(2), [columns, 7 if columns > 20 else 3 * columns]] = 1.0
+        take(scores, None, 1.0, state)
+        back.push(out, ring.at(columns))
+        if columns > 7:  # two late
+            seen.append(back.pop())
+    back.push(out)  # as where nothing is captured
+    out.fill_(-1)
+    seen += [back.pop(), back.pop(), back.pop()]
+    expected = [[[c, 7 if c > 20 else 3 * c], [int(c >= 7), int(c > 20)], [0, 0]] for c in range(6, 26)]
+    assert seen == [*expected, expected[-1]]
+    assert history[0, 5:25].tolist() == [*range(6, 26)]
+
+
+def test_what_nobody_has_read_is_not_overwritten():
+    out = torch.zeros(3, 1, dtype=torch.long)
+    ring, back = Ring.make(out), Readback(out.device)
+    assert ring is not None
+    for columns in range(3):
+        back.push(out, ring.at(columns))
+    with pytest.raises(AssertionError, match="nobody has read"):
+        back.push(out, ring.at(3))

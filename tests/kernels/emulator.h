@@ -85,6 +85,8 @@ inline void wait_before_reading_x() {}
 inline void let_next_kernel_start() {}
 inline int cluster_rank() { return now->block; }
 inline void cluster_sync() { meet(cluster_meeting); }
+inline void cluster_arrive() {}
+inline void cluster_wait() { meet(cluster_meeting); }
 inline float cluster_read(const float* p, int rank) { return *(const float*)(blocks[rank].smem + ((const uint8_t*)p - block().smem)); }
 inline float4 cluster_read4(const float* p, int rank) {
   if ((uint64_t)p % 16) abort();
@@ -169,6 +171,12 @@ inline void wait_for(void* b, int parity) {
     if (at_(b)->phase == (parity & 1)) pause_();
   }
 }
+inline void push4(float* p, int rank, float4 v, void* b) {
+  auto there = [&](void* q) { return blocks[rank].smem + ((uint8_t*)q - block().smem); };
+  if ((uint64_t)p % 16) abort();
+  *(float4*)there(p) = v; owed_(there(b)) -= 16; settle(there(b));
+}
+inline void wait_for_pushes(void* b) { wait_for(b, 0); }
 struct XMap { const uint16_t* x; int rows, m, k; };
 inline void copy_x(uint8_t* to, const XMap* map, int col, void* b) {
   static const uint16_t zeros[8] = {};

@@ -273,6 +273,32 @@ def test_one_graph_serves_every_length() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("b", "h", "h_kv", "d", "keys"),
+    [(1, 32, 8, 128, 32768), (1, 32, 32, 128, 512), (4, 71, 1, 64, 4096), (1, 8, 8, 128, 100), (16, 32, 8, 128, 1024)],
+)
+def test_a_chain_of_calls_that_start_early(b: int, h: int, h_kv: int, d: int, keys: int) -> None:
+    """Each call's queries are the output of the one before, in memory that was poisoned."""
+    lengths = tuple(max(1, keys - 37 * i) for i in range(b))
+    (q, k, v, length), _ = inputs("cuda", torch.bfloat16, room=keys, lengths=lengths, h=h, h_kv=h_kv, d=d)
+    k, v = k.nan_to_num(), v.nan_to_num()
+    wanted = [q]
+    for _ in range(12):
+        wanted.append(decode_attention(wanted[-1], k, v, length, scale=1.0))
+        torch.cuda.synchronize()
+    graph, start = torch.cuda.CUDAGraph(), q.clone()
+    with torch.cuda.graph(graph):
+        made = [start]
+        for _ in range(12):
+            made.append(decode_attention(made[-1], k, v, length, scale=1.0))
+    for _ in range(20):
+        for out in made[1:]:
+            out.fill_(float("nan"))
+        graph.replay()
+        assert all(torch.equal(out, want) for out, want in zip(made, wanted, strict=True))
+
+
+@pytest.mark.gpu
 def test_offset_and_expanded_tensors() -> None:
     (q, k, v, length), _ = inputs("cuda", torch.float16, d=64, room=300, lengths=(300, 200))
     k, v = k.nan_to_num(), v.nan_to_num()

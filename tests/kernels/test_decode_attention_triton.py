@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -49,33 +50,44 @@ def test_compiles_within_the_limits(architecture: int) -> None:
         assert stack_bytes(kernel) <= 16, what  # ptxas sets 8 bytes aside here and there
         assert "cp.async.cg.shared.global" in kernel.asm["ptx"], what  # 16 bytes at a time, while it computes
         assert ("barrier.cluster.wait" in kernel.asm["ptx"]) == (architecture == 90 and not whole), what
+        _check_order(kernel.asm["ptx"], architecture)
     arguments = {"p_parts": "*fp32", "p_out": "*bf16"}
     arguments |= dict.fromkeys(("HKV", "SPLITS", "o_b", "o_t", "o_h"), "i32")
     constants = {"T": 1, "G": 8, "DV": 256, "BS": 256, "BP": 32, "BDV": 256, "PDL": architecture >= 90, "UNIT": 1.0}
     kernel = compiled(kernels._combine_kernel, arguments, constants, architecture)
     assert kernel.metadata.shared <= SHARED_MEMORY_LIMIT and stack_bytes(kernel) == 0
+    _check_order(kernel.asm["ptx"], architecture)
 
 
 @needs_triton
 @pytest.mark.parametrize(
     ("heads", "rows", "d", "keys", "config"),
     [
-        (8, 4, 128, 32768, (16, 64, 4, 3, 16, False)),
-        (32, 1, 128, 4096, (16, 64, 4, 3, 4, False)),
-        (128, 4, 128, 4096, (16, 64, 4, 3, 1, False)),
-        (8, 4, 128, 4096, (16, 64, 4, 3, 8, True)),
-        (32, 1, 128, 512, (16, 64, 4, 3, 2, True)),
-        (8, 16, 128, 4096, (16, 64, 4, 3, 16, False)),
-        (1, 64, 256, 8192, (16, 32, 4, 3, 33, False)),
-        (4, 71, 64, 4096, (64, 64, 4, 3, 16, False)),
-        (1, 1, 128, 100, (16, 64, 4, 3, 1, False)),  # nothing to split
+        (8, 4, 128, 32768, (16, 64, 4, 3, 16, False, False)),
+        (32, 1, 128, 4096, (16, 64, 4, 3, 4, False, False)),
+        (128, 4, 128, 4096, (16, 64, 4, 3, 1, False, False)),
+        (8, 4, 128, 4096, (16, 64, 4, 3, 8, True, True)),
+        (32, 1, 128, 512, (16, 64, 4, 3, 2, True, True)),
+        (8, 16, 128, 4096, (16, 64, 4, 3, 16, False, False)),
+        (1, 64, 256, 8192, (16, 32, 4, 3, 33, False, False)),
+        (4, 71, 64, 4096, (64, 64, 4, 3, 16, False, True)),
+        (1, 1, 128, 100, (16, 64, 4, 3, 1, False, False)),  # nothing to split
     ],
 )
 def test_what_was_fastest_is_chosen(heads: int, rows: int, d: int, keys: int, config: tuple[Any, ...]) -> None:
     from onegpu.kernels import decode_attention_triton as kernels
 
     assert kernels.configure(heads, rows, d, d, keys, 2, 132, True) == config
-    assert not kernels.configure(heads, rows, d, d, keys, 2, 108, False).cluster
+    assert kernels.configure(heads, rows, d, d, keys, 2, 108, False)[5:] == (False, False)
+
+
+def _check_order(ptx: str, architecture: int) -> None:
+    """The next kernel may start at once, and nothing is read or written before the wait."""
+    before, wait, behind = ptx.partition("griddepcontrol.wait")
+    assert bool(wait) == (architecture == 90)
+    if wait:
+        assert "griddepcontrol.launch_dependents" in before and "griddepcontrol" not in behind
+        assert not re.search(r"(ld|st|red|atom)\.(volatile\.|relaxed\.)?global|cp\.async|prefetch", before)
 
 
 @needs_triton

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from math import inf
 
 import pytest
 import torch
@@ -43,6 +44,7 @@ def compare(y: torch.Tensor, x: torch.Tensor, w: torch.Tensor, bias: torch.Tenso
     assert_close(y, reference, reordered if bias is None else reordered + bias, what=what)
 
 
+SENT = {"wgmma": True, "bulk": True, "lag": True, "apart": True}
 # (configuration, quant_type, nested, block size, M, N, K, dtype)
 FOUR_BIT = [
     (Narrow(1, 4, 3, 128, 3), "nf4", False, 64, 1, 70, 704, torch.bfloat16),
@@ -69,6 +71,10 @@ FOUR_BIT = [
     (Direct(2, 4, 4, 2, 1), "fp4", True, 128, 2, 70, 704, torch.bfloat16),
     (Direct(2, 2, 2, 2, 2), "nf4", True, 4096, 2, 40, 704, torch.float16),
     (Direct(4, 4, 2, 2, 1), "nf4", True, 64, 3, 70, 704, torch.bfloat16),
+    (Wide(1, 1, 4, 4, 256, 4, 2, 7, **SENT), "nf4", True, 64, 8, 100, 1280, torch.bfloat16),
+    (Wide(1, 1, 4, 2, 256, 3, 2, 8, **SENT), "nf4", False, 64, 8, 150, 1280, torch.float16),
+    (Resident(2, 3, 1, 64, 2, cluster=4, apart=True), "nf4", False, 64, 13, 150, 2048, torch.bfloat16),
+    (Resident(2, 1, 4, 128, 2, apart=True), "nf4", False, 64, 13, 100, 2048, torch.bfloat16),
 ]
 
 
@@ -107,6 +113,8 @@ def test_4_bit_kernels_on_the_cpu(case: tuple) -> None:
         Wide(1, 1, 4, 2, 256, 2, wgmma=True, bulk=True),
         Resident(2, 1, 2, 128, 2, cluster=2),
         Resident(2, 1, 1, 128, 2, cluster=4),
+        Resident(2, 1, 3, 128, 2, cluster=2, apart=True),
+        Wide(1, 1, 4, 2, 128, 3, wgmma=True, bulk=True, lag=True, apart=True),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -143,7 +151,7 @@ def test_no_registers_spill_no_copy_is_encoded_wrongly_and_no_sum_is_read_early(
     for config in CONFIGURATIONS[fmt]:
         if config.cluster == 1 and isinstance(config, Wide) and not config.wgmma:
             continue  # for GPUs before Hopper
-        nested = 2 if fmt == "4bit" else 0  # which needs more registers than plain scales
+        nested = 2 if fmt == "4bit" and config.nested < inf else 0  # which needs more registers than plain scales
         code = few_rows.kernel(config, fmt, True, False, nested, False).compile("sm_90a").code
         assert machine_code.stack_bytes(code) == 0, config
         assert machine_code.copies_with_a_uniform_base(code) == 0, config
@@ -197,6 +205,41 @@ def test_products_that_start_early_read_what_the_one_before_wrote(fmt: str, nest
         y.zero_()
         graph.replay()
         assert torch.equal(y, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [4096, 9000])  # one tile of a block, several
+@pytest.mark.parametrize(
+    ("fmt", "config"),
+    [
+        ("4bit", Wide(8, 1, 4, 4, 256, 3, 2, 8, early=2, **SENT)),
+        ("4bit", Wide(8, 1, 8, 2, 256, 2, 1, 8, True, bulk=True, early=2, apart=True)),
+        ("int8", Wide(8, 1, 4, 2, 256, 4, 2, 8, early=2, **SENT)),
+        ("4bit", Resident(2, 3, 1, 64, 3, cluster=4, early=4, apart=True)),
+        ("4bit", Resident(2, 1, 4, 128, 2, cluster=2, early=4, apart=True)),
+        ("int8", Resident(2, 1, 4, 128, 2, cluster=2, early=4, apart=True)),
+    ],
+)
+def test_products_that_overlap_and_sums_that_are_sent_on_a_gpu(
+    fmt: str, config: Config, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(few_rows.CONFIGURATIONS, fmt, (config,))
+    few_rows.plan.cache_clear()
+    try:
+        for nested in (False, True)[: 1 + (fmt == "4bit")]:
+            w, run = random_weights(fmt, n, 4096, nested, 1)
+            x = activations((config.rows - 1, 4096), torch.bfloat16, "cuda")
+            bias = activations((n,), torch.bfloat16, "cuda", seed=5)
+            y = run(x, bias=bias)
+            compare(y, x, w, bias, f"nested {nested}")
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):  # each starts before the one in front has ended
+                many = [run(x, bias=bias) for _ in range(20)]
+            for _ in range(20):
+                graph.replay()
+                assert all(torch.equal(y, other) for other in many)
+    finally:
+        few_rows.plan.cache_clear()
 
 
 @pytest.mark.gpu

@@ -23,13 +23,16 @@ from onegpu.kernels.next_token import (
 OPS = torch.ops.onegpu
 
 
-def _state(rows: int, device: str = "cpu", *, eos: tuple[int, ...] = (3, 5), pad: int | None = 0) -> State:
+def _state(
+    rows: int, device: str = "cpu", *, eos: tuple[int, ...] = (3, 5), pad: int | None = 0, shown: int = 4
+) -> State:
     out = torch.zeros(3, rows, dtype=torch.int64, device=device)
     out[1, rows // 2 :: 2] = 1  # some rows are finished
     history = torch.full((rows, 6), -7, device=device)
     lengths = torch.arange(rows, device=device) % 8  # up to two past the end
     made = torch.tensor(eos, dtype=torch.int64, device=device)
-    return State(made, None if pad is None else torch.tensor(pad, device=device), out, history, lengths)
+    ring = torch.full((shown, 3, rows), -7, device=device) if shown else None
+    return State(made, None if pad is None else torch.tensor(pad, device=device), out, history, lengths, ring)
 
 
 def _noise(rows: int, vocab: int, device: str = "cpu") -> torch.Tensor:
@@ -57,6 +60,9 @@ def test_what_a_row_keeps(pad: int | None, eos: tuple[int, ...], device: str):
         assert state.out[:, row].tolist() == [token, int(finished or token in eos), 0]
         assert state.lengths[row] == before.lengths[row] + 1 and state.history[row, place] == token
         assert (state.history[row] == before.history[row]).sum() == 5
+        slot = int(before.lengths[row]) % 4
+        assert state.shown[slot, :, row].equal(state.out[:, row])
+        assert (state.shown[:, :, row] == -7).all(1).sum() == 3, "the other slots are as they were"
 
 
 def test_candidates_are_cut_in_order(device: str):
@@ -105,7 +111,8 @@ def test_what_cannot_be_drawn_from_is_marked(value: float, device: str):
 def test_opcheck(device: str):
     scores = torch.randn(4, 300, device=device)
     torch.library.opcheck(OPS.take_token.default, (scores, None, 1.0, *_state(4, device)))
-    torch.library.opcheck(OPS.take_token.default, (scores, _noise(4, 300, device), 0.7, *_state(4, device, pad=None)))
+    bare = _state(4, device, pad=None, shown=0)
+    torch.library.opcheck(OPS.take_token.default, (scores, _noise(4, 300, device), 0.7, *bare))
     candidates, shape = _candidates(4, 128, 300, device), Shape(0.7, 50, 0.9, 1, 0.1)
     torch.library.opcheck(OPS.take_token_of_candidates.default, (*candidates, *shape, *_state(4, device)))
 
@@ -121,6 +128,7 @@ def _same_tokens(got: State, wanted: State, allowed: float = 0.0) -> None:
     assert (~same).float().mean() <= allowed
     for mine, its in ((got.history, wanted.history), (got.lengths, wanted.lengths)):
         assert torch.equal(mine[same], its[same])
+    assert torch.equal(got.shown[:, :, same], wanted.shown[:, :, same])
 
 
 @pytest.mark.gpu

@@ -10,7 +10,7 @@ from onegpu.kernels.next_token import MOST_CANDIDATES
 from tests.triton_tools import ARCHITECTURES, SHARED_MEMORY_LIMIT, compiled, interpret, needs_triton
 
 _STATE = {"p_eos": "*i64", "n_eos": "i32", "p_pad": "*i64", "p_out": "*i64", "n_rows": "i32", "p_history": "*i64"}
-_STATE.update({"L": "i32", "p_lengths": "*i64"})
+_STATE.update({"L": "i32", "p_lengths": "*i64", "p_shown": "*i64", "n_shown": "i32"})
 
 
 def _fits(kernel: Any, arguments: dict[str, str], constants: dict[str, Any], architecture: int, **options: int) -> None:

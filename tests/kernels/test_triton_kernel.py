@@ -83,7 +83,7 @@ def test_f_numbers_beyond_32_bits_and_unaligned_pointers_have_code_of_their_own(
 def test_a_launch_that_is_settled_takes_its_tensors_alone(fake: FakeDriver, cpu_compiled: Any) -> None:
     x, y, z = (on_gpu(torch.zeros(4)) for _ in range(3))
     fake.sizes = [8, 8, 4, 4, 8, 8]
-    bound = triton_bind(cpu_compiled.scale, (6,), x, y, None, 4, 2.0, 1, cluster=3, BIAS=False)
+    bound = triton_bind(cpu_compiled.scale, (6,), x, y, None, 4, 2.0, 1, cluster=3, shared=60000, BIAS=False)
     assert not fake.launches
     bound(z, x)
     bound(y, y)
@@ -92,6 +92,7 @@ def test_a_launch_that_is_settled_takes_its_tensors_alone(fake: FakeDriver, cpu_
     ]
     assert fake.launches[0].arguments[2:4] == [struct.pack("<i", 4), struct.pack("<f", 2.0)]
     assert fake.launches[0].grid == (6, 1, 1) and fake.launches[0].attributes[4] == (3, 1, 1)
+    assert fake.launches[0].shared == 60000
     with pytest.raises(KernelError, match="the first one on cuda:0"):
         bound(z, on_gpu(torch.zeros(4), 1))
     with pytest.raises(ValueError, match="zip"):
@@ -172,17 +173,21 @@ def test_the_front_end_has_a_turn_and_the_rest_runs_beside_others(
     note(ASTSource, "make_ir")
     note(CUDABackend, "make_llir")
     x = on_gpu(torch.zeros(4))
+
+    def compiles(**constants: Any) -> None:  # as a thread of the pool does; the program's own waits for no turn
+        launch._triton(cpu_compiled.scale).compile(90, (x, x, None, 4, 1.0, 1), constants, triton_kernel._TURN)
+
     with triton.knobs.cache.scope():
         triton.knobs.cache.dir = str(tmp_path)
-        triton_launch(cpu_compiled.scale, (1,), x, x, None, 4, 1.0, 1, BIAS=False)
+        compiles(BIAS=False)
         assert held == {"hash": True, "make_ir": True, "make_llir": False}
         assert not triton_kernel._TURN.locked()
         launch._TRITON.clear()
         held.clear()
-        triton_launch(cpu_compiled.scale, (1,), x, x, None, 4, 1.0, 1, BIAS=False)  # from disk
+        compiles(BIAS=False)  # from disk
         assert held == {"hash": True} and not triton_kernel._TURN.locked()
         with pytest.raises(KernelError):
-            triton_launch(cpu_compiled.scale, (1,), x, x, None, 4, 1.0, 1, BIAS=False, num_warp=4)
+            compiles(BIAS=False, num_warp=4)
         assert not triton_kernel._TURN.locked()
 
 

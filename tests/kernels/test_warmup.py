@@ -113,6 +113,8 @@ def _attentions(model: torch.nn.Module) -> list[dict[str, Any]]:
 
 
 def test_wrong_arguments_and_a_capture_are_errors(calls: list[tuple[Any, ...]], fake: FakeDriver) -> None:
+    with pytest.raises(ArgumentError, match=r"^model='gpt2' is no module"):
+        onegpu.warmup("gpt2")  # type: ignore[arg-type]
     for rows in ((0,), (1, "2"), (True,), 16):
         with pytest.raises(ArgumentError, match=r"rows=.*holds something else than numbers above 0"):
             onegpu.warmup(rows=rows)  # type: ignore[arg-type]
