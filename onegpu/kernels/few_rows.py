@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from functools import lru_cache, partial
 from importlib.util import find_spec
-from math import inf
 from typing import NamedTuple
 
 import torch
 
 from onegpu.kernels import ahead
-from onegpu.kernels.few_rows_table import CONFIGURATIONS, Config, Wide, ceil_div, resident_clusters
+from onegpu.kernels.few_rows_table import CONFIGURATIONS, Config, Narrow, Wide, ceil_div, resident_clusters
 from onegpu.kernels.guard import architecture
 from onegpu.kernels.launch import CudaKernel, source_text, tensor_map
 
@@ -49,8 +48,10 @@ def fits(
     nested: 0 plain scales, 1 quantised, 2 so that a piece of a row has its codes in one word. half: scales for 32
     columns. sms, limit: multiprocessors, and bytes of shared memory that a block may have.
     """
-    if m > config.rows or (half and not isinstance(config, Wide)) or (nested and config.nested == inf):
+    if m > config.rows or (half and not isinstance(config, Wide)):
         return None
+    if nested == 1 and isinstance(config, Narrow) and config.blocks > 1:
+        return None  # each code by itself takes more registers than two blocks have
     pieces = ceil_div(k, config.piece(fmt))
     if (config.cluster - 1) * ceil_div(pieces, config.cluster) >= pieces:
         return None  # a block would have no columns

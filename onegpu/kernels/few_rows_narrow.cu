@@ -19,7 +19,8 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
          const void* __restrict__ absmax, const float* __restrict__ nested, const float* __restrict__ map,
          const float* __restrict__ offset, int m, int n, int k, int shift, int nested_shift) {
   SHARED(smem);
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, rank = cluster_rank();
+  const int lane = threadIdx.x & 31, warp = PACKED ? of_warp(threadIdx.x >> 5) : threadIdx.x >> 5;   // with it some fit, without the others
+  const int g = lane >> 2, t = lane & 3, rank = cluster_rank();
   const int cluster = blockIdx.x / CL, clusters = gridDim.x / CL;
   const int r0 = (int)((i64)n * cluster / clusters), r1 = (int)((i64)n * (cluster + 1) / clusters);
   const int tiles = (r1 - r0 + 15) / 16, all = (k + KB - 1) / KB, share = (all + CL - 1) / CL;
@@ -81,8 +82,14 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
       flush(tile);
       const u8* slot = stream.next(tile, piece, plus, map_);
       float s0[SCALES + 1], s1[SCALES + 1];
+      if (PACKED) {
+        const float* of = (const float*)(slot + PIECE); const u32 word0 = __float_as_uint(of[g]), word1 = __float_as_uint(of[g + 8]);
 #pragma unroll
-      for (int b = 0; b < SCALES; b++) { s0[b] = ((const float*)(slot + PIECE))[g * SCALES + b]; s1[b] = ((const float*)(slot + PIECE))[(g + 8) * SCALES + b]; }
+        for (int b = 0; b < SCALES; b++) { s0[b] = scales.decode_of_word(word0, of[g + 16], plus, b, map_); s1[b] = scales.decode_of_word(word1, of[g + 24], plus, b, map_); }
+      } else {
+#pragma unroll
+        for (int b = 0; b < SCALES; b++) { s0[b] = ((const float*)(slot + PIECE))[g * SCALES + b]; s1[b] = ((const float*)(slot + PIECE))[(g + 8) * SCALES + b]; }
+      }
 #pragma unroll
       for (int b = 0; b < GROUPS; b++) {
         u32 xa[NT][8];

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import inf
 from typing import ClassVar
 
 # Weights of a block: where they are few, what a kernel takes to start, or a cluster to meet, counts most.
@@ -32,7 +31,7 @@ class Narrow:
     products half as large and its look-ups a little slower. early: pieces of each warp that are sent for
     into L2 before the kernel in front has ended (0: this one starts when that has ended; compute capability 9.0).
     price: time of a row of a tile (filled or not), over that of the others with as many rows. nested: that of
-    quantised scales, over that of plain ones (inf: it serves none). share: weights of a block, padding included,
+    quantised scales, over that of plain ones. share: weights of a block, padding included,
     between which it is taken. blocks: as Direct's.
     """
 
@@ -50,9 +49,13 @@ class Narrow:
     blocks: int = 1
 
     source: ClassVar[str] = "few_rows_narrow.cu"
-    packs: ClassVar[int] = 1
     tile: ClassVar[int] = 16
     depth: ClassVar[int] = 0
+
+    @property
+    def packs(self) -> int:
+        """The highest form of quantised scales (`fits`): a piece of 256 columns has its codes in one word."""
+        return 2 if self.width == 128 else 1
 
     @property
     def threads(self) -> int:
@@ -71,7 +74,8 @@ class Narrow:
         share = ceil_div(ceil_div(k, columns), self.cluster)
         pitch = ceil_div(share * columns * 2, 128) * 128 + (64 if fmt == "16bit" else 16)
         sums = self.tiles * self.warps * 16 * self.rows * 4
-        slot = 16 * self.width + (columns * (1 + (nested > 0)) if four else 0)
+        scales = 128 if nested == self.packs == 2 else columns * (1 + (nested > 0))
+        slot = 16 * self.width + scales * four
         total = (256 << self.table_shift) + 1024 * (nested > 0) if four else 0
         total += self.rows * pitch + (0 if four and self.table_shift == 8 else sums) + self.warps * self.slots * slot
         if self.cluster > 1:
@@ -325,11 +329,12 @@ CONFIGURATIONS: dict[str, tuple[Config, ...]] = {
     ),
     "4bit": (
         Direct(1, 8, 2, 3, 12, blocks=2, early=2, price=0.9, share=FEW), Direct(1, 12, 2, 3, 12, early=2, price=1.05),
-        Narrow(1, 10, 2, 128, 12, table_shift=7, early=1, price=0.88, nested=inf, blocks=2),
+        Narrow(1, 10, 2, 128, 12, table_shift=7, early=1, price=0.88, blocks=2),
         Narrow(1, 16, 2, 128, 12, early=1, nested=1.15), Narrow(1, 8, 2, 64, 4, table_shift=7, nested=1.15),
         Direct(2, 8, 2, 3, 8, blocks=2, early=2, price=0.9, share=FEW), Direct(2, 12, 2, 3, 8, early=2, price=1.09),
         Narrow(2, 16, 2, 128, 8, early=2, nested=1.15),
-        Narrow(4, 16, 2, 128, 6, early=2), Narrow(4, 16, 3, 64, 6, price=1.1), Narrow(8, 16, 2, 64, 2, price=2.01),
+        Narrow(4, 16, 2, 128, 6, early=2), Narrow(4, 16, 3, 64, 6, price=1.1),
+        Narrow(8, 16, 2, 64, 2, early=4, price=2.01),
         Resident(1, 3, 1, 128, 3, early=4), Resident(1, 3, 1, 128, 2, cluster=2, early=4, price=1.302),
         Resident(1, 4, 1, 128, 2, cluster=4, early=4, price=1.371), Resident(1, 1, 4, 64, 3, cluster=2, price=2.227),
         Wide(1, 1, 12, 1, 256, 5, wgmma=True, price=1.54), Wide(1, 1, 12, 1, 256, 4, cluster=2, wgmma=True, price=1.81),
@@ -348,7 +353,7 @@ CONFIGURATIONS: dict[str, tuple[Config, ...]] = {
         _bulk(8, 12, 1, 256, 2, 1, 1.0), _bulk(8, 12, 1, 128, 3, 2, 1.527),
         _bulk(8, 12, 1, 128, 3, 4, 2.101), _bulk(8, 12, 1, 128, 3, 8, 2.666), _bulk(8, 8, 1, 256, 2, 2, 1.918),
         _bulk(8, 4, 4, 256, 3, 2, 2.797, lag=True, apart=True), _bulk(8, 4, 2, 128, 6, 8, 4.21),
-        _bulk(8, 8, 2, 256, 2, 1, 0.95, FEW, apart=True),
+        _bulk(8, 8, 1, 256, 3, 1, 0.95, FEW),
         Wide(8, 1, 2, 2, 128, 2, table_shift=7, price=9),
         Wide(16, 1, 12, 1, 128, 2, cluster=2, table_shift=7, wgmma=True, price=1.47),
         Wide(16, 1, 12, 1, 256, 2, table_shift=7, wgmma=True),

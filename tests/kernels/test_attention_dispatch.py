@@ -62,6 +62,8 @@ def test_what_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     big = 64, 512, 32, 64
     assert serves(*big) == serves(32, 512, 32, 64, right=-1) == serves(4, 4096, 21, 192) == "cudnn"
     assert serves(16, 512, 32, 128) == serves(4, 4096, 64, 64) == serves(4, 4096, 64, 64, right=-1) == "hopper"
+    assert serves(16, 1024, 32, 64) == serves(16, 1024, 32, 128, right=-1) == "hopper"
+    assert serves(32, 512, 32, 128, right=-1) == "cudnn"
     assert serves(4, 4096, 21, 192, right=-1) == serves(4, 4096, 21, 192, right=-1, backward=True) == "cudnn"
     assert serves(*big, left=100) == serves(*big, right=3) == "hopper"
     assert serves(4, 512, 32, 128) == serves(16, 500, 32, 128) == serves(4, 4096, 32, 128) == "hopper"

@@ -64,6 +64,8 @@ FOUR_BIT = [
     (Wide(1, 1, 4, 2, 256, 2, wgmma=True, bulk=True), "nf4", True, 64, 8, 70, 768, torch.bfloat16),
     (Wide(1, 1, 4, 2, 128, 2, cluster=2, wgmma=True, bulk=True), "nf4", True, 64, 3, 70, 768, torch.float16),
     (Wide(1, 1, 2, 2, 128, 2), "nf4", True, 64, 3, 70, 768, torch.bfloat16),
+    (Narrow(1, 5, 2, 128, 3, table_shift=7, early=1, blocks=2), "nf4", True, 64, 1, 150, 1280, torch.bfloat16),
+    (Narrow(4, 4, 3, 128, 2), "fp4", True, 64, 3, 70, 768, torch.float16),
     (Direct(1, 4, 2, 3, 2, early=2), "nf4", False, 64, 1, 71, 704, torch.bfloat16),
     (Direct(1, 2, 4, 2, 3), "nf4", True, 64, 1, 70, 1664, torch.float16),
     (Direct(1, 2, 2, 3, 3), "nf4", True, 64, 1, 70, 768, torch.bfloat16),

@@ -64,9 +64,12 @@ SENT = Wide(8, 1, 4, 4, 256, 3, cluster=2, wgmma=True, bulk=True, early=2, lag=T
         ("4bit", 0, 1, 12288, 4096, Narrow(1, 10, 2, 128, 12, table_shift=7, early=1, blocks=2)),
         ("4bit", 0, 1, 4544, 18176, Narrow(1, 16, 2, 128, 12, early=1)),
         ("4bit", 0, 1, 4096, 4096, Narrow(1, 10, 2, 128, 12, table_shift=7, early=1, blocks=2)),
-        ("4bit", 2, 1, 4096, 4096, Direct(1, 8, 2, 3, 12, blocks=2, early=2)),
+        ("4bit", 2, 1, 4096, 4096, Narrow(1, 10, 2, 128, 12, table_shift=7, early=1, blocks=2)),
+        ("4bit", 1, 1, 4096, 4096, Direct(1, 8, 2, 3, 12, blocks=2, early=2)),
         ("4bit", 0, 2, 9728, 896, Direct(2, 8, 2, 3, 8, blocks=2, early=2)),
-        ("4bit", 2, 1, 12288, 4096, Direct(1, 12, 2, 3, 12, early=2)),
+        ("4bit", 2, 1, 12288, 4096, Narrow(1, 10, 2, 128, 12, table_shift=7, early=1, blocks=2)),
+        ("4bit", 1, 1, 12288, 4096, Direct(1, 12, 2, 3, 12, early=2)),
+        ("4bit", 0, 8, 4096, 4096, Narrow(8, 16, 2, 64, 2, early=4)),
         ("4bit", 0, 4, 4096, 4096, Narrow(4, 16, 2, 128, 6, early=2)),
         ("4bit", 0, 16, 9728, 896, Resident(2, 3, 1, 64, 2, early=4)),
         ("4bit", 0, 16, 4544, 18176, Resident(2, 3, 1, 128, 2, cluster=8, early=4)),
@@ -78,7 +81,7 @@ SENT = Wide(8, 1, 4, 4, 256, 3, cluster=2, wgmma=True, bulk=True, early=2, lag=T
         ("4bit", 0, 64, 4096, 11008, SENT),
         ("4bit", 2, 64, 4096, 11008, SENT),
         ("4bit", 0, 64, 4096, 4096, SENT),
-        ("4bit", 0, 64, 9728, 896, Wide(8, 1, 8, 2, 256, 2, wgmma=True, bulk=True, early=2, apart=True)),
+        ("4bit", 0, 64, 9728, 896, Wide(8, 1, 8, 1, 256, 3, wgmma=True, bulk=True, early=2)),
     ],
 )
 def test_the_winners_of_the_sweep_are_taken(

@@ -42,6 +42,7 @@ def test_cublas_serves_what_it_is_faster_at() -> None:
     qkv, o, gate_up, down = (12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008)
     for m in range(1, 5):
         assert all(ours_is_faster(m, *size) for size in (qkv, o, gate_up, down))
+        assert ours_is_faster(m, 896, 4864) and not ours_is_faster(m, 9728, 896)
     assert [ours_is_faster(8, *size) for size in (qkv, o, gate_up, down)] == [False, False, True, False]
 
 
