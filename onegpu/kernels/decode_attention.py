@@ -149,8 +149,10 @@ def decode_attention(
         )
     if not q.dtype == k.dtype == v.dtype:
         raise bad_argument("k", k.dtype, f"is not the dtype of q and v, {q.dtype} and {v.dtype}", "convert one of them")
-    for name, of_each in (("length", length), ("first", first)):
-        if of_each is not None and (of_each.shape != (b,) or of_each.dtype != torch.int32):
+    for name, of_each in ({"length": length} | ({} if first is None else {"first": first})).items():
+        if not isinstance(of_each, torch.Tensor):
+            raise bad_argument(name, of_each, "is no tensor", f"pass int32 [{b}]")
+        if of_each.shape != (b,) or of_each.dtype != torch.int32:
             found = f"is {of_each.dtype} {list(of_each.shape)}, not a whole number for each sequence"
             raise bad_argument(name, of_each, found, f"pass int32 [{b}]")
     if slopes is not None and slopes.shape != (h,):

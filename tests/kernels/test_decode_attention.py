@@ -181,6 +181,8 @@ def test_what_does_not_go_together_is_an_error(change: Any, names: str) -> None:
     [
         ({"length": torch.tensor([3, 4])}, r"^length=.* is torch.int64 \[2\], not a whole number .* pass int32 \[2\]"),
         ({"length": torch.tensor([3], dtype=torch.int32)}, r"^length=.*not a whole number for each sequence"),
+        ({"length": None}, r"^length=None is no tensor. pass int32 \[2\]"),
+        ({"first": [0, 1]}, r"^first=\[0, 1\] is no tensor"),
         ({"first": torch.zeros(2)}, r"^first=.*not a whole number for each sequence"),
         ({"slopes": torch.ones(3)}, r"^slopes=\[3\] is not one slope for each query head. pass float32 \[4\]"),
         ({"window": -2}, "^window=-2 is no number of keys. pass 0 for no limit"),
