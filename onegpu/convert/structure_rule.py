@@ -11,11 +11,9 @@ from onegpu.convert.report import Change, Report
 from onegpu.convert.swap import swap_module
 from onegpu.nn.gated_mlp import CHILDREN, GatedMLP, activation_of, is_gated
 from onegpu.nn.norm import LayerNorm, RMSNorm, form_of, is_rms_like
-from onegpu.nn.stand_in import bare
+from onegpu.nn.stand_in import bare, settings
 
 _OURS = (RMSNorm, LayerNorm, GatedMLP)
-_INTERNAL = nn.Module().__dict__.keys() - {"training"}  # of every module; tensors and children are looked at by name
-_PLAIN = (bool, int, float, str, type(None))
 _Answers = dict[Hashable, tuple[nn.Module, tuple["str | None", str]]]
 
 
@@ -84,8 +82,6 @@ def _asked(probe: Callable[[Any], str | None], module: nn.Module, answers: _Answ
 
 def _settings(module: nn.Module) -> Hashable:
     """All that a module's answer depends on; equal for modules that compute the same function of their tensors."""
-    own = module.__dict__.items()
-    values = [(k, type(v), v if type(v) in _PLAIN else id(v)) for k, v in own if k not in _INTERNAL]
     names = (*module._parameters, *module._buffers)
     parts: list[Hashable] = []
     for name, child in module._modules.items():
@@ -93,4 +89,4 @@ def _settings(module: nn.Module) -> Hashable:
         parts.append(
             (name, None if name in CHILDREN else _settings(child) if simple and child is not None else id(child))
         )
-    return type(module), tuple(values), names, tuple(parts)
+    return settings(module), names, tuple(parts)

@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from onegpu.engine.fused_modules import Declined, Modules, children, mentions, settings, unknown
+from onegpu.engine.fused_modules import Declined, Modules, children, mentions, unknown
 from onegpu.kernels import decode_step as ops
 from onegpu.kernels.decode_step import Heads, Matrix, Norm, Part
+from onegpu.nn.stand_in import settings
 
 SEQUENTIAL, PARALLEL, BEHIND = "sequential", "parallel", "behind"
 _ATTENTIONS = {"self_attn", "self_attention", "attention", "attn"}

@@ -16,14 +16,13 @@ from torch import nn
 from onegpu.kernels import decode_step as ops
 from onegpu.kernels.decode_step import Matrix, Norm, Part
 from onegpu.nn import Linear4bit, Linear8bitLt
-from onegpu.nn.stand_in import stand_in
+from onegpu.nn.stand_in import settings, stand_in
 
 
 class Declined(Exception):
     """A model has no fused step; the message says why. Never reaches the user: its own forward then runs."""
 
 
-_INTERNAL = nn.Module().__dict__.keys() - {"training"}  # of every module
 # Numbers and switches that the modules of such a model may hold; anything else there may change what forward does.
 _KNOWN = frozenset(
     {
@@ -64,18 +63,6 @@ def unknown(module: nn.Module, names: Any) -> Declined:
 def mentions(owner: Any, name: str) -> bool:
     """Whether the code of a class's forward asks for an attribute of that name."""
     return name in inspect.unwrap(type(owner).forward).__code__.co_names
-
-
-def settings(module: nn.Module) -> Hashable:
-    """What a module's code can tell it by from others of its class, but for tensors and children."""
-    plain = bool, int, float, str, type(None)
-
-    def told(value: Any) -> Hashable:
-        known: Hashable = value if type(value) in plain else id(value)
-        return settings(value) if isinstance(value, nn.Module) else (type(value), known)
-
-    own = ((name, value) for name, value in vars(module).items() if name not in _INTERNAL)
-    return type(module), tuple((name, told(value)) for name, value in own)
 
 
 class Modules:

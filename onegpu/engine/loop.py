@@ -149,10 +149,14 @@ class Request:
         """Rows padded on the right become rows padded on the left: then the last column is each row's last token."""
         mask = self.kwargs.get("attention_mask")
         embeds = self.kwargs.get("inputs_embeds")
-        if mask is None or embeds is not None or mask.shape != self.prompt.shape or self.cache.get_seq_length():
-            self.ids = self.prompt
-            return
-        if bool(mask[:, -1].all()):  # one question to the device instead of ten kernels, each loaded for the first call
+        # The last question is the device's; it saves ten kernels, each of which would be loaded for the first call.
+        if (
+            mask is None
+            or embeds is not None
+            or mask.shape != self.prompt.shape
+            or self.cache.get_seq_length()
+            or bool(mask[:, -1].all())
+        ):
             self.ids = self.prompt
             return
         columns = torch.arange(self.columns, device=self.device)

@@ -156,10 +156,8 @@ def jobs(
     if not serves or not _compiles():
         return []
     index = torch.cuda.current_device() if device.index is None else device.index
-    quantised = _nested(nested, k, blocksize, 256)
-    found = plan(
-        fmt, rows, n, k, dtype == torch.bfloat16, quant_type == "fp4", quantised, blocksize == 32, index
-    )  # fmt: skip
+    bf16, quantised, half = dtype == torch.bfloat16, _nested(nested, k, blocksize, 256), blocksize == 32
+    found = plan(fmt, rows, n, k, bf16, quant_type == "fp4", quantised, half, index)
     return [] if found is None else [partial(found.kernel.compile_ahead, architecture(index))]
 
 

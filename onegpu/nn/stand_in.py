@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Hashable
 from typing import Any
 
 import torch
 from torch import nn
+
+_INTERNAL = nn.Module().__dict__.keys() - {"training"}  # of every module
 
 
 def stand_in(module: nn.Module, **parts: torch.Tensor | nn.Module) -> Any:
@@ -40,3 +43,20 @@ def bare(module: nn.Module) -> bool:
         return False
     parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
     return [p.kind for p in parameters] == [inspect.Parameter.POSITIONAL_OR_KEYWORD]
+
+
+def settings(module: nn.Module) -> Hashable:
+    """What a module's code can tell it by from others of its class, but for its own tensors and children.
+
+    Objects count as themselves, a module in its own place (what ours keep of transformers') by its settings.
+    """
+    plain = bool, int, float, str, type(None)
+
+    def told(value: Any) -> Hashable:
+        if isinstance(value, nn.Module) and value._parameters is module._parameters:
+            return settings(value)
+        known: Hashable = value if type(value) in plain else id(value)
+        return type(value), known
+
+    own = ((name, value) for name, value in vars(module).items() if name not in _INTERNAL)
+    return type(module), tuple((name, told(value)) for name, value in own)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 from onegpu.errors import ArgumentError
 from onegpu.kernels.attention import attention, cost
 from tests.compare import assert_close
+from tests.host_time import least
 
 SHAPES = [(5, 7, 4, 2, 8, 8), (7, 5, 2, 2, 8, 6), (1, 1, 3, 1, 4, 4), (6, 6, 4, 1, 6, 10)]  # S_q, S_k, H, H_kv, D, D_v
 MASKS: list[dict[str, Any]] = [{}, {"causal": True}, {"window": (2, 1)}, {"causal": True, "window": (1, -1)}]
@@ -432,17 +432,7 @@ def test_a_graph_captured_twice_on_one_stream(implementation: str | None):
 
 @pytest.mark.gpu
 def test_a_call_costs_little_host_time():
-    """DESIGN's 30 microseconds, or, on a core that others slow down, as many of torch's own launches; see
-    `test_launch.py` for how that is measured."""
+    """DESIGN's 30 microseconds, or, on a core that others slow down, as many of torch's own launches."""
     q, k, v = inputs(128, 128, 4, 4, 128, 128, device="cuda", dtype=torch.bfloat16)
-    calls = {"attention": lambda: attention(q, k, v, causal=True), "torch.add": lambda: torch.add(q, q)}
-    best = dict.fromkeys(calls, math.inf)
-    for _ in range(100):
-        for name, call in calls.items():
-            call()
-            torch.cuda.synchronize()
-            start = time.thread_time()
-            for _ in range(20):
-                call()
-            best[name] = min(best[name], (time.thread_time() - start) / 20)
+    best = least({"attention": lambda: attention(q, k, v, causal=True), "torch.add": lambda: torch.add(q, q)})
     assert best["attention"] < max(30e-6, 7.5 * best["torch.add"]), best

@@ -14,6 +14,7 @@ from onegpu.errors import KernelError
 from onegpu.kernels import launch
 from onegpu.kernels.launch import CudaKernel, triton_launch
 from tests.fake_driver import FakeDriver, on_gpu
+from tests.host_time import least
 from tests.nvrtc_tools import CHAIN, needs_nvrtc, scale_kernel
 
 
@@ -154,29 +155,17 @@ def test_gpu_the_second_gpu_while_the_first_is_current() -> None:
 
 @pytest.mark.gpu
 def test_gpu_a_call_costs_little_host_time() -> None:
-    import time
-
     from tests.kernels import launch_kernels as kernels
 
     kernel = scale_kernel()
     x, y = torch.randn(1000, device="cuda"), torch.zeros(1000, device="cuda")
-    calls = {
-        "CUDA C++": lambda: kernel((4,), 256, 0, x, y, 1000, 0.5),
-        "Triton": lambda: triton_launch(kernels.scale, (8,), x, y, None, 1000, 2.0, 1, BIAS=False),
-    }
-    calls["torch.add"] = lambda: torch.add(x, x, out=y)
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(100):
-        for name, call in calls.items():
-            call()
-            torch.cuda.synchronize()
-            # This thread's time on a core, and the best of many short batches: what a call costs, and not what the
-            # machine's other work takes from it. A call that became slower is slower in every batch.
-            start = time.thread_time()
-            for _ in range(20):
-                call()
-            times[name].append((time.thread_time() - start) / 20)
-    best = {name: min(found) for name, found in times.items()}
+    best = least(
+        {
+            "CUDA C++": lambda: kernel((4,), 256, 0, x, y, 1000, 0.5),
+            "Triton": lambda: triton_launch(kernels.scale, (8,), x, y, None, 1000, 2.0, 1, BIAS=False),
+            "torch.add": lambda: torch.add(x, x, out=y),
+        }
+    )
     # DESIGN's budget of a linear, or, on a core that is slower because others share it, what three launches of torch's
     # own cost there.
     budget = max(12e-6, 3 * best.pop("torch.add"))

@@ -6,7 +6,7 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 
-from onegpu.nn.stand_in import bare, stand_in
+from onegpu.nn.stand_in import bare, settings, stand_in
 
 
 class Scale(nn.Module):
@@ -44,3 +44,15 @@ def test_bare_means_that_the_class_alone_computes():
     assert bare(hooked)
     x, inner = torch.randn(2, 4), nn.Linear(4, 4)
     assert torch.equal(stand_in(moved, weight=torch.ones(4), inner=inner)(x), inner(x))
+
+
+def test_settings_tell_modules_apart_but_not_their_tensors() -> None:
+    one, same, other = Scale(2, 1.5), Scale(3, 1.5), Scale(2, 2.5)
+    assert settings(one) == settings(same) != settings(other)
+    assert settings(one) != settings(Two(2, 1.5)) and settings(one) != settings(Scale(2, 1.5).train(False))
+    for module in (one, same):
+        module.__dict__["original"] = kept = Scale(2, 1.0)
+        kept._parameters = module._parameters
+    assert settings(one) == settings(same)  # what a module of ours keeps of transformers'
+    same.__dict__["original"] = Scale(2, 1.0)
+    assert settings(one) != settings(same)  # with tensors of its own
