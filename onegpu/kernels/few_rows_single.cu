@@ -49,7 +49,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   Shared slot = base, slot_end = base + (DEPTH - 1) * SLOT;
   Walk<WARPS> ahead = {warp / pieces, warp % pieces, pieces};
   auto fetch = [&]() {
-    if (ahead.tile < tiles) {
+    if (ahead.tile < tiles && (DIAG != 2 || nb < 0)) {
       const int rows = rows_left - ahead.tile * R, columns = columns_left - ahead.piece * (CB * SECT);
       const u8* from = w0 + (u32)(ahead.tile * R * row_bytes + ahead.piece * (CB * SECT));
 #pragma unroll
@@ -222,8 +222,11 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
       s0[0] = p.x; s0[1] = p.y; s0[2] = p.z; s0[3] = p.w; s1[0] = q.x; s1[1] = q.y; s1[2] = q.z; s1[3] = q.w;
     }
     float acc[4] = {0.f, 0.f, 0.f, 0.f};
+#if DIAG == 1
+    acc[0] = s0[0] + s1[3] + *(const float*)(at + lane * 64);
+#endif
 #pragma unroll
-    for (int b = 0; b < 4; b++) {
+    for (int b = 0; b < (DIAG == 1 ? 0 : 4); b++) {
       const uint4 lo = XREG ? held[XREG ? 2 * b : 0] : *(const uint4*)(x_lo + (piece * KB + b * 64) * 2);
       const uint4 hi = XREG ? held[XREG ? 2 * b + 1 : 0] : *(const uint4*)(x_hi + (piece * KB + b * 64) * 2);
       const u32 xa[8] = {lo.x, lo.y, lo.z, lo.w, hi.x, hi.y, hi.z, hi.w};
