@@ -21,8 +21,9 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
          const float* __restrict__ offset, int m, int n, int k, int shift, int nested_shift) {
   SHARED(smem);
   const int lane = threadIdx.x & 31, warp = of_warp(threadIdx.x >> 5), g = lane >> 2, t = lane & 3;
-  const int r0 = (int)((i64)n * blockIdx.x / gridDim.x), r1 = (int)((i64)n * (blockIdx.x + 1) / gridDim.x);
-  const int tiles = (r1 - r0 + R - 1) / R, pieces = (k + KB - 1) / KB, row_bytes = k / 2, nb = k / 64;
+  const int share = n / (int)gridDim.x, more = n % (int)gridDim.x, block = blockIdx.x;   // the first `more` blocks have a row more
+  const int r0 = block * share + min(block, more), rows = share + (block < more ? 1 : 0);
+  const int tiles = (rows + R - 1) / R, pieces = (k + KB - 1) / KB, row_bytes = k / 2, nb = k / 64;
   const int first = warp / pieces, piece = warp % pieces, step = WARPS / pieces;   // of a warp: its first tile, its columns, tiles to the next
   u8* table = smem;
   float* map_ = (float*)(smem + TABLE);
@@ -37,15 +38,15 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   const int unit = lane % UNITS, row_of = lane / UNITS, to_row = unit / 8 * R + row_of, at_byte = piece * (CB * SECT) + unit * 16;
   const Shared base = shared(ring + to_row * CB + swizzled<CB>(to_row, unit % 8) * 16), slot_end = base + (DEPTH - 1) * SLOT;
   const u8* w0 = w + (i64)(r0 + row_of) * row_bytes + at_byte;
-  const int rows_left = at_byte < row_bytes ? r1 - r0 - row_of : 0;
+  const int rows_left = at_byte < row_bytes ? rows - row_of : 0;
   // And of scales: four of a section; a word of codes or their scale; or one, with another some rows on.
   constexpr int OF_BLOCKS = FOURS || PACKED ? 4 : 1, IN_ROW = FOURS ? SECT : 4 * SECT;
   const int scale_row = PACKED ? lane % R : lane / IN_ROW % R, in_piece = (PACKED ? lane / R % SECT : lane % IN_ROW) * OF_BLOCKS;
-  const int block0 = (r0 + scale_row) * nb + piece * 4 * SECT + in_piece, scales_left = piece * 4 * SECT + in_piece < nb ? r1 - r0 - scale_row : 0;
+  const int block0 = (r0 + scale_row) * nb + piece * 4 * SECT + in_piece, scales_left = piece * 4 * SECT + in_piece < nb ? rows - scale_row : 0;
   const Shared scales_base = shared(ring + PIECE + (PACKED ? lane : (in_piece / 4 * R + scale_row) * 4 + in_piece % 4) * 4);
   Shared slot = base; int ahead = first * R;                             // rows
   auto fetch = [&]() {
-    if (ahead < r1 - r0) {
+    if (ahead < rows) {
       const u8* from = w0 + (u32)(ahead * row_bytes);
 #pragma unroll
       for (int j = 0; j < 4; j++) {
@@ -53,13 +54,13 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
         copy16((Shared)((u64)slot ^ (u64)((down & 3) << 5)) + down * CB, take ? from + (i64)down * row_bytes : w, take, policy);
       }
       const Shared behind = scales_base + (int)(slot - base);
-      const bool inside = scales_left > ahead; const u32 block = inside ? block0 + ahead * nb : 0;
-      if (PACKED) copy4(behind, lane < 16 ? scales.word_of(block) : scales.outer_of(block), inside ? 4 : 0);
-      else if (FOURS) { if (lane < 16) copy16(behind, (const float*)absmax + block, inside ? 16 : 0); }
+      const bool inside = scales_left > ahead; const u32 b = inside ? block0 + ahead * nb : 0;
+      if (PACKED) copy4(behind, lane < 16 ? scales.word_of(b) : scales.outer_of(b), inside ? 4 : 0);
+      else if (FOURS) { if (lane < 16) copy16(behind, (const float*)absmax + b, inside ? 16 : 0); }
       else {
         constexpr int DOWN = 8 / SECT; const bool too = scales_left - DOWN > ahead;
-        copy4(behind, (const float*)absmax + (block >> shift), inside ? 4 : 0);
-        copy4(behind + DOWN * 16, (const float*)absmax + (too ? block + DOWN * nb >> shift : 0), too ? 4 : 0);
+        copy4(behind, (const float*)absmax + (b >> shift), inside ? 4 : 0);
+        copy4(behind + DOWN * 16, (const float*)absmax + (too ? b + DOWN * nb >> shift : 0), too ? 4 : 0);
       }
       ahead += step * R;
     }
@@ -71,10 +72,10 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
     for (int i = 0; i < DEPTH - 1; i++) fetch();
   };
 
-  out.send_for_rows(r0, r1);
+  out.send_for_rows(r0, r0 + rows);
   for (int i = 0; i < EARLY; i++) {                                      // may not read weights yet, but may send for them
-    const int row = r0 + (first + i * step) * R + lane / SECT, at = piece * (CB * SECT) + lane % SECT * CB;
-    if (lane < 16 && row < r1 && at < row_bytes) send_for(w + (i64)row * row_bytes + at);
+    const int row = (first + i * step) * R + lane / SECT, at = piece * (CB * SECT) + lane % SECT * CB;
+    if (lane < 16 && row < rows && at < row_bytes) send_for(w + (i64)(r0 + row) * row_bytes + at);
   }
   if (!EARLY) fill();
   build_table(table, THREADS);
@@ -149,7 +150,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
     place += WARPS * R;
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < r1 - r0; i += THREADS) {
+  for (int i = threadIdx.x; i < rows; i += THREADS) {
     const int at = i / R * pieces * R + i % R; float sum = 0.f;
     for (int j = 0; j < pieces; j++) sum += *sum_at(at + j * R);
     out.put(0, r0 + i, sum);
