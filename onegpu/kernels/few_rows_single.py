@@ -52,10 +52,11 @@ class Single:
         return replace(self, warps=self.warps // pieces * pieces) if 0 < pieces <= self.warps else self
 
     def serves(self, nested: int, n: int, k: int, clusters: int) -> bool:
-        """Whether its warps do have the same columns, and the sums fit between the rows of the table."""
+        """Whether its warps do have the same columns, quantised scales registers, and the sums room in the table."""
         rows, pieces = (n + clusters - 1) // clusters, self._pieces(k)
         sums = (rows + self.tile - 1) // self.tile * self.tile * pieces
-        return nested != 1 and self.warps % pieces == 0 and sums * 4 <= 1 << 15
+        registers = nested == 0 or (nested == 2 and self.warps <= (18 if self.blocks == 1 else 8))
+        return registers and self.warps % pieces == 0 and sums * 4 <= 1 << 15
 
     def shared(self, fmt: str, nested: int, n: int, k: int, clusters: int, half: bool) -> int:
         """Bytes of shared memory: the table, the values of quantised scales, and the rings."""
