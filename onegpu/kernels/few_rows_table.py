@@ -331,8 +331,8 @@ CONFIGURATIONS: dict[str, tuple[Config, ...]] = {
         Wide(16, 1, 12, 1, 128, 2, cluster=4, wgmma=True, price=1.85), Wide(16, 1, 4, 1, 64, 2, price=9),
     ),
     "4bit": (
-        # Blocks of few weights: two on a multiprocessor, so that the next kernel gets ready; else one, of more warps. The
-        # prices see to it, whatever fills a tile. Quantised scales are not timed yet.
+        # Blocks of few weights: two on a multiprocessor, so that the next kernel gets ready. Else one, of more warps.
+        # The prices see to it, whatever fills a tile. Quantised scales are not timed yet.
         Single(10, 2, 2, blocks=2, price=0.45, nested=inf, share=(0, 1 << 19)),
         Single(18, 2, 4, price=0.65, nested=inf),
         Direct(1, 8, 2, 3, 12, blocks=2, early=2, price=0.9, share=FEW), Direct(1, 12, 2, 3, 12, early=2, price=1.05),

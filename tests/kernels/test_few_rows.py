@@ -152,7 +152,7 @@ def test_compiles(arch: str) -> None:
     for fmt, configurations in CONFIGURATIONS.items():
         able = [c for c in configurations if arch == "sm_90a" or (c.cluster == 1 and not getattr(c, "wgmma", False))]
         for config in able[:1] + able[-1:]:
-            assert few_rows.kernel(config, fmt, True, False, fmt == "4bit", False).compile(arch).code
+            assert few_rows.kernel(config, fmt, True, False, 2 * (fmt == "4bit"), False).compile(arch).code
 
 
 @needs_nvrtc
