@@ -81,7 +81,7 @@ def choose(
         if (config.cluster > 1 and major < 9) or (getattr(config, "wgmma", False) and major != 9):
             continue
         if isinstance(config, Single):
-            config = config.whole(k)
+            config = config.whole(nested, k)
         found = fits(config, fmt, nested, m, n, k, half, sms, limit)
         while found is None and config.depth > 2:  # more scales than usual, less memory
             config = config.shorter()

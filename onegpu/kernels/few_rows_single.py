@@ -46,17 +46,20 @@ class Single:
     def _pieces(self, k: int) -> int:
         return (k + 256 * self.sections - 1) // (256 * self.sections)
 
-    def whole(self, k: int) -> Single:
+    def most(self, nested: int) -> int:
+        """Warps that have registers enough: quantised scales take more than ten of each of two blocks have."""
+        return min(self.warps, 8) if nested and self.blocks > 1 else self.warps
+
+    def whole(self, nested: int, k: int) -> Single:
         """With warps that each have the same columns of all rows; where a row has too many pieces, as it is."""
-        pieces = self._pieces(k)
-        return replace(self, warps=self.warps // pieces * pieces) if 0 < pieces <= self.warps else self
+        pieces, most = self._pieces(k), self.most(nested)
+        return replace(self, warps=most // pieces * pieces) if 0 < pieces <= most else self
 
     def serves(self, nested: int, n: int, k: int, clusters: int) -> bool:
-        """Whether its warps do have the same columns, quantised scales registers, and the sums room in the table."""
+        """Whether its warps do have the same columns and registers, and the sums room in the table."""
         rows, pieces = (n + clusters - 1) // clusters, self._pieces(k)
         sums = (rows + self.tile - 1) // self.tile * self.tile * pieces
-        registers = nested == 0 or (nested == 2 and self.warps <= (18 if self.blocks == 1 else 8))
-        return registers and self.warps % pieces == 0 and sums * 4 <= 1 << 15
+        return nested != 1 and self.warps == self.most(nested) and self.warps % pieces == 0 and sums * 4 <= 1 << 15
 
     def shared(self, fmt: str, nested: int, n: int, k: int, clusters: int, half: bool) -> int:
         """Bytes of shared memory: the table, the values of quantised scales, and the rings."""

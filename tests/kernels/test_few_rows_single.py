@@ -25,7 +25,7 @@ COLUMNS = (896, 4096, 4544, 4864, 11008, 14336, 18176)
     [(4096, 16, True), (11008, 11, True), (4544, 15, True), (18176, 18, True), (18496, 18, False), (64, 18, True)],
 )
 def test_a_warp_has_the_same_columns_of_all_rows(k: int, warps: int, served: bool) -> None:
-    config = Single(18, 2, 4).whole(k)
+    config = Single(18, 2, 4).whole(0, k)
     assert config.warps == warps and config.serves(0, 4096, k, 132) is served
     assert not served or warps % -(-k // 1024) == 0
 
@@ -87,8 +87,8 @@ def test_scales_by_fours_and_one_by_one_give_the_same_bits() -> None:
 @pytest.mark.parametrize("k", COLUMNS)
 def test_no_registers_spill_and_nothing_is_read_before_the_wait(k: int) -> None:
     """With the warps that each size of the benchmarks gives it."""
-    for config in (config.whole(k) for config in TABLE):
-        for nested, fours in ((0, k % 256 == 0), (0, False), (2, False)):
+    for nested, fours in ((0, k % 256 == 0), (0, False), (2, False)):
+        for config in (config.whole(nested, k) for config in TABLE):
             if not config.serves(nested, 4096, k, 132):
                 continue
             code = few_rows.kernel(config, "4bit", True, False, nested, False, fours).compile("sm_90a").code
