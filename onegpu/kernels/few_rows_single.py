@@ -47,7 +47,7 @@ class Single:
         return (k + 256 * self.sections - 1) // (256 * self.sections)
 
     def most(self, nested: int) -> int:
-        """Warps that have registers enough: quantised scales take more than ten of each of two blocks have."""
+        """Warps that have registers enough: with quantised scales, ten warps of each of two blocks have not."""
         return min(self.warps, 8) if nested and self.blocks > 1 else self.warps
 
     def whole(self, nested: int, k: int) -> Single:
