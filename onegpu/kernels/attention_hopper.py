@@ -138,6 +138,7 @@ class Forward(NamedTuple):
 
     launch: Bound
     draws: bool
+    direct: bool
     device: int
     like_out: torch.Tensor | None  # None: q
     like_lse: torch.Tensor
@@ -151,7 +152,7 @@ class Forward(NamedTuple):
         out = torch.empty_like(like, memory_format=torch.contiguous_format)
         lse = torch.empty_like(self.like_lse, memory_format=torch.contiguous_format)
         given = [q, k, v, out]
-        if q_rows is not None:
+        if q_rows is not None or self.direct:
             given.append(out)
         given.append(lse)
         if q_rows is not None:
@@ -232,11 +233,11 @@ def forward(
     drawn = _counter(device) if constants["DRAW"] else None
     launch = triton_bind(
         attention_sm90.forward_kernel, (blocks,), descriptor(q, 64), descriptor(k, bn), descriptor(v, bn),
-        descriptor(out, 64), out if how_q else None, lse, q_rows, k_rows, drawn, batch, heads, group, s_q, s_k, n_m,
+        descriptor(out, 64), out if how_q or constants.get("DIRECT") else None, lse, q_rows, k_rows, drawn, batch, heads, group, s_q, s_k, n_m,
         section, scale * LOG2E.value, left, right, **constants, num_warps=4,
     )  # fmt: skip
     like_out = None if d == d_v else _number(out.dtype, out.device).expand(out.shape)
-    return Forward(launch, constants["DRAW"], device, like_out, _number(lse.dtype, lse.device).expand(lse.shape))
+    return Forward(launch, constants["DRAW"], bool(constants.get("DIRECT")), device, like_out, _number(lse.dtype, lse.device).expand(lse.shape))
 
 
 class Backward(NamedTuple):
