@@ -46,7 +46,7 @@ FIELDS = {
                      "t_empty"), gl.shared_memory_descriptor),
     **dict.fromkeys(("B", "H", "G", "SQ", "SK", "NM", "section", "scale_log2", "left", "right"), gl.tensor),
     **dict.fromkeys(("D", "DV", "HEAD", "BN", "ST", "LEFT", "RIGHT", "ALIGNED", "WIDE", "RQ", "RK", "DRAW",
-                     "ROTATE", "ALIAS", "ALL", "AHEAD", "HALF", "DIRECT", "LATE", "SOON", "BESIDE", "PING"), gl.constexpr),
+                     "ROTATE", "ALIAS", "ALL", "AHEAD", "HALF", "DIRECT", "LATE", "SOON", "BESIDE", "PING", "NARROW"), gl.constexpr),
 }  # fmt: skip
 
 
@@ -242,7 +242,7 @@ def forward_kernel(q_desc, k_desc, v_desc, o_desc, p_o, p_lse, p_q_rows, p_k_row
                    RQ: gl.constexpr, RK: gl.constexpr, DRAW: gl.constexpr, ROTATE: gl.constexpr,
                    ALIAS: gl.constexpr, AHEAD: gl.constexpr, HALF: gl.constexpr, DIRECT: gl.constexpr = 0,
                    LATE: gl.constexpr = 0, SOON: gl.constexpr = 0, BESIDE: gl.constexpr = 0,
-                   PING: gl.constexpr = 0):  # fmt: skip
+                   PING: gl.constexpr = 0, NARROW: gl.constexpr = 0):  # fmt: skip
     """p_o, p_q_rows, p_k_rows, p_counter: None where they are not read."""
     p_o = p_lse if p_o is None else p_o
     p_q_rows = p_lse if p_q_rows is None else p_q_rows
@@ -279,7 +279,7 @@ def forward_kernel(q_desc, k_desc, v_desc, o_desc, p_o, p_lse, p_q_rows, p_k_row
     a = Args(q_desc, k_desc, v_desc, o_desc, p_o, p_lse, p_q_rows, p_k_rows, p_counter, q_bufs, o_bufs, k_bufs, v_bufs,
              q_full, q_empty, k_full, v_full, t_buf, t_full, t_empty, B, H, G, SQ, SK, NM, section, scale_log2, left,
              right, D, DV, HEAD, BN, ST, LEFT, RIGHT, ALIGNED, WIDE, RQ, RK, DRAW, ROTATE, ALIAS, ALL, AHEAD,
-             HALF, DIRECT, LATE, SOON, BESIDE, PING)  # fmt: skip
+             HALF, DIRECT, LATE, SOON, BESIDE, PING, NARROW)  # fmt: skip
     if RQ:
         gl.warp_specialize([(_consumer, (a, 0)), (_consumer, (a, 1)), (_producer, (a,)), (filler, (a,))],
                            [4, 1, 1], [240, 24, 24])  # fmt: skip

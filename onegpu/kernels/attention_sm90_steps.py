@@ -124,7 +124,10 @@ def _step(a, q, m_i, l_i, o, c, stage, phase, at, n0, n_k, more, MASK: gl.conste
     s_tok = product(q, a.k_bufs.index(stage), a.BN, a, s_layout)
     p = operand(c, a, p_layout)
     mbarrier.wait(a.v_full.index(before), before_phase)
-    o_tok = warpgroup_mma(p, a.v_bufs.index(before).reshape([a.BN, a.DV]), o, is_async=True)
+    v = a.v_bufs.index(before).reshape([a.BN, a.DV])
+    if c.shape[1] != a.BN:
+        v = v.slice(0, c.shape[1])
+    o_tok = warpgroup_mma(p, v, o, is_async=True)
     s = warpgroup_mma_wait(1, deps=[s_tok])
     bar_arrive(FREE + 2 * stage, a.ALL)
     if not a.ALIAS:
@@ -197,7 +200,8 @@ def blocks(a, s, q, at, first, n, n_k, stage, phase, WG: gl.constexpr, first_lay
         t_tok = product(q, a.k_bufs.index(following), a.BN, a, s_layout)
     s = hide(a, s, at, n0, n_k, 1 if a.WIDE or not a.LEFT else 3, first_layout)
     m_i = gl.maximum(_row_maximum(s, first_layout), -1.0e30)  # finite where nothing is seen: then P is 0 and not NaN
-    c = _widened(gl.exp2(s * a.scale_log2 - (m_i * a.scale_log2)[:, None]), a, s_layout)
+    narrow = gl.exp2(s * a.scale_log2 - (m_i * a.scale_log2)[:, None])
+    c = _widened(narrow, a, s_layout)
     m_i = gl.convert_layout(m_i, gl.SliceLayout(1, s_layout))
     l_i = _row_sums(c)
     o = gl.full([64, a.DV], 0.0, gl.float32, o_layout)
@@ -213,6 +217,12 @@ def blocks(a, s, q, at, first, n, n_k, stage, phase, WG: gl.constexpr, first_lay
             clear_rows(a.v_bufs.index(stage).reshape([a.BN, a.DV]), n_k - n0)
         if n > 1:
             mbarrier.wait(a.k_full.index(following), following_phase)
-        m_i, l_i, o, c, stage, phase = _walk(a, q, m_i, l_i, o, c, stage, phase, at, first, n - 1, n_k, WG, s_layout,
+        left = n - 1
+        if a.NARROW and a.HALF == WG + 1 and not a.LEFT:
+            if n > 1:
+                m_i, l_i, o, c, stage, phase = _step(a, q, m_i, l_i, o, narrow, stage, phase, at, 0, n_k, n > 2, 0, WG,
+                                                     s_layout, o_layout)  # fmt: skip
+                left = n - 2
+        m_i, l_i, o, c, stage, phase = _walk(a, q, m_i, l_i, o, c, stage, phase, at, first, left, n_k, WG, s_layout,
                                              o_layout)  # fmt: skip
     return m_i, l_i, o, c, stage, phase
