@@ -35,7 +35,7 @@ from onegpu.kernels.attention_sm90_parts import (
     store_rows,
 )
 from onegpu.kernels.attention_sm90_steps import FREE, Q_FREE, blocks, operand, product
-from onegpu.kernels.hopper import LOG2E, advance, bar_arrive, bar_sync, sequence, tile_of, warpgroup_barrier
+from onegpu.kernels.hopper import LOG2E, advance, bar_arrive, bar_arrive_if, bar_sync, sequence, tile_of, warpgroup_barrier
 
 TURN = gl.constexpr(12)
 
@@ -46,7 +46,7 @@ FIELDS = {
                      "t_empty"), gl.shared_memory_descriptor),
     **dict.fromkeys(("B", "H", "G", "SQ", "SK", "NM", "section", "scale_log2", "left", "right"), gl.tensor),
     **dict.fromkeys(("D", "DV", "HEAD", "BN", "ST", "LEFT", "RIGHT", "ALIGNED", "WIDE", "RQ", "RK", "DRAW",
-                     "ROTATE", "ALIAS", "ALL", "AHEAD", "HALF", "DIRECT", "LATE", "SOON", "BESIDE", "PING", "NARROW"), gl.constexpr),
+                     "ROTATE", "ALIAS", "ALL", "AHEAD", "HALF", "DIRECT", "LATE", "SOON", "BESIDE", "PING", "NARROW", "REUSE"), gl.constexpr),
 }  # fmt: skip
 
 
@@ -134,6 +134,53 @@ def _producer(a):
 
 
 @gluon.jit
+def _load(a, desc, bufs, full, stage, b, h, row, columns: gl.constexpr):
+    mbarrier.expect(full.index(stage), a.BN * columns * 2)
+    tma.async_copy_global_to_shared(desc, [b, h, row, 0], full.index(stage), bufs.index(stage))
+
+
+@gluon.jit
+def _producer_of_heads(a):
+    """Whole heads, each block of keys loaded once: tile m walks m .. 0 and frees m, so that ST >= NM - 1 are enough.
+
+    The n-th block goes to where the tile ST before it began, and that tile frees. ST - 1 < NM.
+    """
+    heads = a.B * a.H
+    head = gl.program_id(0)
+    m = a.NM - 1
+    t_head = head
+    t_m = m
+    stage = 0
+    count = 0
+    slot = 0
+    slot_phase = 1
+    while t_head < heads:
+        if head < heads:
+            if count >= a.ST:
+                bar_sync(FREE + 2 * stage, a.ALL)
+            _load(a, a.k_desc, a.k_bufs, a.k_full, stage, head // a.H, head % a.H // a.G, m * a.BN, a.D)
+        if (count == 0) | (count >= a.ST):
+            slot, slot_phase = publish(a, t_m, t_head % a.H, t_head // a.H, slot, slot_phase)
+            _queries(a, t_head // a.H, t_head % a.H, t_m * 128, count, 0)
+            t_m -= 1
+            if t_m < 0:
+                t_m = a.NM - 1
+                t_head = head
+        if head < heads:
+            if count >= a.ST:
+                bar_sync(FREE + 2 * stage + 1, a.ALL)
+            _load(a, a.v_desc, a.v_bufs, a.v_full, stage, head // a.H, head % a.H // a.G, m * a.BN, a.DV)
+            stage += 1
+            stage = gl.where(stage == a.ST, 0, stage)
+            m -= 1
+            if m < 0:
+                m = a.NM - 1
+                head = draw(a, head)
+        count += 1
+    publish(a, -1, 0, 0, slot, slot_phase)
+
+
+@gluon.jit
 def _open(a, m, b, stage, phase, q_phase, WG: gl.constexpr, N: gl.constexpr, layout: gl.constexpr):
     """Issue the first S of a tile, with N keys. Returns it and its buffer.
 
@@ -141,7 +188,7 @@ def _open(a, m, b, stage, phase, q_phase, WG: gl.constexpr, N: gl.constexpr, lay
     """
     live = m >= 0
     _, _, _, _, _, n, mine = place(a, m, b, WG)
-    if a.RIGHT:  # blocks that these 64 rows cannot see are passed on
+    if a.RIGHT and not a.REUSE:  # blocks that these 64 rows cannot see are passed on
         for _ in range(gl.where(live, n - mine, 0)):
             stage, phase = advance(stage, phase, a.ST)
             mbarrier.wait(a.k_full.index(stage), phase)
@@ -179,6 +226,8 @@ def _consumer(a, WG: gl.constexpr):
     s_tok, stage, phase = _open(a, m, b, stage, phase, q_phase, WG, N, first_layout)
     s = warpgroup_mma_wait(0, deps=[s_tok])
     while m >= 0:
+        begun = stage
+        begun_phase = phase
         i_q, n_q, n_k, row0, first, _, n = place(a, m, b, WG)
         q = a.q_bufs.index(WG).reshape([64, a.D])
         m_i, l_i, o, c, stage, phase = blocks(a, s, q, row0 + n_k - n_q, first, n, n_k, stage, phase, WG,
@@ -198,7 +247,12 @@ def _consumer(a, WG: gl.constexpr):
         lse = gl.where(seen, m_i * (a.scale_log2 / LOG2E) + gl.log(l_i), -float("inf"))
         inverse = gl.convert_layout(gl.where(seen, 1.0 / l_i, 0.0), row_layout)
         o = warpgroup_mma_wait(0, deps=[o_tok])
-        bar_arrive(FREE + 2 * stage + 1, a.ALL)
+        if a.REUSE:
+            bar_arrive_if(FREE + 2 * stage + 1, a.ALL, n == 1)
+            stage = begun
+            phase = begun_phase
+        else:
+            bar_arrive(FREE + 2 * stage + 1, a.ALL)
         head = h
         if a.BESIDE == 2:
             o = gl.where((inverse != 0.0)[:, None], o * inverse[:, None], 0.0).to(dtype)
@@ -242,7 +296,8 @@ def forward_kernel(q_desc, k_desc, v_desc, o_desc, p_o, p_lse, p_q_rows, p_k_row
                    RQ: gl.constexpr, RK: gl.constexpr, DRAW: gl.constexpr, ROTATE: gl.constexpr,
                    ALIAS: gl.constexpr, AHEAD: gl.constexpr, HALF: gl.constexpr, DIRECT: gl.constexpr = 0,
                    LATE: gl.constexpr = 0, SOON: gl.constexpr = 0, BESIDE: gl.constexpr = 0,
-                   PING: gl.constexpr = 0, NARROW: gl.constexpr = 0):  # fmt: skip
+                   PING: gl.constexpr = 0, NARROW: gl.constexpr = 0,
+                   REUSE: gl.constexpr = 0):  # fmt: skip
     """p_o, p_q_rows, p_k_rows, p_counter: None where they are not read."""
     p_o = p_lse if p_o is None else p_o
     p_q_rows = p_lse if p_q_rows is None else p_q_rows
@@ -279,9 +334,11 @@ def forward_kernel(q_desc, k_desc, v_desc, o_desc, p_o, p_lse, p_q_rows, p_k_row
     a = Args(q_desc, k_desc, v_desc, o_desc, p_o, p_lse, p_q_rows, p_k_rows, p_counter, q_bufs, o_bufs, k_bufs, v_bufs,
              q_full, q_empty, k_full, v_full, t_buf, t_full, t_empty, B, H, G, SQ, SK, NM, section, scale_log2, left,
              right, D, DV, HEAD, BN, ST, LEFT, RIGHT, ALIGNED, WIDE, RQ, RK, DRAW, ROTATE, ALIAS, ALL, AHEAD,
-             HALF, DIRECT, LATE, SOON, BESIDE, PING, NARROW)  # fmt: skip
+             HALF, DIRECT, LATE, SOON, BESIDE, PING, NARROW, REUSE)  # fmt: skip
     if RQ:
         gl.warp_specialize([(_consumer, (a, 0)), (_consumer, (a, 1)), (_producer, (a,)), (filler, (a,))],
                            [4, 1, 1], [240, 24, 24])  # fmt: skip
+    elif REUSE:
+        gl.warp_specialize([(_consumer, (a, 0)), (_consumer, (a, 1)), (_producer_of_heads, (a,))], [4, 1], [240, 24])
     else:
         gl.warp_specialize([(_consumer, (a, 0)), (_consumer, (a, 1)), (_producer, (a,))], [4, 1], [240, 24])
