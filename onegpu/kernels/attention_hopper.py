@@ -138,7 +138,6 @@ class Forward(NamedTuple):
 
     launch: Bound
     draws: bool
-    direct: bool
     device: int
     like_out: torch.Tensor | None  # None: q
     like_lse: torch.Tensor
@@ -152,7 +151,7 @@ class Forward(NamedTuple):
         out = torch.empty_like(like, memory_format=torch.contiguous_format)
         lse = torch.empty_like(self.like_lse, memory_format=torch.contiguous_format)
         given = [q, k, v, out]
-        if q_rows is not None or self.direct:
+        if q_rows is not None:
             given.append(out)
         given.append(lse)
         if q_rows is not None:
@@ -166,12 +165,13 @@ class Forward(NamedTuple):
 
 
 def _dense(
-    wide: int, causal: bool, whole: bool, n_m: int, section: int, blocks: int
+    wide: int, causal: bool, whole: bool, n_m: int, section: int, blocks: int, tiles: int
 ) -> tuple[dict[str, Any], int]:  # fmt: skip
     """Constants and heads of a section, for sequences of n_m tiles each (whole: exactly), as measured on an H100.
 
     Up to 512 queries, tiles dealt out beforehand, with lengths mixed, beat drawn ones by 10 to 20 %; but with a
-    diagonal and head dim 128, of 512 queries, drawn ones win, since a tile's first keys are loaded ahead of its Q.
+    diagonal and head dim 128, of 512 queries, drawn ones win, since a tile's first keys are loaded ahead of its Q. From
+    15 tiles a block on, which 16 heads at a time share out about evenly, dealt ones do by 4 % (H200, 2,048 tiles).
     """
     if wide > 128 or not whole:
         return {}, section
@@ -184,6 +184,8 @@ def _dense(
         # S a block ahead costs 0.4 to 1.4 us a tile and gains 0.09 us a block of keys
         if n_m >= (32 if causal else 8):
             found |= {"AHEAD": True, "HALF": 0}
+    elif causal and n_m == 4 and tiles >= 15 * blocks:
+        found = {"DRAW": False, "ROTATE": 1}
     return found, min(section, 16) if n_m <= 8 else section
 
 
@@ -225,7 +227,8 @@ def forward(
         "RK": how_k, "DRAW": tiles > blocks, "ALIAS": alias, "AHEAD": False, "HALF": half,
     } | constants  # fmt: skip
     if not how_q and not how_k and left < 0 and (aligned or right < 0) and tiles > blocks:
-        found, section = _dense(boxed(max(d, d_v)), right >= 0, s_q == s_k == n_m * m, n_m, section, blocks)
+        whole = s_q == s_k == n_m * m
+        found, section = _dense(boxed(max(d, d_v)), right >= 0, whole, n_m, section, blocks, tiles)
         constants |= found | options
         section = options.get("section") or section
     del constants["section"]
@@ -233,11 +236,11 @@ def forward(
     drawn = _counter(device) if constants["DRAW"] else None
     launch = triton_bind(
         attention_sm90.forward_kernel, (blocks,), descriptor(q, 64), descriptor(k, bn), descriptor(v, bn),
-        descriptor(out, 64), out if how_q or constants.get("DIRECT") else None, lse, q_rows, k_rows, drawn, batch, heads, group, s_q, s_k, n_m,
+        descriptor(out, 64), out if how_q else None, lse, q_rows, k_rows, drawn, batch, heads, group, s_q, s_k, n_m,
         section, scale * LOG2E.value, left, right, **constants, num_warps=4,
     )  # fmt: skip
     like_out = None if d == d_v else _number(out.dtype, out.device).expand(out.shape)
-    return Forward(launch, constants["DRAW"], bool(constants.get("DIRECT")), device, like_out, _number(lse.dtype, lse.device).expand(lse.shape))
+    return Forward(launch, constants["DRAW"], device, like_out, _number(lse.dtype, lse.device).expand(lse.shape))
 
 
 class Backward(NamedTuple):

@@ -31,13 +31,10 @@ from onegpu.kernels.attention_sm90_parts import (
     key_blocks,
     place,
     publish,
-    store_out,
     store_rows,
 )
 from onegpu.kernels.attention_sm90_steps import FREE, Q_FREE, blocks, operand, product
-from onegpu.kernels.hopper import LOG2E, advance, bar_arrive, bar_arrive_if, bar_sync, sequence, tile_of, warpgroup_barrier
-
-TURN = gl.constexpr(12)
+from onegpu.kernels.hopper import LOG2E, advance, bar_arrive, bar_sync, sequence, tile_of, warpgroup_barrier
 
 FIELDS = {
     **dict.fromkeys(("q_desc", "k_desc", "v_desc", "o_desc"), tma.tensor_descriptor),
@@ -46,7 +43,7 @@ FIELDS = {
                      "t_empty"), gl.shared_memory_descriptor),
     **dict.fromkeys(("B", "H", "G", "SQ", "SK", "NM", "section", "scale_log2", "left", "right"), gl.tensor),
     **dict.fromkeys(("D", "DV", "HEAD", "BN", "ST", "LEFT", "RIGHT", "ALIGNED", "WIDE", "RQ", "RK", "DRAW",
-                     "ROTATE", "ALIAS", "ALL", "AHEAD", "HALF", "DIRECT", "LATE", "SOON", "BESIDE", "PING", "NARROW", "REUSE"), gl.constexpr),
+                     "ROTATE", "ALIAS", "ALL", "AHEAD", "HALF"), gl.constexpr),
 }  # fmt: skip
 
 
@@ -72,17 +69,6 @@ Args = aggregate(_Args)
 
 
 @gluon.jit
-def _queries(a, b, h, at, count, phase):
-    for g in gl.static_range(2):
-        if a.ALIAS:
-            mbarrier.wait(a.q_empty.index(g), phase)
-        elif count > 0:
-            bar_sync(Q_FREE + g, 128 + 32)
-        mbarrier.expect(a.q_full.index(g), 64 * a.D * 2)
-        tma.async_copy_global_to_shared(a.q_desc, [b, h, at + g * 64, 0], a.q_full.index(g), a.q_bufs.index(g))
-
-
-@gluon.jit
 def _producer(a):
     BN: gl.constexpr = a.BN
     stage = 0
@@ -96,10 +82,6 @@ def _producer(a):
         i_q, n_q = sequence(a.p_q_rows, b, a.SQ, a.RQ)
         i_k, n_k = sequence(a.p_k_rows, b, a.SK, a.RK)
         first, n = key_blocks(a, m, n_q, n_k)
-        following = tile
-        if a.SOON:
-            if n == 0:
-                following = draw(a, tile)
         if n > 0:
             slot, slot_phase = publish(a, m, h, b, slot, slot_phase)
             if a.RQ == 2:
@@ -111,72 +93,25 @@ def _producer(a):
                 mbarrier.expect(a.k_full.index(stage), BN * a.D * 2)
                 tma.async_copy_global_to_shared(a.k_desc, [b, h // a.G, row, 0], a.k_full.index(stage),
                                                 a.k_bufs.index(stage))  # fmt: skip
-                if a.LATE == 0:
-                    if j == 0:  # Q behind the first keys, whose buffer is free before the tile before lets go of Q's
-                        _queries(a, b, h, i_q + m * 128, count, q_phase)
+                if j == 0:  # Q behind the first keys, whose buffer is free before the tile before lets go of Q's
+                    for g in gl.static_range(2):
+                        if a.ALIAS:
+                            mbarrier.wait(a.q_empty.index(g), q_phase)
+                        elif count > 0:
+                            bar_sync(Q_FREE + g, 128 + 32)
+                        mbarrier.expect(a.q_full.index(g), 64 * a.D * 2)
+                        at = i_q + m * 64 * 2 + g * 64
+                        tma.async_copy_global_to_shared(a.q_desc, [b, h, at, 0], a.q_full.index(g), a.q_bufs.index(g))
                 if count >= a.ST:
                     bar_sync(FREE + 2 * stage + 1, a.ALL)
                 mbarrier.expect(a.v_full.index(stage), BN * a.DV * 2)
                 tma.async_copy_global_to_shared(a.v_desc, [b, h // a.G, row, 0], a.v_full.index(stage),
                                                 a.v_bufs.index(stage))  # fmt: skip
-                if a.LATE == 1:
-                    if j == 0:
-                        _queries(a, b, h, i_q + m * 128, count, q_phase)
-                if a.SOON:
-                    if j == 0:
-                        following = draw(a, tile)
                 count += 1
                 stage += 1
                 stage = gl.where(stage == a.ST, 0, stage)
             q_phase = q_phase ^ 1
-        tile = following if a.SOON else draw(a, tile)
-    publish(a, -1, 0, 0, slot, slot_phase)
-
-
-@gluon.jit
-def _load(a, desc, bufs, full, stage, b, h, row, columns: gl.constexpr):
-    mbarrier.expect(full.index(stage), a.BN * columns * 2)
-    tma.async_copy_global_to_shared(desc, [b, h, row, 0], full.index(stage), bufs.index(stage))
-
-
-@gluon.jit
-def _producer_of_heads(a):
-    """Whole heads, each block of keys loaded once: tile m walks m .. 0 and frees m, so that ST >= NM - 1 are enough.
-
-    The n-th block goes to where the tile ST before it began, and that tile frees. ST - 1 < NM.
-    """
-    heads = a.B * a.H
-    head = gl.program_id(0)
-    m = a.NM - 1
-    t_head = head
-    t_m = m
-    stage = 0
-    count = 0
-    slot = 0
-    slot_phase = 1
-    while t_head < heads:
-        if head < heads:
-            if count >= a.ST:
-                bar_sync(FREE + 2 * stage, a.ALL)
-            _load(a, a.k_desc, a.k_bufs, a.k_full, stage, head // a.H, head % a.H // a.G, m * a.BN, a.D)
-        if (count == 0) | (count >= a.ST):
-            slot, slot_phase = publish(a, t_m, t_head % a.H, t_head // a.H, slot, slot_phase)
-            _queries(a, t_head // a.H, t_head % a.H, t_m * 128, count, 0)
-            t_m -= 1
-            if t_m < 0:
-                t_m = a.NM - 1
-                t_head = head
-        if head < heads:
-            if count >= a.ST:
-                bar_sync(FREE + 2 * stage + 1, a.ALL)
-            _load(a, a.v_desc, a.v_bufs, a.v_full, stage, head // a.H, head % a.H // a.G, m * a.BN, a.DV)
-            stage += 1
-            stage = gl.where(stage == a.ST, 0, stage)
-            m -= 1
-            if m < 0:
-                m = a.NM - 1
-                head = draw(a, head)
-        count += 1
+        tile = draw(a, tile)
     publish(a, -1, 0, 0, slot, slot_phase)
 
 
@@ -188,7 +123,7 @@ def _open(a, m, b, stage, phase, q_phase, WG: gl.constexpr, N: gl.constexpr, lay
     """
     live = m >= 0
     _, _, _, _, _, n, mine = place(a, m, b, WG)
-    if a.RIGHT and not a.REUSE:  # blocks that these 64 rows cannot see are passed on
+    if a.RIGHT:  # blocks that these 64 rows cannot see are passed on
         for _ in range(gl.where(live, n - mine, 0)):
             stage, phase = advance(stage, phase, a.ST)
             mbarrier.wait(a.k_full.index(stage), phase)
@@ -199,12 +134,7 @@ def _open(a, m, b, stage, phase, q_phase, WG: gl.constexpr, N: gl.constexpr, lay
     mbarrier.wait(a.q_full.index(WG), q_phase, pred=live)
     mbarrier.wait(a.k_full.index(stage), phase, pred=live)
     q = a.q_bufs.index(WG).reshape([64, a.D])
-    if a.PING:
-        bar_sync(TURN + WG, 256)
-    s_tok = product(q, a.k_bufs.index(stage), N, a, layout)
-    if a.PING:
-        bar_arrive(TURN + 1 - WG, 256)
-    return s_tok, stage, phase
+    return product(q, a.k_bufs.index(stage), N, a, layout), stage, phase
 
 
 @gluon.jit
@@ -219,20 +149,15 @@ def _consumer(a, WG: gl.constexpr):
     stage = a.ST - 1
     phase = 1
     q_phase = 0
-    if a.PING:
-        if WG == 1:
-            bar_arrive(TURN, 256)
     m, h, b, slot, slot_phase = fetch(a, 0, 0)
     s_tok, stage, phase = _open(a, m, b, stage, phase, q_phase, WG, N, first_layout)
     s = warpgroup_mma_wait(0, deps=[s_tok])
     while m >= 0:
-        begun = stage
-        begun_phase = phase
         i_q, n_q, n_k, row0, first, _, n = place(a, m, b, WG)
         q = a.q_bufs.index(WG).reshape([64, a.D])
         m_i, l_i, o, c, stage, phase = blocks(a, s, q, row0 + n_k - n_q, first, n, n_k, stage, phase, WG,
                                               first_layout, s_layout, o_layout)  # fmt: skip
-        if not a.ALIAS and not a.DIRECT:  # the store of the tile before has read the buffer, as all four warps are to know
+        if not a.ALIAS:  # the store of the tile before has read the buffer, as all four warps are to know
             tma.store_wait(0)
             warpgroup_barrier()
 
@@ -247,43 +172,25 @@ def _consumer(a, WG: gl.constexpr):
         lse = gl.where(seen, m_i * (a.scale_log2 / LOG2E) + gl.log(l_i), -float("inf"))
         inverse = gl.convert_layout(gl.where(seen, 1.0 / l_i, 0.0), row_layout)
         o = warpgroup_mma_wait(0, deps=[o_tok])
-        if a.REUSE:
-            bar_arrive_if(FREE + 2 * stage + 1, a.ALL, n == 1)
-            stage = begun
-            phase = begun_phase
-        else:
-            bar_arrive(FREE + 2 * stage + 1, a.ALL)
-        head = h
-        if a.BESIDE == 2:
-            o = gl.where((inverse != 0.0)[:, None], o * inverse[:, None], 0.0).to(dtype)
-        if a.BESIDE:
-            m, h, b, slot, slot_phase = fetch(a, slot, slot_phase)
-            q_phase = q_phase ^ 1
-            s_tok, stage, phase = _open(a, m, b, stage, phase, q_phase, WG, N, first_layout)
+        bar_arrive(FREE + 2 * stage + 1, a.ALL)
         # not only * 0: a row that saw nothing may have met 0 * inf
-        if a.BESIDE != 2:
-            o = gl.where((inverse != 0.0)[:, None], o * inverse[:, None], 0.0).to(dtype)
-        if a.DIRECT:
-            gl.store(a.p_lse + (row.to(gl.int64) * a.H + head) * a.SQ + i_q + rows, lse, mask=rows < n_q)
-            store_out(a, o, row0, i_q, n_q, row, head)
-        elif not a.RQ or row0 + 64 <= n_q:
-            gl.store(a.p_lse + (row.to(gl.int64) * a.H + head) * a.SQ + i_q + rows, lse, mask=rows < n_q)
+        o = gl.where((inverse != 0.0)[:, None], o * inverse[:, None], 0.0).to(dtype)
+        if not a.RQ or row0 + 64 <= n_q:
+            gl.store(a.p_lse + (row.to(gl.int64) * a.H + h) * a.SQ + i_q + rows, lse, mask=rows < n_q)
             o_buf = a.q_bufs.index(WG) if a.ALIAS else a.o_bufs.index(WG)
             o_buf.reshape([64, a.DV]).store(o)
             fence_async_shared()
-            tma.async_copy_shared_to_global(a.o_desc, [row, head, i_q + row0, 0], o_buf)
+            tma.async_copy_shared_to_global(a.o_desc, [row, h, i_q + row0, 0], o_buf)
         else:
-            store_rows(a, o, gl.convert_layout(lse, row_layout), row0, i_q, n_q, row, head, o_layout)
+            store_rows(a, o, gl.convert_layout(lse, row_layout), row0, i_q, n_q, row, h, o_layout)
         if a.ALIAS:
             tma.store_wait(0)
             mbarrier.arrive(a.q_empty.index(WG), count=1)
-        if not a.BESIDE:
-            m, h, b, slot, slot_phase = fetch(a, slot, slot_phase)
-            q_phase = q_phase ^ 1
-            s_tok, stage, phase = _open(a, m, b, stage, phase, q_phase, WG, N, first_layout)
+        m, h, b, slot, slot_phase = fetch(a, slot, slot_phase)
+        q_phase = q_phase ^ 1
+        s_tok, stage, phase = _open(a, m, b, stage, phase, q_phase, WG, N, first_layout)
         s = warpgroup_mma_wait(0, deps=[s_tok])
-    if not a.DIRECT:
-        tma.store_wait(0)
+    tma.store_wait(0)
 
 
 COUNTS = ["B", "H", "G", "SQ", "SK", "NM", "section", "left", "right"]
@@ -294,10 +201,7 @@ def forward_kernel(q_desc, k_desc, v_desc, o_desc, p_o, p_lse, p_q_rows, p_k_row
                    section, scale_log2, left, right, HEAD: gl.constexpr, BN: gl.constexpr, ST: gl.constexpr,
                    LEFT: gl.constexpr, RIGHT: gl.constexpr, ALIGNED: gl.constexpr, WIDE: gl.constexpr,
                    RQ: gl.constexpr, RK: gl.constexpr, DRAW: gl.constexpr, ROTATE: gl.constexpr,
-                   ALIAS: gl.constexpr, AHEAD: gl.constexpr, HALF: gl.constexpr, DIRECT: gl.constexpr = 0,
-                   LATE: gl.constexpr = 0, SOON: gl.constexpr = 0, BESIDE: gl.constexpr = 0,
-                   PING: gl.constexpr = 0, NARROW: gl.constexpr = 0,
-                   REUSE: gl.constexpr = 0):  # fmt: skip
+                   ALIAS: gl.constexpr, AHEAD: gl.constexpr, HALF: gl.constexpr):  # fmt: skip
     """p_o, p_q_rows, p_k_rows, p_counter: None where they are not read."""
     p_o = p_lse if p_o is None else p_o
     p_q_rows = p_lse if p_q_rows is None else p_q_rows
@@ -310,7 +214,7 @@ def forward_kernel(q_desc, k_desc, v_desc, o_desc, p_o, p_lse, p_q_rows, p_k_row
     bar: gl.constexpr = mbarrier.MBarrierLayout()
     q_bufs = gl.allocate_shared_memory(dtype, [2, 1, 1, 64, D], q_desc.layout)
     o_bufs = q_bufs
-    if not ALIAS and not DIRECT:
+    if not ALIAS:
         o_bufs = gl.allocate_shared_memory(dtype, [2, 1, 1, 64, DV], o_desc.layout)
     k_bufs = gl.allocate_shared_memory(dtype, [ST, 1, 1, BN, D], k_desc.layout)
     v_bufs = gl.allocate_shared_memory(dtype, [ST, 1, 1, BN, DV], v_desc.layout)
@@ -334,11 +238,9 @@ def forward_kernel(q_desc, k_desc, v_desc, o_desc, p_o, p_lse, p_q_rows, p_k_row
     a = Args(q_desc, k_desc, v_desc, o_desc, p_o, p_lse, p_q_rows, p_k_rows, p_counter, q_bufs, o_bufs, k_bufs, v_bufs,
              q_full, q_empty, k_full, v_full, t_buf, t_full, t_empty, B, H, G, SQ, SK, NM, section, scale_log2, left,
              right, D, DV, HEAD, BN, ST, LEFT, RIGHT, ALIGNED, WIDE, RQ, RK, DRAW, ROTATE, ALIAS, ALL, AHEAD,
-             HALF, DIRECT, LATE, SOON, BESIDE, PING, NARROW, REUSE)  # fmt: skip
+             HALF)  # fmt: skip
     if RQ:
         gl.warp_specialize([(_consumer, (a, 0)), (_consumer, (a, 1)), (_producer, (a,)), (filler, (a,))],
                            [4, 1, 1], [240, 24, 24])  # fmt: skip
-    elif REUSE:
-        gl.warp_specialize([(_consumer, (a, 0)), (_consumer, (a, 1)), (_producer_of_heads, (a,))], [4, 1], [240, 24])
     else:
         gl.warp_specialize([(_consumer, (a, 0)), (_consumer, (a, 1)), (_producer, (a,))], [4, 1], [240, 24])

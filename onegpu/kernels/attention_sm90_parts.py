@@ -118,36 +118,6 @@ def store_rows(a, o, lse, row0, i_q, n_q, b, h, layout: gl.constexpr):
     gl.store(p, o, mask=(rows < n_q)[:, None] & (cols < a.HEAD)[None, :])
 
 
-@gluon.constexpr_function
-def stored_layout(columns, step):
-    """Of [64, columns], of 16 bits, as the product leaves them but with ``step`` bits of a thread's number and of its
-    registers exchanged: after two a thread has 16 bytes side by side, after three eight threads have 128.
-    """
-    lanes = [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]]
-    registers = [[0, 1], [0, 8], [0, 16], [0, 32], *([0, n] for n in (64, 128) if n < columns), [8, 0]]
-    for i in range(step):
-        lanes[i], registers[i + 1] = registers[i + 1], lanes[i]
-    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [64, columns])
-
-
-@gluon.jit
-def store_out(a, o, row0, i_q, n_q, b, h):
-    """Write those of 64 rows that are queries, by addresses, 16 bytes at a time."""
-    # One bit at a time, and in two types so that the compiler does not take it for one: that is done with shuffles.
-    o = gl.convert_layout(o, stored_layout(a.DV, 1)).to(gl.int16, bitcast=True)
-    o = gl.convert_layout(o, stored_layout(a.DV, 2)).to(a.k_bufs.dtype, bitcast=True)
-    if a.DIRECT == 2:
-        o = gl.convert_layout(o, stored_layout(a.DV, 3))
-    layout: gl.constexpr = o.type.layout
-    rows = row0 + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
-    cols = gl.arange(0, a.DV, layout=gl.SliceLayout(0, layout))
-    p = a.p_o + ((b.to(gl.int64) * a.SQ + i_q + rows)[:, None] * a.H + h) * a.HEAD + cols[None, :]
-    mask = (rows < n_q)[:, None]
-    if a.HEAD != a.DV:
-        mask = mask & (cols < a.HEAD)[None, :]
-    gl.store(p, o, mask=mask)
-
-
 @gluon.jit
 def _fill(a, b, begin, end):
     """Zeros in the rows [begin, end) of b, -inf in their log-sum-exp; this block's share."""

@@ -114,7 +114,7 @@ def _step_ahead(a, q, s, m_i, l_i, o, c, stage, phase, left, WG: gl.constexpr, s
 
 
 @gluon.jit
-def _step(a, q, m_i, l_i, o, c, stage, phase, at, n0, n_k, more, first, MASK: gl.constexpr, WG: gl.constexpr,
+def _step(a, q, m_i, l_i, o, c, stage, phase, at, n0, n_k, more, MASK: gl.constexpr, WG: gl.constexpr,
           s_layout: gl.constexpr, o_layout: gl.constexpr):  # fmt: skip
     """S of the block in the next buffer, O += P V of the block before. MASK: see `hide`; more: one comes after."""
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
@@ -124,13 +124,9 @@ def _step(a, q, m_i, l_i, o, c, stage, phase, at, n0, n_k, more, first, MASK: gl
     s_tok = product(q, a.k_bufs.index(stage), a.BN, a, s_layout)
     p = operand(c, a, p_layout)
     mbarrier.wait(a.v_full.index(before), before_phase)
-    v = a.v_bufs.index(before).reshape([a.BN, a.DV])
-    if c.shape[1] != a.BN:
-        v = v.slice(0, c.shape[1])
-    o_tok = warpgroup_mma(p, v, o, is_async=True)
+    o_tok = warpgroup_mma(p, a.v_bufs.index(before).reshape([a.BN, a.DV]), o, is_async=True)
     s = warpgroup_mma_wait(1, deps=[s_tok])
-    if not a.REUSE:
-        bar_arrive(FREE + 2 * stage, a.ALL)
+    bar_arrive(FREE + 2 * stage, a.ALL)
     if not a.ALIAS:
         bar_arrive_if(Q_FREE + WG, 128 + 32, more == 0)
     s = hide(a, s, at, n0, n_k, MASK, s_layout)
@@ -141,32 +137,29 @@ def _step(a, q, m_i, l_i, o, c, stage, phase, at, n0, n_k, more, first, MASK: gl
     k_stage, k_phase = advance(stage, phase, a.ST)
     mbarrier.wait(a.k_full.index(k_stage), k_phase, pred=more)
     o, p, l_i = warpgroup_mma_wait(0, deps=[o_tok, p, l_i])
-    if a.REUSE:
-        bar_arrive_if(FREE + 2 * before + 1, a.ALL, first)
-    else:
-        bar_arrive(FREE + 2 * before + 1, a.ALL)
+    bar_arrive(FREE + 2 * before + 1, a.ALL)
     o = o * gl.convert_layout(alpha, gl.SliceLayout(1, o_layout))[:, None]
     return m_new, l_i, o, p, stage, phase
 
 
 @gluon.jit
-def _walk(a, q, m_i, l_i, o, c, stage, phase, at, first, n, n_k, fresh, WG: gl.constexpr, s_layout: gl.constexpr,
+def _walk(a, q, m_i, l_i, o, c, stage, phase, at, first, n, n_k, WG: gl.constexpr, s_layout: gl.constexpr,
           o_layout: gl.constexpr):  # fmt: skip
     """Blocks that the diagonal cuts, whole blocks, blocks that the left side of the window cuts: n in all."""
     whole, cut = masked(a, at, first, n)
     if a.RIGHT and not a.ALIGNED:
         for j in range(n - whole):
             n0 = (first + n - 1 - j) * a.BN
-            m_i, l_i, o, c, stage, phase = _step(a, q, m_i, l_i, o, c, stage, phase, at, n0, n_k, j + 1 < n, 1,
+            m_i, l_i, o, c, stage, phase = _step(a, q, m_i, l_i, o, c, stage, phase, at, n0, n_k, j + 1 < n,
                                                  1 if a.WIDE or not a.LEFT else 3, WG, s_layout, o_layout)  # fmt: skip
         n = whole
     for j in range(n - cut):
-        m_i, l_i, o, c, stage, phase = _step(a, q, m_i, l_i, o, c, stage, phase, at, 0, n_k, j + 1 < n, (j == 0) & fresh, 0, WG, s_layout,
+        m_i, l_i, o, c, stage, phase = _step(a, q, m_i, l_i, o, c, stage, phase, at, 0, n_k, j + 1 < n, 0, WG, s_layout,
                                              o_layout)  # fmt: skip
     if a.LEFT:
         for j in range(cut):
             n0 = (first + cut - 1 - j) * a.BN
-            m_i, l_i, o, c, stage, phase = _step(a, q, m_i, l_i, o, c, stage, phase, at, n0, n_k, j + 1 < cut, 1,
+            m_i, l_i, o, c, stage, phase = _step(a, q, m_i, l_i, o, c, stage, phase, at, n0, n_k, j + 1 < cut,
                                                  2 if a.WIDE else 3, WG, s_layout, o_layout)  # fmt: skip
     return m_i, l_i, o, c, stage, phase
 
@@ -204,8 +197,7 @@ def blocks(a, s, q, at, first, n, n_k, stage, phase, WG: gl.constexpr, first_lay
         t_tok = product(q, a.k_bufs.index(following), a.BN, a, s_layout)
     s = hide(a, s, at, n0, n_k, 1 if a.WIDE or not a.LEFT else 3, first_layout)
     m_i = gl.maximum(_row_maximum(s, first_layout), -1.0e30)  # finite where nothing is seen: then P is 0 and not NaN
-    narrow = gl.exp2(s * a.scale_log2 - (m_i * a.scale_log2)[:, None])
-    c = _widened(narrow, a, s_layout)
+    c = _widened(gl.exp2(s * a.scale_log2 - (m_i * a.scale_log2)[:, None]), a, s_layout)
     m_i = gl.convert_layout(m_i, gl.SliceLayout(1, s_layout))
     l_i = _row_sums(c)
     o = gl.full([64, a.DV], 0.0, gl.float32, o_layout)
@@ -221,12 +213,6 @@ def blocks(a, s, q, at, first, n, n_k, stage, phase, WG: gl.constexpr, first_lay
             clear_rows(a.v_bufs.index(stage).reshape([a.BN, a.DV]), n_k - n0)
         if n > 1:
             mbarrier.wait(a.k_full.index(following), following_phase)
-        left = n - 1
-        if a.NARROW and a.HALF == WG + 1 and not a.LEFT:
-            if n > 1:
-                m_i, l_i, o, c, stage, phase = _step(a, q, m_i, l_i, o, narrow, stage, phase, at, 0, n_k, n > 2, 1, 0, WG,
-                                                     s_layout, o_layout)  # fmt: skip
-                left = n - 2
-        m_i, l_i, o, c, stage, phase = _walk(a, q, m_i, l_i, o, c, stage, phase, at, first, left, n_k, left == n - 1, WG, s_layout,
+        m_i, l_i, o, c, stage, phase = _walk(a, q, m_i, l_i, o, c, stage, phase, at, first, n - 1, n_k, WG, s_layout,
                                              o_layout)  # fmt: skip
     return m_i, l_i, o, c, stage, phase

@@ -53,20 +53,24 @@ def test_serves_nothing_elsewhere() -> None:
 def test_short_sequences_are_dealt_out() -> None:
     from onegpu.kernels.attention_hopper import _dense
 
+    def dense(*given: Any, tiles: int = 1979) -> Any:
+        return _dense(*given, 132, tiles)
+
     dealt = {"DRAW": False}
-    assert _dense(64, True, True, 4, 512, 132) == (dealt | {"ROTATE": 1}, 33)
-    assert _dense(128, True, True, 3, 512, 132) == (dealt | {"ROTATE": 1}, 44)
-    assert _dense(128, False, True, 4, 512, 132) == (dealt | {"ROTATE": 0}, 512)
-    assert _dense(128, True, True, 4, 512, 132) == ({}, 16)
-    assert _dense(128, True, True, 1, 512, 132) == (dealt | {"ROTATE": 0}, 512)
-    assert _dense(64, False, True, 4, 64, 132) == (dealt | {"ROTATE": 0}, 64)
-    assert _dense(128, True, True, 8, 64, 132) == ({}, 16)
-    assert _dense(64, True, True, 8, 64, 132) == ({"ST": 4}, 16)
+    assert dense(64, True, True, 4, 512) == (dealt | {"ROTATE": 1}, 33)
+    assert dense(128, True, True, 3, 512) == (dealt | {"ROTATE": 1}, 44)
+    assert dense(128, False, True, 4, 512) == (dealt | {"ROTATE": 0}, 512)
+    assert dense(128, True, True, 4, 512) == dense(128, True, True, 5, 512, tiles=1980) == ({}, 16)
+    assert dense(128, True, True, 4, 512, tiles=1980) == (dealt | {"ROTATE": 1}, 16)  # 15 a block
+    assert dense(128, True, True, 1, 512) == (dealt | {"ROTATE": 0}, 512)
+    assert dense(64, False, True, 4, 64) == (dealt | {"ROTATE": 0}, 64)
+    assert dense(128, True, True, 8, 64) == ({}, 16)
+    assert dense(64, True, True, 8, 64) == ({"ST": 4}, 16)
     ahead = {"AHEAD": True, "HALF": 0}  # of head dim 64, for rows of as many blocks of keys as make up for it
-    assert _dense(64, True, True, 31, 8, 132) == ({"ST": 3}, 8)
-    assert _dense(64, True, True, 32, 8, 132) == _dense(64, False, True, 9, 8, 132) == ({"ST": 3} | ahead, 8)
-    assert _dense(64, False, True, 8, 64, 132) == ({"ST": 4} | ahead, 16)
-    assert _dense(256, True, True, 4, 8, 132) == _dense(128, True, False, 4, 8, 132) == ({}, 8)  # not measured
+    assert dense(64, True, True, 31, 8) == ({"ST": 3}, 8)
+    assert dense(64, True, True, 32, 8) == dense(64, False, True, 9, 8) == ({"ST": 3} | ahead, 8)
+    assert dense(64, False, True, 8, 64) == ({"ST": 4} | ahead, 16)
+    assert dense(256, True, True, 4, 8) == dense(128, True, False, 4, 8, tiles=1980) == ({}, 8)  # not measured
 
 
 ENDS = torch.tensor([0, 100, 300], dtype=torch.int32)
@@ -174,6 +178,15 @@ def test_who_sees_half_of_the_block_on_the_diagonal(
 ) -> None:
     made = constants_of(monkeypatch, *lengths, 48, 128, left, right)
     assert made["HALF"] == half and not made["AHEAD"]
+
+
+@needs_triton
+@pytest.mark.parametrize(("length", "heads", "draws"), [(512, 495, False), (512, 494, True), (500, 495, True)])
+def test_many_tiles_of_512_queries_are_dealt_out(
+    length: int, heads: int, draws: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = constants_of(monkeypatch, length, length, heads, 72, -1, 0)
+    assert (made["DRAW"], made["ROTATE"], made["HALF"]) == (draws, int(not draws), 1)
 
 
 @needs_triton
