@@ -1,7 +1,8 @@
 """The kernels of a model's generation, compiled in threads before they are asked for.
 
 A model that gets our ``generate`` begins with what any request will need, the first request of a batch size with the
-rest, beside its prefill. What is guessed wrong here is compiled when it is launched, as anything else is.
+rest, beside its prefill; attention to long prompts comes after that. What is guessed wrong here is compiled when it is
+launched, as anything else is.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from onegpu.kernels import ahead, attention, decode_attention, few_rows, next_to
 from onegpu.kernels.guard import architecture
 
 # Rows of a prompt and of the step that a captured one is compared with: products have kernels by the number of rows,
-# attention for few tiles, for a single query (unless it is the Hopper one) and for many tiles.
-_QUERIES = (128, 1, 1024)
+# attention for few tiles and for a single query (unless it is the Hopper one).
+_QUERIES = (128, 1)
+_LONG = 2000  # of many tiles, and no multiple of one, as most prompts
 _MOST = 4096  # tokens of all prompts; more run the same kernels
 _MOST_ROWS = 1024  # of products
 _PRODUCTS = {"linear_4bit": "4bit", "linear_int8": "int8"}  # by op: their format, as few_rows names it
@@ -53,7 +55,16 @@ def begin_attention(model: Any) -> None:
     if device is not None and model.dtype != torch.float32 and (sizes := _heads(model)):
         with contextlib.suppress(torch.cuda.OutOfMemoryError):
             shapes = [("attention", {**sizes, "padded": False})]
-            ahead.start(warmup.jobs(rows=_QUERIES[:2], shapes=shapes, device=device, dtype=model.dtype))
+            ahead.start(warmup.jobs(rows=_QUERIES, shapes=shapes, device=device, dtype=model.dtype))
+
+
+def begin_long(model: Any) -> None:
+    """Start compiling attention to long prompts, as is done when nothing else is waited for."""
+    device = _device(model)
+    if device is not None and _attention(model):
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):
+            shapes = [("attention", {**_heads(model), "padded": False})]
+            ahead.start(warmup.jobs(rows=(_LONG,), shapes=shapes, device=device, dtype=model.dtype))
 
 
 def _device(model: Any) -> torch.device | None:
@@ -77,14 +88,13 @@ def _jobs(
     lengths = _QUERIES if prompt is None else (max(1, min(prompt, _MOST // batch)), 1)
     found: list[ahead.Job] = []
     later: list[ahead.Job] = []
-    for kind, sizes, rows in [] if begun else _shapes(model, batch):  # attention takes longest: first
+    for kind, sizes, rows in _shapes(model, batch):  # attention takes longest: first
         if rows is None:
-            sizes = sizes | {"padded": False}
-            found += jobs(lengths[:2], [(kind, sizes)])
-            later += jobs(lengths[2:], [(kind, sizes)])
+            if not begun or lengths[0] > _QUERIES[0]:
+                found += jobs(lengths, [(kind, sizes | {"padded": False})])
             if batch > 1:
-                later += jobs(lengths[:2], [(kind, sizes | {"padded": True})])
-        else:
+                later += jobs(lengths, [(kind, sizes | {"padded": True})])
+        elif not begun:
             found += jobs((rows,), [(kind, sizes)])
     step = plan(model)
     fused = isinstance(step, FusedStep) and step.serves(batch)
@@ -93,7 +103,7 @@ def _jobs(
         found += jobs((1,), [(kind, sizes) for kind, sizes in unlike if kind not in _PRODUCTS])
         for kind, sizes in unlike:
             if kind in _PRODUCTS:
-                found += [job for n in lengths[:2] for job in few_rows.jobs(_PRODUCTS[kind], n, device, dtype, **sizes)]
+                found += [job for n in lengths for job in few_rows.jobs(_PRODUCTS[kind], n, device, dtype, **sizes)]
     else:
         found += jobs((batch, min(batch * lengths[0], _MOST_ROWS)), _of_modules(model))
         sizes = _attention(model)

@@ -54,6 +54,7 @@ def test_nothing_happens_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     prepare.begin_attention(model)
     onegpu.optimize(model)
     prepare.begin(model, 1, 5, 128)
+    prepare.begin_long(model)
 
 
 def test_what_a_first_short_request_needs_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,8 +78,8 @@ def test_what_a_first_short_request_needs_comes_first(monkeypatch: pytest.Monkey
     found: list[Any] = []
     monkeypatch.setattr(ahead, "start", found.extend)
     prepare.begin(model)
-    assert found[:2] == started and found[-1] == ("attention", False, 1024)
-    assert {kind for kind, _, _ in found[2:-1]} == {"next_token", "rms_norm", "gated_mlp"}
+    assert found[:2] == started
+    assert {kind for kind, _, _ in found[2:]} == {"next_token", "rms_norm", "gated_mlp"}
     found.clear()
     prepare.begin(model, 4, 300, 512)  # padding is likely in a batch, but not certain
     assert found[:2] == [("attention", False, 300), ("attention", False, 1)]
@@ -89,8 +90,41 @@ def test_what_a_first_short_request_needs_comes_first(monkeypatch: pytest.Monkey
     prepare.begin(model, 4, 300, 512, begun=True)  # that was for a single row
     assert found == whole
     found.clear()
-    prepare.begin(model, 1, 300, 512, begun=True)
+    prepare.begin(model, 1, 128, 512, begun=True)
     assert {kind for kind, _, _ in found} == {"rms_norm", "gated_mlp", "decode_attention"}
+    rest = found.copy()
+    found.clear()
+    prepare.begin(model, 1, 300, 512, begun=True)  # a longer prompt may be another kernel's
+    assert found[0] == ("attention", False, 300) and {kind for kind, _, _ in found[2:]} == {kind for kind, _, _ in rest}
+
+
+def test_attention_to_long_prompts_comes_after_the_first_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _llama()
+    onegpu.optimize(model)
+    begun: list[Any] = []
+    monkeypatch.setattr(prepare, "begin_long", begun.append)
+    ids = torch.randint(3, 500, (1, 5))
+
+    class Streamer:
+        def put(self, value: Any) -> None:
+            assert not begun
+
+        def end(self) -> None:
+            assert not begun
+
+    for _ in range(2):
+        model.generate(ids, max_new_tokens=3, do_sample=False, streamer=Streamer())
+        assert begun == [model]
+        Streamer.put = Streamer.end = lambda self, *value: None  # type: ignore[method-assign]
+    monkeypatch.undo()
+    found: list[Any] = []
+    monkeypatch.setattr(prepare, "_device", lambda model: torch.device("cuda:0"))
+    monkeypatch.setattr(warmup, "jobs", lambda **given: [given])
+    monkeypatch.setattr(ahead, "start", found.extend)
+    prepare.begin_long(model)
+    (given,) = found
+    ((kind, sizes),) = given["shapes"]
+    assert given["rows"] == (2000,) and kind == "attention" and not sizes["padded"]
 
 
 @pytest.mark.gpu
@@ -106,13 +140,17 @@ def test_what_is_begun_is_what_is_launched(quantize: str | None, monkeypatch: py
 
     onegpu.optimize(model, quantize=quantize)
     assert begun(), "nothing began"
+    on_hopper = torch.cuda.get_device_capability() == (9, 0)
+    assert not on_hopper or "forward_kernel" not in {op for op, _ in begun()}
     ids = torch.randint(3, 500, (1, 128), device="cuda")
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
     assert out.shape == (1, 148) and model.generate.report.loop == "captured"
-    assert model.generate.report.compile_s > 0 and len(model.generate.engine.prepared) == 2
+    assert model.generate.report.compile_s > 0 and len(model.generate.engine.prepared) == 3
     # All was guessed right, what was begun before the conversion too, but that of two choices of a token, with padding
-    # and without, one was taken, and attention to a prompt of many tiles was not needed.
+    # and without, one was taken; and what is left of attention, to a prompt of many tiles, began after the request.
     left = [op for op, _ in begun()]
     assert set(left) <= {"take_kernel", "forward_kernel"} and len(left) == len(set(left)), left
+    if on_hopper:  # elsewhere one kernel serves every length
+        assert "forward_kernel" in left and "few_kernel" in {kernel.op for kernel in launch._TRITON.values()}
     again = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
     assert torch.equal(again, out) and model.generate.report.compile_s == 0
