@@ -32,14 +32,20 @@ def test_compiles_without_spills_to_a_third_of_the_code(d: int, d_v: int, left: 
     assert len(made.asm["ptx"]) < 120_000
 
 
-_MASKS: list[dict[str, Any]] = [{"causal": True}, {}, {"window": (100, -1)}, {"causal": True, "window": (200, -1)}]
+_CAUSAL, _WINDOW = {"causal": True}, {"causal": True, "window": (200, -1)}
+_ALL: list[dict[str, Any]] = [_CAUSAL, {}, {"window": (100, -1)}, _WINDOW]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("mask", _MASKS)
 @pytest.mark.parametrize(
-    ("d", "d_v", "dtype"),
-    [(64, 64, torch.float16), (128, 128, torch.bfloat16), (256, 256, torch.bfloat16), (72, 136, torch.bfloat16)],
+    ("d", "d_v", "dtype", "mask"),
+    [
+        *((64, 64, torch.float16, mask) for mask in _ALL),
+        *((128, 128, torch.bfloat16, mask) for mask in _ALL),
+        (256, 256, torch.bfloat16, _CAUSAL),
+        (256, 256, torch.bfloat16, _WINDOW),
+        (72, 136, torch.bfloat16, _CAUSAL),
+    ],
 )
 def test_a_sequence_alone_has_the_bits_that_it_has_among_many_on_gpu(
     d: int, d_v: int, dtype: torch.dtype, mask: dict[str, Any]
@@ -59,7 +65,7 @@ def test_a_sequence_alone_has_the_bits_that_it_has_among_many_on_gpu(
         out_packed, lse_packed = attention(*packed, cu_seqlens_q=ends[0], cu_seqlens_k=ends[1], **options)
         assert torch.equal(out_packed.view(out.shape), out), (s_q, s_k)
         assert torch.equal(lse_packed, lse.transpose(0, 1).flatten(1)), (s_q, s_k)
-        if s_q > 1:
+        if (s_q, s_k) in ((300, 300), (200, 713)):  # more would only compile more
             many = [x.repeat(23, 1, 1, 1) for x in (q, k, v)]
             out_many, lse_many = attention(*many, **options)
             assert torch.equal(out_many, out.repeat(23, 1, 1, 1)), (s_q, s_k)
