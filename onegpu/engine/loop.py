@@ -57,7 +57,7 @@ class Engine:
             uncaptured, on any device.
         fuse: take the fused step (`onegpu.engine.fused_step`) where there is one; False once one was wrong.
         prepared: for which batches, on which device and in which dtype, kernels were compiled ahead; device and dtype
-            alone: for a single row, when the model got our ``generate``; 0 for a batch: for long prompts.
+            alone: for a single row, when the model got our ``generate``.
     """
 
     capture: str = "auto"
@@ -80,13 +80,6 @@ class Engine:
             self.prepared.add(key)
             begun = key[1:] in self.prepared
             prepare.begin(request.model, slot.batch, int(request.columns), slot.capacity, begun)
-
-    def prepare_long(self, request: Request) -> None:
-        """After a first request: have the kernels of longer ones compiled."""
-        key = 0, request.device, request.model.dtype
-        if key not in self.prepared:
-            self.prepared.add(key)
-            prepare.begin_long(request.model)
 
 
 class Request:
@@ -239,5 +232,4 @@ def decode(engine: Engine, model: Any, input_ids: torch.Tensor, prepared: dict[s
             engine.slots.lend(slot, request.cache)
         else:
             engine.slots.give_back(slot)
-    engine.prepare_long(request)
     return result

@@ -1,8 +1,8 @@
 """The kernels of a model's generation, compiled in threads before they are asked for.
 
 A model that gets our ``generate`` begins with what any request will need, the first request of a batch size with the
-rest, beside its prefill; attention to long prompts comes after that. What is guessed wrong here is compiled when it is
-launched, as anything else is.
+rest, beside its prefill. Attention to long prompts is begun by the request that has one: before, its front end would take
+Python's lock from requests that need none. What is guessed wrong here is compiled when it is launched, as anything else.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from onegpu.kernels.guard import architecture
 # Rows of a prompt and of the step that a captured one is compared with: products have kernels by the number of rows,
 # attention for few tiles and for a single query (unless it is the Hopper one).
 _QUERIES = (128, 1)
-_LONG = 2000  # of many tiles, and no multiple of one, as most prompts
 _MOST = 4096  # tokens of all prompts; more run the same kernels
 _MOST_ROWS = 1024  # of products
 _PRODUCTS = {"linear_4bit": "4bit", "linear_int8": "int8"}  # by op: their format, as few_rows names it
@@ -58,15 +57,6 @@ def begin_attention(model: Any) -> None:
             ahead.start(warmup.jobs(rows=_QUERIES, shapes=shapes, device=device, dtype=model.dtype))
 
 
-def begin_long(model: Any) -> None:
-    """Start compiling attention to long prompts, as is done when nothing else is waited for."""
-    device = _device(model)
-    if device is not None and _attention(model):
-        with contextlib.suppress(torch.cuda.OutOfMemoryError):
-            shapes = [("attention", {**_heads(model), "padded": False})]
-            ahead.start(warmup.jobs(rows=(_LONG,), shapes=shapes, device=device, dtype=model.dtype))
-
-
 def _device(model: Any) -> torch.device | None:
     """The one GPU that a model is on, in a dtype that kernels take."""
     devices = {parameter.device for parameter in model.parameters()}
@@ -86,9 +76,12 @@ def _jobs(
         return warmup.jobs(rows=rows, shapes=shapes, device=device, dtype=dtype)
 
     lengths = _QUERIES if prompt is None else (max(1, min(prompt, _MOST // batch)), 1)
+    outside: list[ahead.Job] = []  # NVRTC's come first: it leaves Python's lock to the others
     found: list[ahead.Job] = []
     later: list[ahead.Job] = []
-    for kind, sizes, rows in _shapes(model, batch):  # attention takes longest: first
+    step = plan(model)
+    fused = isinstance(step, FusedStep) and step.serves(batch)
+    for kind, sizes, rows in _shapes(model, batch):  # of Triton's, attention takes longest: first
         if rows is None:
             if not begun or lengths[0] > _QUERIES[0]:
                 found += jobs(lengths, [(kind, sizes | {"padded": False})])
@@ -96,14 +89,12 @@ def _jobs(
                 later += jobs(lengths, [(kind, sizes | {"padded": True})])
         elif not begun:
             found += jobs((rows,), [(kind, sizes)])
-    step = plan(model)
-    fused = isinstance(step, FusedStep) and step.serves(batch)
     if keys is None:  # products are not tried on memory of their size before the model is used
         unlike = {(k, *sorted(s.items())): (k, s) for k, s in _of_modules(model)}.values()
         found += jobs((1,), [(kind, sizes) for kind, sizes in unlike if kind not in _PRODUCTS])
         for kind, sizes in unlike:
             if kind in _PRODUCTS:
-                found += [job for n in lengths for job in few_rows.jobs(_PRODUCTS[kind], n, device, dtype, **sizes)]
+                outside += [job for n in lengths for job in few_rows.jobs(_PRODUCTS[kind], n, device, dtype, **sizes)]
     else:
         found += jobs((batch, min(batch * lengths[0], _MOST_ROWS)), _of_modules(model))
         sizes = _attention(model)
@@ -114,8 +105,8 @@ def _jobs(
         heads = step.structure.layers[0].heads
         cache = torch.empty(batch, heads.kv, 128, heads.size, dtype=dtype, device=device)
         target = architecture(cache.get_device())
-        found += [partial(kernel.compile_ahead, target) for kernel in step.kernels(batch, (cache, cache))]
-    return found + later
+        outside += [partial(kernel.compile_ahead, target) for kernel in step.kernels(batch, (cache, cache))]
+    return outside + found + later
 
 
 def ops(model: Any) -> list[warmup.Shape]:

@@ -21,7 +21,7 @@ from onegpu.kernels.triton_kernel import Bound
 TRITON_VERSIONS = ("3.6.", "3.7.")  # what the kernels were compiled with; Gluon changes between releases
 _L2_BYTES = 32 << 20  # what the keys and values of the heads that run together may take of it
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
-_FEW_KEYS = 1024  # up to here the kernel for few tiles serves, which compiles in a quarter of the time
+_FEW_QUERIES = 1024  # up to here few tiles have a kernel that compiles in a quarter of the time
 _SMALLEST = 32  # head dim from which on padding it to 64 pays
 
 
@@ -207,17 +207,18 @@ def forward(
     bn, section, m = constants["BN"], constants["section"], 128
     n_m = triton.cdiv(s_q if cu_seqlens_q is None else max_seqlen_q, m)
     tiles = n_m * heads * batch
-    blocks = min(tiles, processors(q.get_device()))
-    group = heads // heads_kv
     device = q.get_device()
+    blocks = min(tiles, processors(device))
+    group = heads // heads_kv
     like_out = None if d == d_v else _number(out.dtype, out.device).expand(out.shape)
     like_lse = _number(lse.dtype, lse.device).expand(lse.shape)
-    few = s_q == 1 or (tiles == blocks and s_k <= _FEW_KEYS)
+    n_few = triton.cdiv(s_q, 64)  # tiles of 64 rows: all run at once, two a processor, or are single queries
+    few = s_q == 1 or (s_q <= _FEW_QUERIES and n_few * heads * batch <= 2 * processors(device))
     if few and not how_q and not how_k and not options:
         launch = triton_bind(
-            attention_sm90_few.few_kernel, (tiles,), descriptor(q, m), descriptor(k, bn), descriptor(v, bn),
-            descriptor(out, m), lse, heads, group, s_q, s_k, n_m, scale * LOG2E.value, left,
-            right if right >= 0 else s_q + s_k, LEFT=left >= 0, num_warps=8,
+            attention_sm90_few.few_kernel, (n_few * heads * batch,), descriptor(q, 64), descriptor(k, bn),
+            descriptor(v, bn), descriptor(out, 64), lse, heads, group, s_q, s_k, n_few, scale * LOG2E.value, left,
+            right if right >= 0 else s_q + s_k, LEFT=left >= 0, num_warps=4,
         )  # fmt: skip
         return Forward(launch, False, device, like_out, like_lse)
     # Of a window, only the keys that the running tiles see are in use: 3 % on an H100.

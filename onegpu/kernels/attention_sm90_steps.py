@@ -5,7 +5,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from onegpu.kernels.attention_sm90_parts import hide, masked
-from onegpu.kernels.hopper import advance, bar_arrive, bar_arrive_if, clear_rows
+from onegpu.kernels.hopper import LOG2E, advance, bar_arrive, bar_arrive_if, clear_rows
 
 # Named hardware barriers, of which the compiler takes the lowest: FREE + 2 * stage (+ 1 for V), a buffer is free again.
 FREE = gl.constexpr(6)
@@ -46,6 +46,12 @@ def exponentials(s, m_i, m_new, l_i, scale_log2):
     alpha = gl.exp2((m_i - m_new) * scale_log2)
     p = gl.exp2(s * scale_log2 - (m_new * scale_log2)[:, None])
     return alpha, p, l_i * gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout))[:, None] + row_sums(p)
+
+
+@gluon.jit
+def log_sum_exp(m_i, l_i, scale_log2):
+    """Of rows whose sums are whole. Fused by name: left to the compiler, it is in one kernel and not in another."""
+    return gl.fma(m_i, gl.full(m_i.shape, scale_log2 / LOG2E, gl.float32, m_i.type.layout), gl.log(l_i))
 
 
 @gluon.jit

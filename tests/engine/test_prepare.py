@@ -54,7 +54,6 @@ def test_nothing_happens_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     prepare.begin_attention(model)
     onegpu.optimize(model)
     prepare.begin(model, 1, 5, 128)
-    prepare.begin_long(model)
 
 
 def test_what_a_first_short_request_needs_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,35 +97,6 @@ def test_what_a_first_short_request_needs_comes_first(monkeypatch: pytest.Monkey
     assert found[0] == ("attention", False, 300) and {kind for kind, _, _ in found[2:]} == {kind for kind, _, _ in rest}
 
 
-def test_attention_to_long_prompts_comes_after_the_first_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = _llama()
-    onegpu.optimize(model)
-    begun: list[Any] = []
-    monkeypatch.setattr(prepare, "begin_long", begun.append)
-    ids = torch.randint(3, 500, (1, 5))
-
-    class Streamer:
-        def put(self, value: Any) -> None:
-            assert not begun
-
-        def end(self) -> None:
-            assert not begun
-
-    for _ in range(2):
-        model.generate(ids, max_new_tokens=3, do_sample=False, streamer=Streamer())
-        assert begun == [model]
-        Streamer.put = Streamer.end = lambda self, *value: None  # type: ignore[method-assign]
-    monkeypatch.undo()
-    found: list[Any] = []
-    monkeypatch.setattr(prepare, "_device", lambda model: torch.device("cuda:0"))
-    monkeypatch.setattr(warmup, "jobs", lambda **given: [given])
-    monkeypatch.setattr(ahead, "start", found.extend)
-    prepare.begin_long(model)
-    (given,) = found
-    ((kind, sizes),) = given["shapes"]
-    assert given["rows"] == (2000,) and kind == "attention" and not sizes["padded"]
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("quantize", [None, "nf4"])
 def test_what_is_begun_is_what_is_launched(quantize: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,22 +105,23 @@ def test_what_is_begun_is_what_is_launched(quantize: str | None, monkeypatch: py
     width = 64 * 7 if quantize else 64 * 9
     model = _llama(hidden_size=width, num_attention_heads=width // 64, intermediate_size=192).cuda()
 
-    def begun() -> set[tuple[str, tuple[object, ...]]]:
-        return {(kernel.op, key) for kernel in launch._TRITON.values() for key in kernel._begun}
+    def begun() -> list[str]:
+        """Modules of kernels, with their names: two kinds have a forward_kernel."""
+        of = [(kernel.function.__module__, kernel.op) for kernel in launch._TRITON.values() for _ in kernel._begun]
+        return [f"{module.rpartition('.')[2]}.{op}" for module, op in of]
 
     onegpu.optimize(model, quantize=quantize)
     assert begun(), "nothing began"
     on_hopper = torch.cuda.get_device_capability() == (9, 0)
-    assert not on_hopper or "forward_kernel" not in {op for op, _ in begun()}
+    if on_hopper:  # elsewhere one kernel serves every length
+        assert "attention_sm90_few.few_kernel" in begun()
     ids = torch.randint(3, 500, (1, 128), device="cuda")
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
     assert out.shape == (1, 148) and model.generate.report.loop == "captured"
-    assert model.generate.report.compile_s > 0 and len(model.generate.engine.prepared) == 3
+    assert model.generate.report.compile_s > 0 and len(model.generate.engine.prepared) == 2
     # All was guessed right, what was begun before the conversion too, but that of two choices of a token, with padding
-    # and without, one was taken; and what is left of attention, to a prompt of many tiles, began after the request.
-    left = [op for op, _ in begun()]
-    assert set(left) <= {"take_kernel", "forward_kernel"} and len(left) == len(set(left)), left
-    if on_hopper:  # elsewhere one kernel serves every length
-        assert "forward_kernel" in left and "few_kernel" in {kernel.op for kernel in launch._TRITON.values()}
+    # and without, one was taken. Nothing was begun that only a long prompt needs.
+    assert begun() in ([], ["next_token_triton.take_kernel"]), begun()
+    assert not any(kernel.function.__module__.endswith(".attention_sm90") for kernel in launch._TRITON.values())
     again = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
     assert torch.equal(again, out) and model.generate.report.compile_s == 0

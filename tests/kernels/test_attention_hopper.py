@@ -155,13 +155,14 @@ def constants_of(
 def test_a_short_prompt_and_a_single_query_share_a_kernel(d: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The one for few tiles, whatever the prompt's length and with or without a diagonal."""
     prompt = constants_of(monkeypatch, 300, 300, 32, d, -1, 0)
-    assert prompt["kernel"] == "few_kernel" and prompt["num_warps"] == 8 and not prompt["LEFT"]
+    assert prompt["kernel"] == "few_kernel" and prompt["num_warps"] == 4 and not prompt["LEFT"]
     assert all(constants_of(monkeypatch, 1, n, 32, d, -1, -1) == prompt for n in (1, 64, 128, 129, 193, 301, 5000))
     assert all(constants_of(monkeypatch, n, n, 32, d, -1, right) == prompt for n in (3, 128, 512) for right in (0, -1))
+    assert constants_of(monkeypatch, 128, 5000, 32, d, -1, 0) == prompt
     assert constants_of(monkeypatch, 300, 300, 32, d, 100, 0)["LEFT"]
-    # more tiles than processors, or more keys than it serves
-    for s_q, s_k in ((513, 513), (128, 1025)):
-        assert constants_of(monkeypatch, s_q, s_k, 32, d, -1, 0)["kernel"] == "forward_kernel"
+    for s_q, heads in ((513, 32), (1025, 1)):  # more tiles than run at once, or long for their number
+        assert constants_of(monkeypatch, s_q, s_q, heads, d, -1, 0)["kernel"] == "forward_kernel"
+    assert not constants_of(monkeypatch, 2048, 2048, 8, d, -1, 0)["HALF"]  # where each block has one tile
 
 
 @needs_triton
@@ -177,7 +178,6 @@ def test_a_short_prompt_and_a_single_query_share_a_kernel(d: int, monkeypatch: p
         ((1000, 1024), -1, 0, 0),  # the diagonal cuts two blocks of some rows
         ((1024, 1024), -1, 64, 0),  # or ends past the last key
         ((1024, 1024), -1, -1, 0),
-        ((128, 2048), -1, 0, 0),  # with few tiles
     ],
 )
 def test_who_sees_half_of_the_block_on_the_diagonal(

@@ -18,7 +18,7 @@ def meta_descriptor(rows: int, d: int) -> Any:
     return descriptor(torch.zeros(2, 256, 2, d, dtype=torch.bfloat16), rows)
 
 
-def compile_gluon(kernel: Any, descriptors: list[Any], num_warps: int = 4, **constants: Any) -> Any:
+def compile_gluon(kernel: Any, descriptors: list[Any], **constants: Any) -> Any:
     """A Gluon kernel for sm_90, told what its pointers and numbers are by their names."""
     from onegpu.kernels.triton_kernel import TritonKernel
 
@@ -35,7 +35,7 @@ def compile_gluon(kernel: Any, descriptors: list[Any], num_warps: int = 4, **con
             args.append(torch.zeros(64, dtype=kind))
         else:
             args.append(1.5 if name.startswith("scale") else 2)
-    return TritonKernel(kernel).compile(90, tuple(args), {**constants, "num_warps": num_warps})[0]
+    return TritonKernel(kernel).compile(90, tuple(args), {**constants, "num_warps": 4})[0]
 
 
 @needs_triton

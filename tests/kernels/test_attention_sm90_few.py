@@ -1,4 +1,4 @@
-"""The Hopper forward for few tiles: within a block's limits, and the bits of the kernel for many."""
+"""The Hopper forward for few tiles: within half a processor's limits, and the bits of the kernel for many."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def compile_few(d: int, d_v: int, left: bool) -> Any:
     from onegpu.kernels import attention_sm90_few
 
     bn = 64 if max(d, d_v) > 128 else 128
-    boxes = [meta_descriptor(rows, width) for rows, width in ((128, d), (bn, d), (bn, d_v), (128, d_v))]
-    return compile_gluon(attention_sm90_few.few_kernel, boxes, 8, LEFT=left)
+    boxes = [meta_descriptor(rows, width) for rows, width in ((64, d), (bn, d), (bn, d_v), (64, d_v))]
+    return compile_gluon(attention_sm90_few.few_kernel, boxes, LEFT=left)
 
 
 @needs_triton
@@ -26,9 +26,9 @@ def compile_few(d: int, d_v: int, left: bool) -> Any:
     ("d", "d_v", "left"), [(128, 128, False), (64, 64, True), (256, 256, True), (256, 64, False), (128, 256, False)]
 )
 def test_compiles_without_spills_to_a_third_of_the_code(d: int, d_v: int, left: bool) -> None:
-    """What it is for: the PTX of the kernel for many tiles has 350 KB."""
+    """What it is for: the PTX of the kernel for many tiles has 350 KB. Two blocks of it share a processor."""
     made = compile_few(d, d_v, left)
-    assert made.metadata.shared <= HOPPER_SHARED and not spills(made)
+    assert 2 * made.metadata.shared <= HOPPER_SHARED and not spills(made)
     assert len(made.asm["ptx"]) < 120_000
 
 
@@ -54,7 +54,7 @@ def test_a_sequence_alone_has_the_bits_that_it_has_among_many_on_gpu(
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("Hopper's")
     options: dict[str, Any] = {"implementation": "hopper", "return_lse": True, **mask}
-    lengths = [(128, 128), (1, 300), (1, 1), (100, 100), (300, 300), (512, 512), (200, 713), (60, 124), (300, 90)]
+    lengths = [(128, 128), (1, 300), (1, 1), (100, 100), (300, 300), (1000, 1000), (200, 713), (60, 124), (300, 90)]
     for s_q, s_k in lengths:
         q, k, v = inputs(s_q, s_k, 6, 2, d, d_v, device="cuda", dtype=dtype)
         out, lse = attention(q, k, v, **options)
