@@ -1,8 +1,8 @@
 """The kernels of a model's generation, compiled in threads before they are asked for.
 
 A model that gets our ``generate`` begins with what any request will need, the first request of a batch size with the
-rest, beside its prefill. Attention to long prompts is begun by the request that has one: before, its front end would take
-Python's lock from requests that need none. What is guessed wrong here is compiled when it is launched, as anything else.
+rest, beside its prefill. Attention to long prompts is begun by a first request that has one: earlier, its front end
+would take Python's lock from requests that need none. What is guessed wrong here is compiled when it is launched.
 """
 
 from __future__ import annotations
