@@ -227,8 +227,8 @@ def forward(
     if how_q == 1:  # few heads of a sequence at a time, so that its padding does not come all at once: 10 % on an H100
         section = options.get("section") or min(section, 4)
     # Of the keys that the diagonal cuts, the first (1) or the second (2) consumer sees half. Where each block has one
-    # tile the other consumer is waited for anyway, and a single query shares the kernel of a short prompt.
-    halved = aligned and right == 0 and s_q > 1 and bn == 128 and tiles > blocks
+    # tile the other consumer is waited for anyway.
+    halved = aligned and right == 0 and bn == 128 and tiles > blocks
     half = 1 + (s_k - s_q) // 64 % 2 if halved else 0
     constants = {
         "HEAD": d_v, "LEFT": left >= 0, "RIGHT": right >= 0, "ALIGNED": aligned, "WIDE": left >= bn + 128, "RQ": how_q,
