@@ -137,11 +137,16 @@ def test_as_many_heads_at_once_as_have_their_keys_in_the_cache(
 def constants_of(
     monkeypatch: pytest.MonkeyPatch, s_q: int, s_k: int, heads: int, d: int, *sides: int
 ) -> dict[str, Any]:
-    """What a dense forward is compiled for, with as many multiprocessors as an H100 has."""
+    """What a dense forward is compiled for, with as many multiprocessors as an H100 has, and which kernel it is."""
     from onegpu.kernels import attention_hopper as hopper
 
     made: dict[str, Any] = {}
-    monkeypatch.setattr(hopper, "triton_bind", lambda kernel, grid, *x, **constants: made.update(constants))
+
+    def bind(kernel: Any, grid: Any, *args: Any, **constants: Any) -> None:
+        boxes = [x.block_shape for x in args if hasattr(x, "block_shape")]
+        made.update(constants, kernel=kernel.__name__, boxes=boxes, kinds=list(map(type, args)))
+
+    monkeypatch.setattr(hopper, "triton_bind", bind)
     monkeypatch.setattr(hopper, "processors", lambda device: 132)
     monkeypatch.setattr(hopper, "_counter", lambda device: torch.zeros(1, dtype=torch.int32))
     q, k = torch.zeros(1, s_q, heads, d).bfloat16(), torch.zeros(1, s_k, heads, d).bfloat16()
@@ -152,8 +157,16 @@ def constants_of(
 @needs_triton
 @pytest.mark.parametrize("d", [64, 128, 256])
 def test_a_short_prompt_and_a_single_query_share_a_kernel(d: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one for few tiles, whatever the prompt's length and with or without a diagonal."""
     prompt = constants_of(monkeypatch, 300, 300, 32, d, -1, 0)
-    assert all(constants_of(monkeypatch, 1, n, 32, d, -1, -1) == prompt for n in (1, 64, 128, 129, 193, 301))
+    assert prompt["kernel"] == "few_kernel" and prompt["num_warps"] == 4 and not prompt["LEFT"]
+    assert all(constants_of(monkeypatch, 1, n, 32, d, -1, -1) == prompt for n in (1, 64, 128, 129, 193, 301, 5000))
+    assert all(constants_of(monkeypatch, n, n, 32, d, -1, right) == prompt for n in (3, 128, 512) for right in (0, -1))
+    assert constants_of(monkeypatch, 128, 5000, 32, d, -1, 0) == prompt
+    assert constants_of(monkeypatch, 300, 300, 32, d, 100, 0)["LEFT"]
+    for s_q, heads in ((513, 32), (1025, 1)):  # more tiles than run at once, or long for their number
+        assert constants_of(monkeypatch, s_q, s_q, heads, d, -1, 0)["kernel"] == "forward_kernel"
+    assert not constants_of(monkeypatch, 2048, 2048, 8, d, -1, 0)["HALF"]  # where each block has one tile
 
 
 @needs_triton
@@ -169,8 +182,6 @@ def test_a_short_prompt_and_a_single_query_share_a_kernel(d: int, monkeypatch: p
         ((1000, 1024), -1, 0, 0),  # the diagonal cuts two blocks of some rows
         ((1024, 1024), -1, 64, 0),  # or ends past the last key
         ((1024, 1024), -1, -1, 0),
-        ((128, 128), -1, 0, 0),  # with few tiles
-        ((1, 1024), -1, 0, 0),
     ],
 )
 def test_who_sees_half_of_the_block_on_the_diagonal(
