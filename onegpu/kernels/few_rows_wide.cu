@@ -12,16 +12,37 @@
 #ifndef XT
 #define XT 0
 #endif
-constexpr int THREADS = WN * WK * 32, BN = WN * RT * 16, ROWS = 8 * NT;
+#ifndef HELD
+#define HELD 0
+#endif
+#ifndef WT
+#define WT 0
+#endif
+#ifndef TURN
+#define TURN 0
+#endif
+#ifndef PRE
+#define PRE 0
+#endif
+#ifndef LATE
+#define LATE 0
+#endif
+#ifndef BLOCKS
+#define BLOCKS 1
+#endif
+constexpr int THREADS = WN * WK * 32, BN = WN * RT * 16, ROWS = 8 * NT, TILE = HELD ? HELD : BN;
 constexpr int CB = FMT == 1 ? KC : KC / 2, GROUPS = KC / 64 / WK;
 constexpr int SPAN = HALF_BLOCK ? 32 : 64, SCALES = FMT == 2 ? KC / SPAN : 0, PER_ROW = SCALES ? SCALES : 1;
-constexpr int X_PITCH = WGMMA ? KC * 2 : KC * 2 + 16, W_BYTES = BN * CB, X_BYTES = ROWS * X_PITCH;
+constexpr int X_PITCH = WGMMA ? KC * 2 : KC * 2 + 16, W_BYTES = TILE * CB, X_BYTES = ROWS * X_PITCH;
 constexpr int ALIGN = WGMMA ? 1024 : 16, STAGE = (W_BYTES + X_BYTES + BN * (PACKED ? 8 : SCALES * 4 * (1 + NESTED)) + ALIGN - 1) / ALIGN * ALIGN;
-constexpr int E_PITCH = BN + 4, DIRECT = WGMMA && WK == 1 && CL == 1;      // DIRECT: no sums meet
+constexpr int E_PITCH = TILE + 4, DIRECT = WGMMA && WK == 1 && CL == 1;    // DIRECT: no sums meet
+constexpr int W_PITCH = WT && CB == 256 ? 128 : CB;
 constexpr int SUMS = DIRECT ? 0 : (ROWS * E_PITCH * 4 + ALIGN - 1) / ALIGN * ALIGN;
 // LAG: the last products of a stage run while the next stage's weights are expanded, so its place in the ring is free one stage later.
 constexpr int PUSH = APART && CL > 1;
 constexpr int AHEAD = STAGES - 1 - LAG;
+static_assert(!HELD || (WGMMA && HELD <= BN && HELD % 8 == 0 && (!PUSH || HELD % (4 * CL) == 0)), "what is held of a tile");
+static_assert(PAIR == 1 || XT, "the bulk engine sends x to several blocks");
 static_assert(AHEAD > 0 && (WGMMA || !LAG && !APART), "a stage on its way, one that is read, one that products read");
 static_assert(!WGMMA || (RT == 1 && WN % 4 == 0), "a warpgroup multiplies 64 rows");
 static_assert(!APART || WK * ROWS * E_PITCH * 4 <= STAGES * STAGE, "the parts of the sums have room in the ring");
@@ -29,6 +50,8 @@ static_assert(GROUPS * WK * 64 == KC && (CB == 64 || CB == 128 || (WGMMA && CB =
 
 // wgmma: units of 16 bytes of W change places so that eight rows, the same unit of each, spread over the banks.
 DEVICE int spread(int row, int unit) { return unit ^ (CB >= 128 ? row & 7 : row >> 1 & 3); }
+// Where a unit of a row is, from the row's begin on; `bulk`: in boxes of 128 bytes a row.
+DEVICE int place_of(int row, int unit) { return WT && CB == 256 ? (unit >> 3) * TILE * 128 + ((unit ^ row) & 7) * 16 : spread(row, unit) * 16; }
 // The pair of weights in the lane's byte of w (`pick` chooses it and the lane's column of the table), scaled, in the type of x.
 DEVICE u32 own_weights(const u8* table, u32 w, u32 lane4, u32 pick, float scale) {
   u32 at = TABLE_SHIFT == 8 ? __byte_perm(w, lane4, pick) : __byte_perm(w, lane4 * 2, pick) >> 1, v = *(const u32*)(table + at);
@@ -40,21 +63,29 @@ template <int B> DEVICE u32 weights(const u8* table, u32 w, u32 lane, float scal
   return pack(h2f(v & 0xffffu) * scale, h2f(v >> 16) * scale);
 }
 
-ENTRY __global__ void __launch_bounds__(THREADS, 1)
+ENTRY __global__ void __launch_bounds__(THREADS, BLOCKS)
 few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ y, const u16* __restrict__ bias,
          const void* __restrict__ absmax, const float* __restrict__ nested, const float* __restrict__ map,
          const float* __restrict__ offset, int m, int n, int k, int shift, int nested_shift
 #if XT
          , const __grid_constant__ XMap x_map
 #endif
+#if WT
+         , const __grid_constant__ XMap w_map
+#endif
          ) {
   SHARED(smem);
-  const int lane = threadIdx.x & 31, warp = of_warp(threadIdx.x >> 5), g = lane >> 2, t = lane & 3, rank = cluster_rank();
-  const int wn = warp % WN, wk = warp / WN, cluster = blockIdx.x / CL, clusters = gridDim.x / CL;
-  const int r0 = (int)((i64)n * cluster / clusters), r1 = (int)((i64)n * (cluster + 1) / clusters);
-  const int tiles = (r1 - r0 + BN - 1) / BN, all = (k + KC - 1) / KC, share = (all + CL - 1) / CL;
+  const int lane = threadIdx.x & 31, warp = of_warp(threadIdx.x >> 5), g = lane >> 2, t = lane & 3, rank = cluster_rank() % CL;
+  const int wn = warp % WN, wk = warp / WN, cluster = blockIdx.x / (CL * PAIR), clusters = gridDim.x / (CL * PAIR);
+  const int four = n >= 4 * clusters ? 4 : 1;                            // rows of a block begin where four are stored at once
+  auto begin_of = [&](int c) { return min((int)((i64)((n + four - 1) / four) * c / clusters) * four, n); };
+  const int each = PAIR > 1 ? ((begin_of(cluster + 1) - begin_of(cluster) + PAIR - 1) / PAIR + 3) / 4 * 4 : begin_of(cluster + 1) - begin_of(cluster);
+  const int r0 = begin_of(cluster) + (PAIR > 1 ? cluster_rank() / CL * each : 0), r1 = min(r0 + each, begin_of(cluster + 1));
+  const int tiles = (each + TILE - 1) / TILE, all = (k + KC - 1) / KC, share = (all + CL - 1) / CL;
   const int p0 = rank * share, pieces = max(min(share, all - p0), 0), items = tiles * pieces;
   const int nb = k / SPAN, row_bytes = FMT == 1 ? k : k / 2;
+  const int turn = TURN && pieces ? cluster * TURN % pieces : 0;       // blocks begin with different columns
+  auto turned = [&](int piece) { return TURN ? piece + turn - (piece + turn >= pieces ? pieces : 0) : piece; };
   u8* table = smem;
   float* map_ = (float*)(smem + TABLE);
   float* sums = (float*)(smem + TABLE + (NESTED ? 1024 : 0));            // [ROWS, BN], one tile
@@ -65,12 +96,12 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
 
   struct Cursor {
     int row0, piece, stage; Shared to;                                   // `to`: the stage, for copies
-    DEVICE void next(int pieces) { to += STAGE; if (++stage == STAGES) { stage = 0; to -= STAGES * STAGE; } if (++piece == pieces) { piece = 0; row0 += BN; } }
+    DEVICE void next(int pieces) { to += STAGE; if (++stage == STAGES) { stage = 0; to -= STAGES * STAGE; } if (++piece == pieces) { piece = 0; row0 += TILE; } }
   };
   auto fetch_w = [&](const Cursor& at) {
-    const int piece = p0 + at.piece;
+    const int piece = p0 + turned(at.piece);
 #pragma unroll
-    for (int u = threadIdx.x; u < W_BYTES / 16; u += THREADS) {
+    for (int u = threadIdx.x; u < (WT ? 0 : W_BYTES / 16); u += THREADS) {
       int row = u / (CB / 16), unit = u % (CB / 16), byte = piece * CB + unit * 16;
       if (at.row0 + row < r1) copy16(at.to + row * CB + (WGMMA ? spread(row, unit) : swizzled<CB>(row, unit)) * 16, w + (i64)(at.row0 + row) * row_bytes + (byte < row_bytes ? byte : 0), byte < row_bytes ? 16 : 0, policy);
     }
@@ -88,20 +119,28 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
       scales.fetch_both(at.to + W_BYTES + X_BYTES + e * 4, BN * SCALES * 4, row * nb + b, row < r1 && b < nb);
     }
   };
-  u8* pushes = ring + STAGES * STAGE + 8 * STAGES * XT;                  // PUSH: a barrier
+  u8* pushes = ring + STAGES * STAGE + 8 * STAGES * XT * (1 + (PAIR > 1));                  // PUSH: a barrier
   u8* bars = ring + STAGES * STAGE;                                      // XT: of each stage, that its x is there
-  auto fetch_x = [&](const Cursor& at) {
+  u8* free_ = bars + 8 * STAGES;                                         // PAIR: that all blocks have read it
+  auto fetch_x = [&](const Cursor& at, int item) {
 #if XT
     if (threadIdx.x == 0) {
-      u8* to = ring + at.stage * STAGE + W_BYTES;
-      arrive_and_expect(bars + at.stage * 8, X_BYTES);
-      for (int b = 0; b < KC / 64; b++) copy_x(to + b * ROWS * 128, &x_map, (p0 + at.piece) * KC + b * 64, bars + at.stage * 8);
+      u8 *to = ring + at.stage * STAGE, *bar = bars + at.stage * 8; const int piece = p0 + turned(at.piece);
+      if (PAIR > 1 && item >= STAGES) wait_for(free_ + at.stage * 8, item / STAGES - 1 & 1);
+      arrive_and_expect(bar, X_BYTES + WT * W_BYTES);
+#if WT
+      for (int b = 0; b < (CB + 127) / 128; b++) copy_w(to + b * TILE * 128, &w_map, piece * CB + b * 128, at.row0, bar, policy);
+#endif
+      for (int b = PAIR > 1 ? cluster_rank() / CL : 0; b < KC / 64; b += PAIR) {
+        if (PAIR == 1) copy_x(to + W_BYTES + b * ROWS * 128, &x_map, piece * KC + b * 64, bar);
+        else copy_x(to + W_BYTES + b * ROWS * 128, &x_map, piece * KC + b * 64, bar, (PAIR == 2 ? 1 << CL | 1 : 1 << 3 * CL | 1 << 2 * CL | 1 << CL | 1) << rank);
+      }
     }
     return;
 #endif
 #pragma unroll
     for (int u = threadIdx.x; u < ROWS * KC / 8; u += THREADS) {
-      int row = u / (KC / 8), unit = u % (KC / 8), col = (p0 + at.piece) * KC + unit * 8;
+      int row = u / (KC / 8), unit = u % (KC / 8), col = (p0 + turned(at.piece)) * KC + unit * 8;
       const int place = WGMMA ? (unit >> 3) * ROWS * 128 + row * 128 + ((unit ^ row) & 7) * 16 : row * X_PITCH + unit * 16;
       if (row < m) copy16(at.to + W_BYTES + place, x + (i64)row * k + (col < k ? col : 0), col < k ? 16 : 0);
     }
@@ -115,15 +154,24 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   for (int i = 0; i < AHEAD; i++) { if (i < items && !EARLY) fetch_w(f); f.next(pieces); }
   if (EARLY) {
     f = c;
+#if PRE
+    if (threadIdx.x == 0)
+      for (int i = 0; i < EARLY && i < items; i++, f.next(pieces))
+        for (int b = 0; b < (CB + 127) / 128; b++) send_for_w(&w_map, (p0 + turned(f.piece)) * CB + b * 128, f.row0);
+#else
     for (int i = 0; i < EARLY && i < items; i++, f.next(pieces))
-      for (int r = threadIdx.x; r < BN; r += THREADS)
-        if (f.row0 + r < r1 && (p0 + f.piece) * CB < row_bytes)
-          send_for(w + (i64)(f.row0 + r) * row_bytes + (p0 + f.piece) * CB);
+      for (int r = threadIdx.x; r < TILE; r += THREADS)
+        if (f.row0 + r < r1 && (p0 + turned(f.piece)) * CB < row_bytes)
+          send_for(w + (i64)(f.row0 + r) * row_bytes + (p0 + turned(f.piece)) * CB);
+#endif
   }
 #if XT
   if (threadIdx.x == 0) {
     send_for_map(&x_map);
-    for (int i = 0; i < STAGES; i++) barrier_init(bars + 8 * i, 1);
+#if WT
+    send_for_map(&w_map);
+#endif
+    for (int i = 0; i < STAGES; i++) { barrier_init(bars + 8 * i, 1); if (PAIR > 1) barrier_init(free_ + 8 * i, PAIR); }
     barriers_ready();
   }
 #endif
@@ -131,12 +179,13 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
     if (WGMMA) build_plain_table(table, THREADS);
     else build_table(table, THREADS);
   }
-  if (PUSH) expect_pushes(pushes, threadIdx.x == 0, tiles == 1 ? m * (BN / CL) * (CL - 1) : 0);
+  if (PUSH) expect_pushes(pushes, threadIdx.x == 0, tiles == 1 ? m * (TILE / CL) * (CL - 1) : 0);
+  else if (PAIR > 1) { __syncwarp(); cluster_arrive(); }
   wait_before_reading_x();
-  if (PUSH) cluster_wait();
+  if (PUSH || PAIR > 1) cluster_wait();
   f = c;
 #pragma unroll
-  for (int i = 0; i < AHEAD; i++) { if (i < items) { if (EARLY) fetch_w(f); fetch_x(f); } f.next(pieces); commit(); }
+  for (int i = 0; i < AHEAD; i++) { if (i < items) { if (EARLY) fetch_w(f); fetch_x(f, i); } f.next(pieces); commit(); }
   Values<THREADS> values; values.fetch(map);
   const float plus = NESTED ? *offset : 0.f;
   values.put(map_);                                                      // seen when the warps meet at the first stage
@@ -148,15 +197,21 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
     for (int i = 0; i < NT; i++) acc[r][i][0] = acc[r][i][1] = acc[r][i][2] = acc[r][i][3] = 0.f;
 
   auto finish = [&](int row0) {
-    if (DIRECT) {
+    const int end = HELD ? min(r1, row0 + TILE) : r1;
+    if (DIRECT && !(APART && tiles == 1)) {
 #pragma unroll
-      for (int i = 0; i < NT; i++)
+      for (int h = 0; h < 2; h++) {
+        const int row = row0 + wn * 16 + g + 8 * h;
+        const float2 v = out.of_row(max(min(row, end - 1), 0));
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-          const int row = row0 + wn * 16 + g + 8 * (j >> 1), r = 8 * i + 2 * t + (j & 1);
-          if (row < r1 && r < m) out.put(r, row, acc[0][i][j]);
-          acc[0][i][j] = 0.f;
-        }
+        for (int i = 0; i < NT; i++)
+#pragma unroll
+          for (int j = 2 * h; j < 2 * h + 2; j++) {
+            const int r = 8 * i + 2 * t + (j & 1);
+            if (row < end && r < m) out.put(r, row, acc[0][i][j], v);
+            acc[0][i][j] = 0.f;
+          }
+      }
       return;
     }
     if (APART && tiles == 1) {                                         // the ring has been read: a part of the sums for each warp
@@ -164,11 +219,13 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
 #pragma unroll
       for (int i = 0; i < NT; i++) {
         float *p = (float*)ring + (wk * ROWS + 8 * i + 2 * t) * E_PITCH + wn * 16 + g, (&s)[4] = acc[0][i];
-        p[0] = s[0]; p[E_PITCH] = s[1]; p[8] = s[2]; p[E_PITCH + 8] = s[3];
+        if (TILE == BN || wn * 16 < TILE) { p[0] = s[0]; p[E_PITCH] = s[1]; }
+        if (TILE == BN || wn * 16 + 8 < TILE) { p[8] = s[2]; p[E_PITCH + 8] = s[3]; }
       }
+      if (DIRECT) __syncthreads();
       auto part = [&](int i) { return (float*)ring + i; };
-      if (PUSH) push_tile<BN, E_PITCH, ROWS, THREADS, WK>(out, part, [&](int i) { return sums + i; }, pushes, m, rank, row0, r1);
-      else put_tiles<BN, E_PITCH, ROWS, THREADS, WK>(out, part, m, rank, row0, r1, 1, true);
+      if (PUSH) push_tile<TILE, E_PITCH, ROWS, THREADS, WK>(out, part, [&](int i) { return sums + i; }, pushes, m, rank, row0, end);
+      else put_tiles<TILE, E_PITCH, ROWS, THREADS, WK>(out, part, m, rank, row0, end, 1, true);
       return;
     }
     for (int turn = 0; turn < WK; turn++) {                              // in this order, whoever is first
@@ -178,14 +235,17 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
 #pragma unroll
           for (int i = 0; i < NT; i++) {
             float *p = sums + (8 * i + 2 * t) * E_PITCH + (wn * RT + r) * 16 + g, (&s)[4] = acc[r][i];
-            if (turn) { s[0] += p[0]; s[1] += p[E_PITCH]; s[2] += p[8]; s[3] += p[E_PITCH + 8]; }
-            p[0] = s[0]; p[E_PITCH] = s[1]; p[8] = s[2]; p[E_PITCH + 8] = s[3];
+            const bool low = TILE == BN || (wn * RT + r) * 16 < TILE, high = TILE == BN || (wn * RT + r) * 16 + 8 < TILE;
+            if (turn && low) { s[0] += p[0]; s[1] += p[E_PITCH]; }
+            if (turn && high) { s[2] += p[8]; s[3] += p[E_PITCH + 8]; }
+            if (low) { p[0] = s[0]; p[E_PITCH] = s[1]; }
+            if (high) { p[8] = s[2]; p[E_PITCH + 8] = s[3]; }
             s[0] = s[1] = s[2] = s[3] = 0.f;
           }
       }
       __syncthreads();
     }
-    put_tiles<BN, E_PITCH, ROWS, THREADS>(out, [&](int i) { return sums + i; }, m, rank, row0, r1, 1, true);
+    put_tiles<TILE, E_PITCH, ROWS, THREADS>(out, [&](int i) { return sums + i; }, m, rank, row0, end, 1, true);
   };
 
   auto step = [&](int item, u32 (&even)[16], u32 (&odd)[16]) {            // wgmma: the operands of even and of odd groups
@@ -193,7 +253,11 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
     if (WGMMA && !LAG) products_left<0>();
     if (WGMMA && !XT) copies_seen_by_wgmma();
     __syncthreads();
-    if (item + AHEAD < items) { fetch_w(f); fetch_x(f); f.next(pieces); }
+    const Cursor to_fill = f; const bool fill = item + AHEAD < items;
+    if (fill) {
+      if (PAIR > 1 && item + AHEAD >= STAGES && threadIdx.x < PAIR) arrive_at(free_ + f.stage * 8, threadIdx.x * CL + rank);
+      fetch_w(f); if (!LATE) fetch_x(f, item + AHEAD); f.next(pieces);
+    }
     commit();
     const u8* stage = ring + c.stage * STAGE;
     if (XT) wait_for(bars + c.stage * 8, item / STAGES & 1);
@@ -201,7 +265,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
 #pragma unroll
       for (int b = 0; b < GROUPS; b++) {
         const int group = wk * GROUPS + b, row = wn * 16 + g;
-        const u8* p = stage + row * CB;
+        const u8* p = stage + row * W_PITCH;
         const u8* xs = stage + W_BYTES + group * ROWS * 128;
         u32 (&a)[16] = b & 1 ? odd : even;
         if (FMT == 2) {
@@ -211,14 +275,14 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
             const int r = row + 8 * (i & 1), at = HALF_BLOCK ? group * 2 + (i >> 1) : group;
             const float* code = (const float*)(stage + W_BYTES + X_BYTES) + r * (PACKED ? 1 : SCALES) + (PACKED ? 0 : at);
             s[i] = *code;
-            if (PACKED) s[i] = scales.decode_of_word(__float_as_uint(s[i]), code[BN], plus, (SCALES == 4 ? 0 : (c.row0 + r) * nb + (p0 + c.piece) * SCALES & 3) + at, map_);
-            else if (NESTED) s[i] = scales.decode(__float_as_uint(s[i]), code[BN * SCALES], plus, (c.row0 + r) * nb + (p0 + c.piece) * SCALES + at, map_);
+            if (PACKED) s[i] = scales.decode_of_word(__float_as_uint(s[i]), code[BN], plus, (SCALES == 4 ? 0 : (c.row0 + r) * nb + (p0 + turned(c.piece)) * SCALES & 3) + at, map_);
+            else if (NESTED) s[i] = scales.decode(__float_as_uint(s[i]), code[BN * SCALES], plus, (c.row0 + r) * nb + (p0 + turned(c.piece)) * SCALES + at, map_);
             if (!HALF_BLOCK && i == 1) { s[2] = s[0]; s[3] = s[1]; break; }
           }
 #pragma unroll
           for (int h = 0; h < 2; h++) {
-            const int unit = spread(g, group * 2 + h) * 16;
-            const uint4 e = *(const uint4*)(p + unit), d = *(const uint4*)(p + 8 * CB + unit);
+            const int unit = place_of(g, group * 2 + h);
+            const uint4 e = *(const uint4*)(p + unit), d = *(const uint4*)(p + 8 * W_PITCH + unit);
             const u32 q[8] = {e.x, d.x, e.y, d.y, e.z, d.z, e.w, d.w};
 #pragma unroll
             for (int i = 0; i < 8; i++) a[8 * h + i] = own_weights(table, q[i], lane * 4, 0x5504 | t << 4, s[2 * h + (i & 1)]);
@@ -226,8 +290,8 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
         } else {
 #pragma unroll
           for (int s = 0; s < 4; s++) {
-            const u16* q = (const u16*)(p + spread(g, group * 4 + s) * 16) + t;
-            a[4 * s] = int8_pair<0>(q[0]); a[4 * s + 1] = int8_pair<0>(q[4 * CB]); a[4 * s + 2] = int8_pair<0>(q[4]); a[4 * s + 3] = int8_pair<0>(q[4 * CB + 4]);
+            const u16* q = (const u16*)(p + place_of(g, group * 4 + s)) + t;
+            a[4 * s] = int8_pair<0>(q[0]); a[4 * s + 1] = int8_pair<0>(q[4 * W_PITCH]); a[4 * s + 2] = int8_pair<0>(q[4]); a[4 * s + 3] = int8_pair<0>(q[4 * W_PITCH + 4]);
           }
         }
         before_products();
@@ -286,6 +350,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
           for (int r = 0; r < RT; r++) mma<BF16>(acc[r][i], a[r][4 * s], a[r][4 * s + 1], a[r][4 * s + 2], a[r][4 * s + 3], xb[2 * s], xb[2 * s + 1]);
       }
     }
+    if (LATE && fill) fetch_x(to_fill, item + AHEAD);
     if (c.piece == pieces - 1) { if (WGMMA) sums_ready<0>(acc[0]); finish(c.row0); }
     c.next(pieces);
   };
