@@ -21,6 +21,9 @@
 #ifndef TURN
 #define TURN 0
 #endif
+#ifndef IDLE
+#define IDLE 0
+#endif
 #ifndef PRE
 #define PRE 0
 #endif
@@ -268,7 +271,9 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
         const u8* p = stage + row * W_PITCH;
         const u8* xs = stage + W_BYTES + group * ROWS * 128;
         u32 (&a)[16] = b & 1 ? odd : even;
-        if (FMT == 2) {
+        const bool none = IDLE && wn * 16 >= TILE;                       // a warp without rows multiplies what it has
+        if (none) {
+        } else if (FMT == 2) {
           float s[4];                                                    // rows g, g + 8; halves of the group
 #pragma unroll
           for (int i = 0; i < 4; i++) {
@@ -355,6 +360,8 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
     c.next(pieces);
   };
   u32 a0[16], a1[16];
+#pragma unroll
+  for (int i = 0; i < 16; i++) if (IDLE) a0[i] = a1[i] = 0;
   if (LAG && GROUPS % 2)
     for (int item = 0; item < items; item += 2) { step(item, a0, a1); if (item + 1 < items) step(item + 1, a1, a0); }
   else
