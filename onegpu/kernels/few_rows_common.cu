@@ -1,8 +1,7 @@
 // Pieces that the few-row kernels share; few_rows.py puts one kernel's text behind this and sets, as macros: FMT (0: 16-bit
 // weights, 1: int8, 2: 4-bit), FP4 (the codebook), BF16 (activations and outputs; else fp16), NESTED (absmax is quantised; 2: blocks of
 // 64, whole words of codes and one scale for them in every piece of a row, what few_rows.py sees to),
-// TABLE_SHIFT (log2 of a table row's bytes, 7 or 8) and CL (blocks of a cluster, which share the columns). PAIR (the wide kernel): so many
-// such groups of blocks make a cluster, with other rows of W each and the same x.
+// TABLE_SHIFT (log2 of a table row's bytes, 7 or 8) and CL (blocks of a cluster, which share the columns).
 typedef unsigned int u32; typedef unsigned short u16; typedef unsigned char u8; typedef long long i64; typedef unsigned long long u64;
 
 #ifndef ENTRY
@@ -10,9 +9,6 @@ typedef unsigned int u32; typedef unsigned short u16; typedef unsigned char u8; 
 #endif
 #ifndef WGMMA
 #define WGMMA 0
-#endif
-#ifndef PAIR
-#define PAIR 1
 #endif
 #ifndef EMULATED
 #define DEVICE __device__ __forceinline__
@@ -59,7 +55,7 @@ DEVICE void let_next_kernel_start() {
 DEVICE void send_for(const void* p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }  // into L2: always coherent
 DEVICE int cluster_rank() {
   u32 r = 0;
-  if (CL * PAIR > 1) asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+  if (CL > 1) asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
   return r;
 }
 DEVICE void cluster_sync() {
@@ -150,9 +146,6 @@ DEVICE void barrier_init(void* b, int arrivals) { asm volatile("mbarrier.init.sh
 DEVICE void barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }   // bulk copies see them
 DEVICE void arrive(void* b) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(saddr(b)) : "memory"); }
 DEVICE void arrive_and_expect(void* b, int bytes) { asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(saddr(b)), "r"(bytes) : "memory"); }
-DEVICE void arrive_at(void* b, int rank) {                             // at the same barrier of another block
-  asm volatile("{ .reg .b32 b; mapa.shared::cluster.u32 b, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [b]; }" :: "r"(saddr(b)), "r"(rank) : "memory");
-}
 DEVICE void wait_for_pushes(void* b) {
   asm volatile("{ .reg .pred p;\nagain:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], 0;\n@!p bra again;\n}" :: "r"(saddr(b)) : "memory");
 }
@@ -164,11 +157,7 @@ struct alignas(64) XMap { u8 bytes[128]; };
 DEVICE void copy_x(void* to, const XMap* map, int col, void* b) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" :: "r"(saddr(to)), "l"(map), "r"(saddr(b)), "r"(col), "r"(0) : "memory");
 }
-// The same for several blocks of a cluster, a bit of `ranks` each: to the same place, and to the same barrier of each.
-DEVICE void copy_x(void* to, const XMap* map, int col, void* b, int ranks) {
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" :: "r"(saddr(to)), "l"(map), "r"(saddr(b)), "r"(col), "r"(0), "h"((u16)ranks) : "memory");
-}
-// The box of rows of W from `row` and of bytes from `byte` on.
+// The box of rows of W from `row` on and of bytes from `byte` on, swizzled as x is (of 64 bytes a row: unit ^ row >> 1 & 3); zeros outside of W.
 DEVICE void copy_w(void* to, const XMap* map, int byte, int row, void* b, u64 policy) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4}], [%2], %5;" :: "r"(saddr(to)), "l"(map), "r"(saddr(b)), "r"(byte), "r"(row), "l"(policy) : "memory");
 }
@@ -188,7 +177,6 @@ DEVICE u32 max_of_8(u32 v) {                                             // of e
 #ifndef EARLY
 #define EARLY 0
 #endif
-DEVICE int first_rank() { return PAIR > 1 ? cluster_rank() / CL * CL : 0; }  // of the blocks that share the columns
 DEVICE float lo_b(u32 v) { return __uint_as_float(v << 16); }
 DEVICE float hi_b(u32 v) { return __uint_as_float(v & 0xffff0000u); }
 DEVICE float value(u16 v) { return BF16 ? __uint_as_float((u32)v << 16) : h2f(v); }

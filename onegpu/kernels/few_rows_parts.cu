@@ -80,7 +80,7 @@ DEVICE void put_tiles(const Output& out, At at, int m, int rank, int row0, int r
 #pragma unroll
       for (int j = 0; j < CL * OF_BLOCK; j++) {
         const float* p = at(first + j / CL * ROWS8 * PITCH);
-        v[j] = CL > 1 ? cluster_read4(p, first_rank() + j % CL) : *(const float4*)p;
+        v[j] = CL > 1 ? cluster_read4(p, j % CL) : *(const float4*)p;
       }
 #pragma unroll
       for (int j = 0; j < CL * OF_BLOCK; j++) { sum.x += v[j].x; sum.y += v[j].y; sum.z += v[j].z; sum.w += v[j].w; }
@@ -110,7 +110,7 @@ DEVICE void push_tile(const Output& out, At at, Slot slot, void* pushes, int m, 
 #pragma unroll
       for (int q = 1; q < OF_BLOCK; q++) { const float4 v = *(const float4*)at(first + q * ROWS8 * PITCH); sum.x += v.x; sum.y += v.y; sum.z += v.z; sum.w += v.w; }
       float* p = slot(rank * ROWS8 * OWN + i);
-      if (j < CL) push4(p, first_rank() + to, sum, pushes); else *(float4*)p = sum;
+      if (j < CL) push4(p, to, sum, pushes); else *(float4*)p = sum;
     }
   }
   float2 values[4]; out.of_rows(row0 + rank * OWN + 4 * threadIdx.x % OWN, r1, values);   // on their way while sums are

@@ -6,46 +6,24 @@
 // the 16-row operand; x is read from shared memory in the order in which the stored bytes give the columns.
 // WGMMA (Hopper): four warps in a row of WN multiply together, x read from shared memory once for their 64 rows; columns stay in
 // their order, so a lane picks its byte of every word. The products run while the next weights are expanded.
-// XT (with WGMMA): the bulk engine brings x, one copy for 64 columns.
-// Filled in: NT, RT, WN, WK, KC, STAGES, WGMMA, HALF_BLOCK (a scale for 32 columns), XT,
+// XT (with WGMMA): the bulk engine brings x and the weights, in boxes of 64 columns of x and of 128 bytes of `box` rows of W.
+// HELD (with XT): rows of W that a stage has room for, where those of the tile are more; 0: all.
+// Filled in: NT, RT, WN, WK, KC, STAGES, WGMMA, HALF_BLOCK (a scale for 32 columns), XT, HELD, BLOCKS (of a multiprocessor),
 // EARLY (stages that are sent for into L2 before the kernel in front has ended; 0: weights may be read at once).
-#ifndef XT
-#define XT 0
-#endif
-#ifndef HELD
-#define HELD 0
-#endif
-#ifndef WT
-#define WT 0
-#endif
-#ifndef TURN
-#define TURN 0
-#endif
-#ifndef IDLE
-#define IDLE 0
-#endif
-#ifndef PRE
-#define PRE 0
-#endif
-#ifndef LATE
-#define LATE 0
-#endif
-#ifndef BLOCKS
-#define BLOCKS 1
-#endif
 constexpr int THREADS = WN * WK * 32, BN = WN * RT * 16, ROWS = 8 * NT, TILE = HELD ? HELD : BN;
 constexpr int CB = FMT == 1 ? KC : KC / 2, GROUPS = KC / 64 / WK;
 constexpr int SPAN = HALF_BLOCK ? 32 : 64, SCALES = FMT == 2 ? KC / SPAN : 0, PER_ROW = SCALES ? SCALES : 1;
 constexpr int X_PITCH = WGMMA ? KC * 2 : KC * 2 + 16, W_BYTES = TILE * CB, X_BYTES = ROWS * X_PITCH;
 constexpr int ALIGN = WGMMA ? 1024 : 16, STAGE = (W_BYTES + X_BYTES + BN * (PACKED ? 8 : SCALES * 4 * (1 + NESTED)) + ALIGN - 1) / ALIGN * ALIGN;
 constexpr int E_PITCH = TILE + 4, DIRECT = WGMMA && WK == 1 && CL == 1;    // DIRECT: no sums meet
-constexpr int W_PITCH = WT && CB == 256 ? 128 : CB;
+constexpr int BOX = CB < 128 ? CB : 128, BOXES = CB / BOX, W_PITCH = XT ? BOX : CB;   // bytes of a row in a box of W
 constexpr int SUMS = DIRECT ? 0 : (ROWS * E_PITCH * 4 + ALIGN - 1) / ALIGN * ALIGN;
 // LAG: the last products of a stage run while the next stage's weights are expanded, so its place in the ring is free one stage later.
 constexpr int PUSH = APART && CL > 1;
 constexpr int AHEAD = STAGES - 1 - LAG;
-static_assert(!HELD || (WGMMA && HELD <= BN && HELD % 8 == 0 && (!PUSH || HELD % (4 * CL) == 0)), "what is held of a tile");
-static_assert(PAIR == 1 || XT, "the bulk engine sends x to several blocks");
+static_assert(!HELD || (XT && HELD <= BN && HELD * CB % 1024 == 0 && (!PUSH || HELD % (4 * CL) == 0)), "what is held of a tile");
+static_assert((BN - TILE) * W_PITCH <= X_BYTES, "warps without rows read what follows");
+static_assert(!XT || (WGMMA && SUMS % 1024 == 0), "as the bulk engine swizzles, wgmma reads");
 static_assert(AHEAD > 0 && (WGMMA || !LAG && !APART), "a stage on its way, one that is read, one that products read");
 static_assert(!WGMMA || (RT == 1 && WN % 4 == 0), "a warpgroup multiplies 64 rows");
 static_assert(!APART || WK * ROWS * E_PITCH * 4 <= STAGES * STAGE, "the parts of the sums have room in the ring");
@@ -53,8 +31,8 @@ static_assert(GROUPS * WK * 64 == KC && (CB == 64 || CB == 128 || (WGMMA && CB =
 
 // wgmma: units of 16 bytes of W change places so that eight rows, the same unit of each, spread over the banks.
 DEVICE int spread(int row, int unit) { return unit ^ (CB >= 128 ? row & 7 : row >> 1 & 3); }
-// Where a unit of a row is, from the row's begin on; `bulk`: in boxes of 128 bytes a row.
-DEVICE int place_of(int row, int unit) { return WT && CB == 256 ? (unit >> 3) * TILE * 128 + ((unit ^ row) & 7) * 16 : spread(row, unit) * 16; }
+// Where a unit of a row is, from the row's begin (XT: in the first box) on.
+DEVICE int place_of(int row, int unit) { return XT && BOXES > 1 ? (unit >> 3) * TILE * 128 + ((unit ^ row) & 7) * 16 : spread(row, unit) * 16; }
 // The pair of weights in the lane's byte of w (`pick` chooses it and the lane's column of the table), scaled, in the type of x.
 DEVICE u32 own_weights(const u8* table, u32 w, u32 lane4, u32 pick, float scale) {
   u32 at = TABLE_SHIFT == 8 ? __byte_perm(w, lane4, pick) : __byte_perm(w, lane4 * 2, pick) >> 1, v = *(const u32*)(table + at);
@@ -71,24 +49,21 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
          const void* __restrict__ absmax, const float* __restrict__ nested, const float* __restrict__ map,
          const float* __restrict__ offset, int m, int n, int k, int shift, int nested_shift
 #if XT
-         , const __grid_constant__ XMap x_map
-#endif
-#if WT
-         , const __grid_constant__ XMap w_map
+         , const __grid_constant__ XMap x_map, const __grid_constant__ XMap w_map, int box
 #endif
          ) {
   SHARED(smem);
   const int lane = threadIdx.x & 31, warp = of_warp(threadIdx.x >> 5), g = lane >> 2, t = lane & 3, rank = cluster_rank() % CL;
-  const int wn = warp % WN, wk = warp / WN, cluster = blockIdx.x / (CL * PAIR), clusters = gridDim.x / (CL * PAIR);
+  const int wn = warp % WN, wk = warp / WN, cluster = blockIdx.x / CL, clusters = gridDim.x / CL;
   const int four = n >= 4 * clusters ? 4 : 1;                            // rows of a block begin where four are stored at once
   auto begin_of = [&](int c) { return min((int)((i64)((n + four - 1) / four) * c / clusters) * four, n); };
-  const int each = PAIR > 1 ? ((begin_of(cluster + 1) - begin_of(cluster) + PAIR - 1) / PAIR + 3) / 4 * 4 : begin_of(cluster + 1) - begin_of(cluster);
-  const int r0 = begin_of(cluster) + (PAIR > 1 ? cluster_rank() / CL * each : 0), r1 = min(r0 + each, begin_of(cluster + 1));
-  const int tiles = (each + TILE - 1) / TILE, all = (k + KC - 1) / KC, share = (all + CL - 1) / CL;
+#if !XT
+  constexpr int box = TILE;
+#endif
+  const int r0 = begin_of(cluster), r1 = begin_of(cluster + 1);
+  const int tiles = (r1 - r0 + box - 1) / box, all = (k + KC - 1) / KC, share = (all + CL - 1) / CL;
   const int p0 = rank * share, pieces = max(min(share, all - p0), 0), items = tiles * pieces;
   const int nb = k / SPAN, row_bytes = FMT == 1 ? k : k / 2;
-  const int turn = TURN && pieces ? cluster * TURN % pieces : 0;       // blocks begin with different columns
-  auto turned = [&](int piece) { return TURN ? piece + turn - (piece + turn >= pieces ? pieces : 0) : piece; };
   u8* table = smem;
   float* map_ = (float*)(smem + TABLE);
   float* sums = (float*)(smem + TABLE + (NESTED ? 1024 : 0));            // [ROWS, BN], one tile
@@ -99,12 +74,12 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
 
   struct Cursor {
     int row0, piece, stage; Shared to;                                   // `to`: the stage, for copies
-    DEVICE void next(int pieces) { to += STAGE; if (++stage == STAGES) { stage = 0; to -= STAGES * STAGE; } if (++piece == pieces) { piece = 0; row0 += TILE; } }
+    DEVICE void next(int pieces, int box) { to += STAGE; if (++stage == STAGES) { stage = 0; to -= STAGES * STAGE; } if (++piece == pieces) { piece = 0; row0 += box; } }
   };
   auto fetch_w = [&](const Cursor& at) {
-    const int piece = p0 + turned(at.piece);
+    const int piece = p0 + at.piece;
 #pragma unroll
-    for (int u = threadIdx.x; u < (WT ? 0 : W_BYTES / 16); u += THREADS) {
+    for (int u = threadIdx.x; u < (XT ? 0 : W_BYTES / 16); u += THREADS) {
       int row = u / (CB / 16), unit = u % (CB / 16), byte = piece * CB + unit * 16;
       if (at.row0 + row < r1) copy16(at.to + row * CB + (WGMMA ? spread(row, unit) : swizzled<CB>(row, unit)) * 16, w + (i64)(at.row0 + row) * row_bytes + (byte < row_bytes ? byte : 0), byte < row_bytes ? 16 : 0, policy);
     }
@@ -122,28 +97,23 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
       scales.fetch_both(at.to + W_BYTES + X_BYTES + e * 4, BN * SCALES * 4, row * nb + b, row < r1 && b < nb);
     }
   };
-  u8* pushes = ring + STAGES * STAGE + 8 * STAGES * XT * (1 + (PAIR > 1));                  // PUSH: a barrier
-  u8* bars = ring + STAGES * STAGE;                                      // XT: of each stage, that its x is there
-  u8* free_ = bars + 8 * STAGES;                                         // PAIR: that all blocks have read it
-  auto fetch_x = [&](const Cursor& at, int item) {
+  u8* bars = ring + STAGES * STAGE;                                      // XT: of each stage, that its x and weights are there
+  u8* pushes = bars + 8 * STAGES * XT;                                   // PUSH: a barrier
+  auto fetch_x = [&](const Cursor& at) {
 #if XT
     if (threadIdx.x == 0) {
-      u8 *to = ring + at.stage * STAGE, *bar = bars + at.stage * 8; const int piece = p0 + turned(at.piece);
-      if (PAIR > 1 && item >= STAGES) wait_for(free_ + at.stage * 8, item / STAGES - 1 & 1);
-      arrive_and_expect(bar, X_BYTES + WT * W_BYTES);
-#if WT
-      for (int b = 0; b < (CB + 127) / 128; b++) copy_w(to + b * TILE * 128, &w_map, piece * CB + b * 128, at.row0, bar, policy);
-#endif
-      for (int b = PAIR > 1 ? cluster_rank() / CL : 0; b < KC / 64; b += PAIR) {
-        if (PAIR == 1) copy_x(to + W_BYTES + b * ROWS * 128, &x_map, piece * KC + b * 64, bar);
-        else copy_x(to + W_BYTES + b * ROWS * 128, &x_map, piece * KC + b * 64, bar, (PAIR == 2 ? 1 << CL | 1 : 1 << 3 * CL | 1 << 2 * CL | 1 << CL | 1) << rank);
-      }
+      u8 *to = ring + at.stage * STAGE, *bar = bars + at.stage * 8; const int piece = p0 + at.piece;
+      arrive_and_expect(bar, X_BYTES + box * CB);
+#pragma unroll
+      for (int b = 0; b < BOXES; b++) copy_w(to + b * TILE * BOX, &w_map, piece * CB + b * BOX, at.row0, bar, policy);
+#pragma unroll
+      for (int b = 0; b < KC / 64; b++) copy_x(to + W_BYTES + b * ROWS * 128, &x_map, piece * KC + b * 64, bar);
     }
     return;
 #endif
 #pragma unroll
     for (int u = threadIdx.x; u < ROWS * KC / 8; u += THREADS) {
-      int row = u / (KC / 8), unit = u % (KC / 8), col = (p0 + turned(at.piece)) * KC + unit * 8;
+      int row = u / (KC / 8), unit = u % (KC / 8), col = (p0 + at.piece) * KC + unit * 8;
       const int place = WGMMA ? (unit >> 3) * ROWS * 128 + row * 128 + ((unit ^ row) & 7) * 16 : row * X_PITCH + unit * 16;
       if (row < m) copy16(at.to + W_BYTES + place, x + (i64)row * k + (col < k ? col : 0), col < k ? 16 : 0);
     }
@@ -154,27 +124,25 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   out.send_for_rows(r0, r1);
   Cursor f = {r0, 0, 0, shared(ring)}, c = f;
 #pragma unroll
-  for (int i = 0; i < AHEAD; i++) { if (i < items && !EARLY) fetch_w(f); f.next(pieces); }
+  for (int i = 0; i < AHEAD; i++) { if (i < items && !EARLY) fetch_w(f); f.next(pieces, box); }
   if (EARLY) {
     f = c;
-#if PRE
+#if XT
     if (threadIdx.x == 0)
-      for (int i = 0; i < EARLY && i < items; i++, f.next(pieces))
-        for (int b = 0; b < (CB + 127) / 128; b++) send_for_w(&w_map, (p0 + turned(f.piece)) * CB + b * 128, f.row0);
+      for (int i = 0; i < EARLY && i < items; i++, f.next(pieces, box))
+#pragma unroll
+        for (int b = 0; b < BOXES; b++) send_for_w(&w_map, (p0 + f.piece) * CB + b * BOX, f.row0);
 #else
-    for (int i = 0; i < EARLY && i < items; i++, f.next(pieces))
+    for (int i = 0; i < EARLY && i < items; i++, f.next(pieces, box))
       for (int r = threadIdx.x; r < TILE; r += THREADS)
-        if (f.row0 + r < r1 && (p0 + turned(f.piece)) * CB < row_bytes)
-          send_for(w + (i64)(f.row0 + r) * row_bytes + (p0 + turned(f.piece)) * CB);
+        if (f.row0 + r < r1 && (p0 + f.piece) * CB < row_bytes)
+          send_for(w + (i64)(f.row0 + r) * row_bytes + (p0 + f.piece) * CB);
 #endif
   }
 #if XT
   if (threadIdx.x == 0) {
-    send_for_map(&x_map);
-#if WT
-    send_for_map(&w_map);
-#endif
-    for (int i = 0; i < STAGES; i++) { barrier_init(bars + 8 * i, 1); if (PAIR > 1) barrier_init(free_ + 8 * i, PAIR); }
+    send_for_map(&x_map); send_for_map(&w_map);
+    for (int i = 0; i < STAGES; i++) barrier_init(bars + 8 * i, 1);
     barriers_ready();
   }
 #endif
@@ -183,12 +151,11 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
     else build_table(table, THREADS);
   }
   if (PUSH) expect_pushes(pushes, threadIdx.x == 0, tiles == 1 ? m * (TILE / CL) * (CL - 1) : 0);
-  else if (PAIR > 1) { __syncwarp(); cluster_arrive(); }
   wait_before_reading_x();
-  if (PUSH || PAIR > 1) cluster_wait();
+  if (PUSH) cluster_wait();
   f = c;
 #pragma unroll
-  for (int i = 0; i < AHEAD; i++) { if (i < items) { if (EARLY) fetch_w(f); fetch_x(f, i); } f.next(pieces); commit(); }
+  for (int i = 0; i < AHEAD; i++) { if (i < items) { if (EARLY) fetch_w(f); fetch_x(f); } f.next(pieces, box); commit(); }
   Values<THREADS> values; values.fetch(map);
   const float plus = NESTED ? *offset : 0.f;
   values.put(map_);                                                      // seen when the warps meet at the first stage
@@ -200,8 +167,8 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
     for (int i = 0; i < NT; i++) acc[r][i][0] = acc[r][i][1] = acc[r][i][2] = acc[r][i][3] = 0.f;
 
   auto finish = [&](int row0) {
-    const int end = HELD ? min(r1, row0 + TILE) : r1;
-    if (DIRECT && !(APART && tiles == 1)) {
+    const int end = XT ? min(r1, row0 + box) : r1;
+    if (DIRECT) {
 #pragma unroll
       for (int h = 0; h < 2; h++) {
         const int row = row0 + wn * 16 + g + 8 * h;
@@ -225,7 +192,6 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
         if (TILE == BN || wn * 16 < TILE) { p[0] = s[0]; p[E_PITCH] = s[1]; }
         if (TILE == BN || wn * 16 + 8 < TILE) { p[8] = s[2]; p[E_PITCH + 8] = s[3]; }
       }
-      if (DIRECT) __syncthreads();
       auto part = [&](int i) { return (float*)ring + i; };
       if (PUSH) push_tile<TILE, E_PITCH, ROWS, THREADS, WK>(out, part, [&](int i) { return sums + i; }, pushes, m, rank, row0, end);
       else put_tiles<TILE, E_PITCH, ROWS, THREADS, WK>(out, part, m, rank, row0, end, 1, true);
@@ -256,32 +222,26 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
     if (WGMMA && !LAG) products_left<0>();
     if (WGMMA && !XT) copies_seen_by_wgmma();
     __syncthreads();
-    const Cursor to_fill = f; const bool fill = item + AHEAD < items;
-    if (fill) {
-      if (PAIR > 1 && item + AHEAD >= STAGES && threadIdx.x < PAIR) arrive_at(free_ + f.stage * 8, threadIdx.x * CL + rank);
-      fetch_w(f); if (!LATE) fetch_x(f, item + AHEAD); f.next(pieces);
-    }
+    if (item + AHEAD < items) { fetch_w(f); fetch_x(f); f.next(pieces, box); }
     commit();
     const u8* stage = ring + c.stage * STAGE;
     if (XT) wait_for(bars + c.stage * 8, item / STAGES & 1);
-    if (WGMMA && c.row0 + (wn >> 2) * 64 < r1) {                         // for whole warpgroups
+    if (WGMMA && (wn >> 2) * 64 < min(box, r1 - c.row0)) {                         // for whole warpgroups
 #pragma unroll
       for (int b = 0; b < GROUPS; b++) {
         const int group = wk * GROUPS + b, row = wn * 16 + g;
         const u8* p = stage + row * W_PITCH;
         const u8* xs = stage + W_BYTES + group * ROWS * 128;
         u32 (&a)[16] = b & 1 ? odd : even;
-        const bool none = IDLE && wn * 16 >= TILE;                       // a warp without rows multiplies what it has
-        if (none) {
-        } else if (FMT == 2) {
+        if (FMT == 2) {
           float s[4];                                                    // rows g, g + 8; halves of the group
 #pragma unroll
           for (int i = 0; i < 4; i++) {
             const int r = row + 8 * (i & 1), at = HALF_BLOCK ? group * 2 + (i >> 1) : group;
             const float* code = (const float*)(stage + W_BYTES + X_BYTES) + r * (PACKED ? 1 : SCALES) + (PACKED ? 0 : at);
             s[i] = *code;
-            if (PACKED) s[i] = scales.decode_of_word(__float_as_uint(s[i]), code[BN], plus, (SCALES == 4 ? 0 : (c.row0 + r) * nb + (p0 + turned(c.piece)) * SCALES & 3) + at, map_);
-            else if (NESTED) s[i] = scales.decode(__float_as_uint(s[i]), code[BN * SCALES], plus, (c.row0 + r) * nb + (p0 + turned(c.piece)) * SCALES + at, map_);
+            if (PACKED) s[i] = scales.decode_of_word(__float_as_uint(s[i]), code[BN], plus, (SCALES == 4 ? 0 : (c.row0 + r) * nb + (p0 + c.piece) * SCALES & 3) + at, map_);
+            else if (NESTED) s[i] = scales.decode(__float_as_uint(s[i]), code[BN * SCALES], plus, (c.row0 + r) * nb + (p0 + c.piece) * SCALES + at, map_);
             if (!HALF_BLOCK && i == 1) { s[2] = s[0]; s[3] = s[1]; break; }
           }
 #pragma unroll
@@ -355,13 +315,10 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
           for (int r = 0; r < RT; r++) mma<BF16>(acc[r][i], a[r][4 * s], a[r][4 * s + 1], a[r][4 * s + 2], a[r][4 * s + 3], xb[2 * s], xb[2 * s + 1]);
       }
     }
-    if (LATE && fill) fetch_x(to_fill, item + AHEAD);
     if (c.piece == pieces - 1) { if (WGMMA) sums_ready<0>(acc[0]); finish(c.row0); }
-    c.next(pieces);
+    c.next(pieces, box);
   };
   u32 a0[16], a1[16];
-#pragma unroll
-  for (int i = 0; i < 16; i++) if (IDLE) a0[i] = a1[i] = 0;
   if (LAG && GROUPS % 2)
     for (int item = 0; item < items; item += 2) { step(item, a0, a1); if (item + 1 < items) step(item + 1, a1, a0); }
   else

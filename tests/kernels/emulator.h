@@ -177,7 +177,6 @@ inline void push4(float* p, int rank, float4 v, void* b) {
   if ((uint64_t)p % 16) abort();
   *(float4*)there(p) = v; owed_(there(b)) -= 16; settle(there(b));
 }
-inline void arrive_at(void* b, int rank) { arrive(blocks[rank].smem + ((uint8_t*)b - block().smem)); }
 inline void wait_for_pushes(void* b) { wait_for(b, 0); }
 struct XMap { const uint16_t* x; int rows, m, k, width; };
 inline void copy_x(uint8_t* to, const XMap* map, int col, void* b) {
@@ -187,12 +186,6 @@ inline void copy_x(uint8_t* to, const XMap* map, int col, void* b) {
       int at = col + unit * 8;
       bulks.push_back({to + row * 128 + ((unit ^ row) & 7) * 16, row < map->m && at < map->k ? map->x + (int64_t)row * map->k + at : zeros, 16, b});
     }
-}
-inline void copy_x(uint8_t* to, const XMap* map, int col, void* b, int ranks) {
-  for (int rank = 0; rank < (int)blocks.size(); rank++) {
-    const int64_t far = blocks[rank].smem - block().smem;
-    if (ranks >> rank & 1) copy_x(to + far, map, col, (uint8_t*)b + far);
-  }
 }
 // Of rows of `k` bytes, in boxes of 128 bytes or of 64, swizzled as the hardware does.
 inline void copy_w(uint8_t* to, const XMap* map, int byte, int row0, void* b, uint64_t) {
