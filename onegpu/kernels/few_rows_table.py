@@ -95,7 +95,7 @@ class Wide:
     eights: rows of x, in eights. warps_n x warps_k warps share the rows and the columns. stages: of the ring.
     wgmma: Hopper only. bulk: its engine for bulk copies brings x and the weights. held: rows of W that a stage has room
     for (with bulk), where those of a tile are more; 0: all. early: as Narrow's, in stages. price,
-    nested, share, blocks: as Narrow's. lag: products run while the next stage's weights are expanded, which takes a stage of
+    nested, share: as Narrow's. lag: products run while the next stage's weights are expanded, which takes a stage of
     the ring. apart: where a block has one tile, the sums of warps_k meet once, not one after the other, and the
     blocks of a cluster send each other theirs. Both: with wgmma.
     """
@@ -117,10 +117,10 @@ class Wide:
     lag: bool = False
     apart: bool = False
     held: int = 0
-    blocks: int = 1
 
     source: ClassVar[str] = "few_rows_wide.cu"
     packs: ClassVar[int] = 2
+    blocks: ClassVar[int] = 1
 
     @property
     def rows(self) -> int:
@@ -144,9 +144,13 @@ class Wide:
 
     def shared(self, fmt: str, nested: int, n: int, k: int, clusters: int, half: bool) -> int:
         tile, four = self.tile, fmt == "4bit"
-        scales = self._rows * (8 if nested == 2 else self.columns // (32 if half else 64) * 4 * (1 + nested)) if four else 0
+        scales = 8 if nested == 2 else self.columns // (32 if half else 64) * 4 * (1 + nested)
         gap, unit = (0, 1024) if self.wgmma else (16, 16)
-        stage = tile * self.columns // (2 if four else 1) + self.rows * (self.columns * 2 + gap) + scales
+        stage = (
+            tile * self.columns // (2 if four else 1)
+            + self.rows * (self.columns * 2 + gap)
+            + self._rows * scales * four
+        )
         total = (256 << self.table_shift) + 1024 * (nested > 0) if four else 0
         if not (self.wgmma and self.warps_k == self.cluster == 1):
             total += ceil_div(self.rows * (tile + 4) * 4, unit) * unit
@@ -171,8 +175,7 @@ class Wide:
         names = {"NT": self.eights, "RT": self.row_tiles, "WN": self.warps_n, "WK": self.warps_k, "KC": self.columns}
         return {**names, "STAGES": self.stages, "CL": self.cluster, "TABLE_SHIFT": self.table_shift,
                 "HALF_BLOCK": int(half), "WGMMA": int(self.wgmma), "XT": int(self.bulk),
-                "HELD": self.held, "BLOCKS": self.blocks, "EARLY": self.early, "LAG": int(self.lag),
-                "APART": int(self.apart)}  # fmt: skip
+                "HELD": self.held, "EARLY": self.early, "LAG": int(self.lag), "APART": int(self.apart)}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -331,10 +334,11 @@ CONFIGURATIONS: dict[str, tuple[Config, ...]] = {
         _bulk(4, 4, 2, 256, 6, 2, 2.28), _bulk(4, 8, 2, 256, 4, 4, 1.79),
         Resident(4, 3, 1, 128, 2, cluster=2, early=4, price=1.228),
         Wide(4, 1, 4, 2, 128, 5, cluster=2, price=3.1), Wide(4, 1, 4, 2, 128, 3, price=9),
-        _bulk(8, 12, 1, 256, 2, 1, 1.0), _bulk(8, 12, 1, 256, 3, 1, 1.14, held=168),
-        _bulk(8, 12, 1, 256, 2, 2, 1.313, apart=True), _bulk(8, 12, 1, 256, 2, 4, 1.936), _bulk(8, 8, 1, 256, 3, 2, 1.6),
-        _bulk(8, 4, 2, 256, 4, 2, 2.669, lag=True, apart=True), _bulk(8, 8, 1, 256, 4, 1, 1.52, FEW, held=80),
-        _bulk(8, 4, 2, 128, 6, 8, 4.184), Wide(8, 1, 4, 1, 64, 3, price=9),
+        _bulk(8, 12, 1, 256, 3, 1, 1.14, held=168),
+        _bulk(8, 12, 1, 256, 2, 2, 1.313, apart=True), _bulk(8, 12, 1, 256, 2, 4, 1.936),
+        _bulk(8, 8, 1, 256, 3, 2, 1.6), _bulk(8, 8, 1, 256, 4, 1, 1.52, FEW, held=80),
+        _bulk(8, 4, 2, 256, 4, 2, 2.669, lag=True, apart=True), _bulk(8, 4, 2, 128, 6, 8, 4.184),
+        Wide(8, 1, 4, 1, 64, 3, price=9),
         Wide(16, 1, 12, 1, 128, 2, cluster=2, wgmma=True, price=1.47),
         Wide(16, 1, 12, 1, 128, 4, wgmma=True, price=1.25),
         Wide(16, 1, 12, 1, 128, 2, cluster=4, wgmma=True, price=1.85), Wide(16, 1, 4, 1, 64, 2, price=9),

@@ -8,7 +8,7 @@
 // their order, so a lane picks its byte of every word. The products run while the next weights are expanded.
 // XT (with WGMMA): the bulk engine brings x and the weights, in boxes of 64 columns of x and of 128 bytes of `box` rows of W.
 // HELD (with XT): rows of W that a stage has room for, where those of the tile are more; 0: all.
-// Filled in: NT, RT, WN, WK, KC, STAGES, WGMMA, HALF_BLOCK (a scale for 32 columns), XT, HELD, BLOCKS (of a multiprocessor),
+// Filled in: NT, RT, WN, WK, KC, STAGES, WGMMA, HALF_BLOCK (a scale for 32 columns), XT, HELD,
 // EARLY (stages that are sent for into L2 before the kernel in front has ended; 0: weights may be read at once).
 constexpr int THREADS = WN * WK * 32, BN = WN * RT * 16, ROWS = 8 * NT, TILE = HELD ? HELD : BN;
 constexpr int CB = FMT == 1 ? KC : KC / 2, GROUPS = KC / 64 / WK;
@@ -44,7 +44,7 @@ template <int B> DEVICE u32 weights(const u8* table, u32 w, u32 lane, float scal
   return pack(h2f(v & 0xffffu) * scale, h2f(v >> 16) * scale);
 }
 
-ENTRY __global__ void __launch_bounds__(THREADS, BLOCKS)
+ENTRY __global__ void __launch_bounds__(THREADS)
 few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ y, const u16* __restrict__ bias,
          const void* __restrict__ absmax, const float* __restrict__ nested, const float* __restrict__ map,
          const float* __restrict__ offset, int m, int n, int k, int shift, int nested_shift

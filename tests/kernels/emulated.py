@@ -68,6 +68,6 @@ def product(
     tensors = (weight, x, y, bias, scales, absmax, table, offset)
     pointers = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
     shift = (blocksize // (32 if half else 64)).bit_length() - 1
-    boxes = few_rows.boxes_of(config, fmt, n, found[0])
-    library.emulate(found[0] * config.cluster, ctypes.c_long(found[1]), *pointers, m, n, k, shift, 8, (boxes or (0, 0))[1])
+    _, box, _ = few_rows.boxes_of(config, fmt, n, found[0]) or (0, 0, 0)
+    library.emulate(found[0] * config.cluster, ctypes.c_long(found[1]), *pointers, m, n, k, shift, 8, box)
     return y
