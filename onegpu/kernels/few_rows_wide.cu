@@ -56,7 +56,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   const int lane = threadIdx.x & 31, warp = of_warp(threadIdx.x >> 5), g = lane >> 2, t = lane & 3, rank = cluster_rank() % CL;
   const int wn = warp % WN, wk = warp / WN, cluster = blockIdx.x / CL, clusters = gridDim.x / CL;
   const int four = n >= 4 * clusters ? 4 : 1;                            // rows of a block begin where four are stored at once
-  auto begin_of = [&](int c) { return min((int)((i64)((n + four - 1) / four) * c / clusters) * four, n); };
+  auto begin_of = [&](int c) { return min((int)((u32)(four == 4 ? (n + 3) / 4 : n) * c / clusters) * four, n); };
 #if !XT
   constexpr int box = TILE;
 #endif
@@ -169,19 +169,16 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   auto finish = [&](int row0) {
     const int end = XT ? min(r1, row0 + box) : r1;
     if (DIRECT) {
+      const int first = row0 + wn * 16 + g;
+      const float2 v[2] = {out.of_row(max(min(first, end - 1), 0)), out.of_row(max(min(first + 8, end - 1), 0))};
 #pragma unroll
-      for (int h = 0; h < 2; h++) {
-        const int row = row0 + wn * 16 + g + 8 * h;
-        const float2 v = out.of_row(max(min(row, end - 1), 0));
+      for (int i = 0; i < NT; i++)
 #pragma unroll
-        for (int i = 0; i < NT; i++)
-#pragma unroll
-          for (int j = 2 * h; j < 2 * h + 2; j++) {
-            const int r = 8 * i + 2 * t + (j & 1);
-            if (row < end && r < m) out.put(r, row, acc[0][i][j], v);
-            acc[0][i][j] = 0.f;
-          }
-      }
+        for (int j = 0; j < 4; j++) {
+          const int row = first + 8 * (j >> 1), r = 8 * i + 2 * t + (j & 1);
+          if (row < end && r < m) out.put(r, row, acc[0][i][j], v[j >> 1]);
+          acc[0][i][j] = 0.f;
+        }
       return;
     }
     if (APART && tiles == 1) {                                         // the ring has been read: a part of the sums for each warp
