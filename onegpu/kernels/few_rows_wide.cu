@@ -21,9 +21,9 @@ constexpr int SUMS = DIRECT ? 0 : (ROWS * E_PITCH * 4 + ALIGN - 1) / ALIGN * ALI
 // LAG: the last products of a stage run while the next stage's weights are expanded, so its place in the ring is free one stage later.
 constexpr int PUSH = APART && CL > 1;
 constexpr int AHEAD = STAGES - 1 - LAG;
-static_assert(!HELD || (XT && HELD <= BN && HELD * CB % 1024 == 0 && (!PUSH || HELD % (4 * CL) == 0)), "what is held of a tile");
+static_assert(!HELD || (XT && HELD <= BN && (!PUSH || HELD % (4 * CL) == 0)), "what is held of a tile");
 static_assert((BN - TILE) * W_PITCH <= X_BYTES, "warps without rows read what follows");
-static_assert(!XT || (WGMMA && SUMS % 1024 == 0), "as the bulk engine swizzles, wgmma reads");
+static_assert(!XT || (WGMMA && TILE * BOX % 1024 == 0), "boxes begin where their swizzle does");
 static_assert(AHEAD > 0 && (WGMMA || !LAG && !APART), "a stage on its way, one that is read, one that products read");
 static_assert(!WGMMA || (RT == 1 && WN % 4 == 0), "a warpgroup multiplies 64 rows");
 static_assert(!APART || WK * ROWS * E_PITCH * 4 <= STAGES * STAGE, "the parts of the sums have room in the ring");
@@ -44,7 +44,7 @@ template <int B> DEVICE u32 weights(const u8* table, u32 w, u32 lane, float scal
   return pack(h2f(v & 0xffffu) * scale, h2f(v >> 16) * scale);
 }
 
-ENTRY __global__ void __launch_bounds__(THREADS)
+ENTRY __global__ void __launch_bounds__(THREADS, 1)
 few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ y, const u16* __restrict__ bias,
          const void* __restrict__ absmax, const float* __restrict__ nested, const float* __restrict__ map,
          const float* __restrict__ offset, int m, int n, int k, int shift, int nested_shift
@@ -53,7 +53,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
 #endif
          ) {
   SHARED(smem);
-  const int lane = threadIdx.x & 31, warp = of_warp(threadIdx.x >> 5), g = lane >> 2, t = lane & 3, rank = cluster_rank() % CL;
+  const int lane = threadIdx.x & 31, warp = of_warp(threadIdx.x >> 5), g = lane >> 2, t = lane & 3, rank = cluster_rank();
   const int wn = warp % WN, wk = warp / WN, cluster = blockIdx.x / CL, clusters = gridDim.x / CL;
   const int four = n >= 4 * clusters ? 4 : 1;                            // rows of a block begin where four are stored at once
   auto begin_of = [&](int c) { return min((int)((u32)(four == 4 ? (n + 3) / 4 : n) * c / clusters) * four, n); };
@@ -223,7 +223,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
     commit();
     const u8* stage = ring + c.stage * STAGE;
     if (XT) wait_for(bars + c.stage * 8, item / STAGES & 1);
-    if (WGMMA && (wn >> 2) * 64 < min(box, r1 - c.row0)) {                         // for whole warpgroups
+    if (WGMMA && (wn >> 2) * 64 < min(box, r1 - c.row0)) {               // for whole warpgroups
 #pragma unroll
       for (int b = 0; b < GROUPS; b++) {
         const int group = wk * GROUPS + b, row = wn * 16 + g;

@@ -332,6 +332,18 @@ def test_the_products_of_the_table_on_a_gpu(fmt: str) -> None:
 
 
 @pytest.mark.gpu
+def test_weights_that_lie_where_others_were_on_a_gpu() -> None:
+    """In place, and at the same address with another shape, as memory that is given back and taken again."""
+    memory = torch.empty(1 << 24, dtype=torch.int8, device="cuda")
+    for seed, (n, k) in enumerate(((4096, 4096), (4096, 4096), (2048, 8192), (1003, 4096), (4096, 4096))):
+        memory.random_(-128, 128, generator=torch.Generator("cuda").manual_seed(seed))
+        weight, SCB = memory[: n * k].view(n, k), torch.rand(n, device="cuda") + 0.1
+        x = activations((64, k), torch.bfloat16, "cuda")
+        y = linear_int8(x, weight, SCB, None, exact=False)
+        compare(y, x, weight.float() * SCB[:, None] / 127, None, f"{n} x {k}")
+
+
+@pytest.mark.gpu
 def test_what_the_kernels_cannot_serve_is_still_right_on_a_gpu() -> None:
     """Base pointers off by one element, K of no whole blocks, rows that are views."""
     for n, k in ((113, 203), (65, 96), (64, 256)):
