@@ -32,7 +32,7 @@ BACKWARD_DIMS = (72, 96, 192, 256)  # 72 and 96 in boxes of 128 columns, 192 and
 IN_TURNS = [(4, 32, 4096, 128, True), (4, 32, 4096, 128, False), (4, 64, 4096, 64, True), (4, 64, 4096, 64, False)]
 HALF = (*[2048] * 8, *[1024] * 8, *[512] * 16)  # 32 rows of 2048 of which half is padding
 _FILES = ("attention", "attention_definition", "attention_dispatch", "attention_triton", "attention_triton_backward",
-          "attention_hopper", "attention_sm90", "attention_sm90_parts", "attention_sm90_backward",
+          "attention_hopper", "attention_sm90", "attention_sm90_few", "attention_sm90_parts", "attention_sm90_backward",
           "attention_sm90_rows", "attention_sm90_steps", "hopper")  # fmt: skip
 KERNELS = tuple(f"onegpu/kernels/{name}.py" for name in _FILES)
 _SOURCES = ("benchmarks/cases/attention.py", *KERNELS)

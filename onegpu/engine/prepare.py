@@ -1,7 +1,8 @@
 """The kernels of a model's generation, compiled in threads before they are asked for.
 
 A model that gets our ``generate`` begins with what any request will need, the first request of a batch size with the
-rest, beside its prefill. What is guessed wrong here is compiled when it is launched, as anything else is.
+rest, beside its prefill. Attention to long prompts is begun by a first request that has one: earlier, its front end
+would take Python's lock from requests that need none. What is guessed wrong here is compiled when it is launched.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from onegpu.kernels import ahead, attention, decode_attention, few_rows, next_to
 from onegpu.kernels.guard import architecture
 
 # Rows of a prompt and of the step that a captured one is compared with: products have kernels by the number of rows,
-# attention for few tiles, for a single query (unless it is the Hopper one) and for many tiles.
-_QUERIES = (128, 1, 1024)
+# attention for few tiles and for a single query (unless it is the Hopper one).
+_QUERIES = (128, 1)
 _MOST = 4096  # tokens of all prompts; more run the same kernels
 _MOST_ROWS = 1024  # of products
 _PRODUCTS = {"linear_4bit": "4bit", "linear_int8": "int8"}  # by op: their format, as few_rows names it
@@ -53,7 +54,7 @@ def begin_attention(model: Any) -> None:
     if device is not None and model.dtype != torch.float32 and (sizes := _heads(model)):
         with contextlib.suppress(torch.cuda.OutOfMemoryError):
             shapes = [("attention", {**sizes, "padded": False})]
-            ahead.start(warmup.jobs(rows=_QUERIES[:2], shapes=shapes, device=device, dtype=model.dtype))
+            ahead.start(warmup.jobs(rows=_QUERIES, shapes=shapes, device=device, dtype=model.dtype))
 
 
 def _device(model: Any) -> torch.device | None:
@@ -75,25 +76,25 @@ def _jobs(
         return warmup.jobs(rows=rows, shapes=shapes, device=device, dtype=dtype)
 
     lengths = _QUERIES if prompt is None else (max(1, min(prompt, _MOST // batch)), 1)
+    outside: list[ahead.Job] = []  # NVRTC's come first: it leaves Python's lock to the others
     found: list[ahead.Job] = []
     later: list[ahead.Job] = []
-    for kind, sizes, rows in [] if begun else _shapes(model, batch):  # attention takes longest: first
-        if rows is None:
-            sizes = sizes | {"padded": False}
-            found += jobs(lengths[:2], [(kind, sizes)])
-            later += jobs(lengths[2:], [(kind, sizes)])
-            if batch > 1:
-                later += jobs(lengths[:2], [(kind, sizes | {"padded": True})])
-        else:
-            found += jobs((rows,), [(kind, sizes)])
     step = plan(model)
     fused = isinstance(step, FusedStep) and step.serves(batch)
+    for kind, sizes, rows in _shapes(model, batch):  # of Triton's, attention takes longest: first
+        if rows is None:
+            if not begun or lengths[0] > _QUERIES[0]:
+                found += jobs(lengths, [(kind, sizes | {"padded": False})])
+            if batch > 1:
+                later += jobs(lengths, [(kind, sizes | {"padded": True})])
+        elif not begun:
+            found += jobs((rows,), [(kind, sizes)])
     if keys is None:  # products are not tried on memory of their size before the model is used
         unlike = {(k, *sorted(s.items())): (k, s) for k, s in _of_modules(model)}.values()
         found += jobs((1,), [(kind, sizes) for kind, sizes in unlike if kind not in _PRODUCTS])
         for kind, sizes in unlike:
             if kind in _PRODUCTS:
-                found += [job for n in lengths[:2] for job in few_rows.jobs(_PRODUCTS[kind], n, device, dtype, **sizes)]
+                outside += [job for n in lengths for job in few_rows.jobs(_PRODUCTS[kind], n, device, dtype, **sizes)]
     else:
         found += jobs((batch, min(batch * lengths[0], _MOST_ROWS)), _of_modules(model))
         sizes = _attention(model)
@@ -104,8 +105,8 @@ def _jobs(
         heads = step.structure.layers[0].heads
         cache = torch.empty(batch, heads.kv, 128, heads.size, dtype=dtype, device=device)
         target = architecture(cache.get_device())
-        found += [partial(kernel.compile_ahead, target) for kernel in step.kernels(batch, (cache, cache))]
-    return found + later
+        outside += [partial(kernel.compile_ahead, target) for kernel in step.kernels(batch, (cache, cache))]
+    return outside + found + later
 
 
 def ops(model: Any) -> list[warmup.Shape]:

@@ -78,4 +78,9 @@ def waited() -> float:
 
 @lru_cache(maxsize=1)
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1), thread_name_prefix="onegpu-compile")
+    count = min(_MOST_THREADS, os.cpu_count() or 1)
+    pool, go = ThreadPoolExecutor(count, thread_name_prefix="onegpu-compile"), threading.Event()
+    for _ in range(count):  # all threads now: to start one takes two turns of Python's lock, which compilers want later
+        pool.submit(go.wait)
+    go.set()
+    return pool

@@ -11,7 +11,7 @@ import triton
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from onegpu.kernels import attention_sm90, attention_sm90_backward, attention_sm90_rows
+from onegpu.kernels import attention_sm90, attention_sm90_backward, attention_sm90_few, attention_sm90_rows
 from onegpu.kernels.attention_definition import forward_fake
 from onegpu.kernels.guard import current_device, raw_stream
 from onegpu.kernels.hopper import LOG2E
@@ -21,6 +21,7 @@ from onegpu.kernels.triton_kernel import Bound
 TRITON_VERSIONS = ("3.6.", "3.7.")  # what the kernels were compiled with; Gluon changes between releases
 _L2_BYTES = 32 << 20  # what the keys and values of the heads that run together may take of it
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+_FEW_QUERIES = 1024  # up to here few tiles have a kernel that compiles in a quarter of the time
 _SMALLEST = 32  # head dim from which on padding it to 64 pays
 
 
@@ -165,12 +166,13 @@ class Forward(NamedTuple):
 
 
 def _dense(
-    wide: int, causal: bool, whole: bool, n_m: int, section: int, blocks: int
+    wide: int, causal: bool, whole: bool, n_m: int, section: int, blocks: int, tiles: int
 ) -> tuple[dict[str, Any], int]:  # fmt: skip
     """Constants and heads of a section, for sequences of n_m tiles each (whole: exactly), as measured on an H100.
 
     Up to 512 queries, tiles dealt out beforehand, with lengths mixed, beat drawn ones by 10 to 20 %; but with a
-    diagonal and head dim 128, of 512 queries, drawn ones win, since a tile's first keys are loaded ahead of its Q.
+    diagonal and head dim 128, of 512 queries, drawn ones win, since a tile's first keys are loaded ahead of its Q. From
+    15 tiles a block on, which 16 heads at a time share out about evenly, dealt ones do by 4 % (H200, 2,048 tiles).
     """
     if wide > 128 or not whole:
         return {}, section
@@ -183,6 +185,8 @@ def _dense(
         # S a block ahead costs 0.4 to 1.4 us a tile and gains 0.09 us a block of keys
         if n_m >= (32 if causal else 8):
             found |= {"AHEAD": True, "HALF": 0}
+    elif causal and n_m == 4 and tiles >= 15 * blocks:
+        found = {"DRAW": False, "ROTATE": 1}
     return found, min(section, 16) if n_m <= 8 else section
 
 
@@ -201,42 +205,51 @@ def forward(
     k_rows, how_k = rows_of(k_range, cu_seqlens_k)
     batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.numel() - 1
     alias = boxed(d) == boxed(d_v) == 256
-    if s_q == 1 and max(left, right) < 0 and not how_q and not how_k:
-        right = (1 - s_k) % 64  # past the last key: all are seen, by the code that a causal prompt has compiled
     aligned = right >= 0 and not how_q and not how_k and (s_k - s_q + right) % 64 == 0
     constants = {"BN": 64 if max(d, d_v) > 128 else 128, "ST": 2, "ROTATE": 0, "section": 0} | options
     bn, section, m = constants["BN"], constants["section"], 128
     n_m = triton.cdiv(s_q if cu_seqlens_q is None else max_seqlen_q, m)
     tiles = n_m * heads * batch
-    blocks = min(tiles, processors(q.get_device()))
+    device = q.get_device()
+    blocks = min(tiles, processors(device))
     group = heads // heads_kv
+    like_out = None if d == d_v else _number(out.dtype, out.device).expand(out.shape)
+    like_lse = _number(lse.dtype, lse.device).expand(lse.shape)
+    n_few = triton.cdiv(s_q, 64)  # tiles of 64 rows: all run at once, two a processor, or are single queries
+    few = s_q == 1 or (s_q <= _FEW_QUERIES and n_few * heads * batch <= 2 * processors(device))
+    if few and not how_q and not how_k and not options:
+        launch = triton_bind(
+            attention_sm90_few.few_kernel, (n_few * heads * batch,), descriptor(q, 64), descriptor(k, bn),
+            descriptor(v, bn), descriptor(out, 64), lse, heads, group, s_q, s_k, n_few, scale * LOG2E.value, left,
+            right if right >= 0 else s_q + s_k, LEFT=left >= 0, num_warps=4,
+        )  # fmt: skip
+        return Forward(launch, False, device, like_out, like_lse)
     # Of a window, only the keys that the running tiles see are in use: 3 % on an H100.
     used = min(s_k, left + right + 1 + m) if min(left, right) >= 0 and not how_q and not how_k else s_k
     section = section or max(1, min(batch * heads, _L2_BYTES // (used * (d + d_v) * 2) * group))
     if how_q == 1:  # few heads of a sequence at a time, so that its padding does not come all at once: 10 % on an H100
         section = options.get("section") or min(section, 4)
     # Of the keys that the diagonal cuts, the first (1) or the second (2) consumer sees half. Where each block has one
-    # tile the other consumer is waited for anyway, and a single query shares the kernel of a short prompt.
-    halved = aligned and right == 0 and s_q > 1 and bn == 128 and tiles > blocks
+    # tile the other consumer is waited for anyway.
+    halved = aligned and right == 0 and bn == 128 and tiles > blocks
     half = 1 + (s_k - s_q) // 64 % 2 if halved else 0
     constants = {
         "HEAD": d_v, "LEFT": left >= 0, "RIGHT": right >= 0, "ALIGNED": aligned, "WIDE": left >= bn + 128, "RQ": how_q,
         "RK": how_k, "DRAW": tiles > blocks, "ALIAS": alias, "AHEAD": False, "HALF": half,
     } | constants  # fmt: skip
     if not how_q and not how_k and left < 0 and (aligned or right < 0) and tiles > blocks:
-        found, section = _dense(boxed(max(d, d_v)), right >= 0, s_q == s_k == n_m * m, n_m, section, blocks)
+        whole = s_q == s_k == n_m * m
+        found, section = _dense(boxed(max(d, d_v)), right >= 0, whole, n_m, section, blocks, tiles)
         constants |= found | options
         section = options.get("section") or section
     del constants["section"]
-    device = q.get_device()
     drawn = _counter(device) if constants["DRAW"] else None
     launch = triton_bind(
         attention_sm90.forward_kernel, (blocks,), descriptor(q, 64), descriptor(k, bn), descriptor(v, bn),
         descriptor(out, 64), out if how_q else None, lse, q_rows, k_rows, drawn, batch, heads, group, s_q, s_k, n_m,
         section, scale * LOG2E.value, left, right, **constants, num_warps=4,
     )  # fmt: skip
-    like_out = None if d == d_v else _number(out.dtype, out.device).expand(out.shape)
-    return Forward(launch, constants["DRAW"], device, like_out, _number(lse.dtype, lse.device).expand(lse.shape))
+    return Forward(launch, constants["DRAW"], device, like_out, like_lse)
 
 
 class Backward(NamedTuple):

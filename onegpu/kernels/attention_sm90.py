@@ -33,8 +33,8 @@ from onegpu.kernels.attention_sm90_parts import (
     publish,
     store_rows,
 )
-from onegpu.kernels.attention_sm90_steps import FREE, Q_FREE, blocks, operand, product
-from onegpu.kernels.hopper import LOG2E, advance, bar_arrive, bar_sync, sequence, tile_of, warpgroup_barrier
+from onegpu.kernels.attention_sm90_steps import FREE, Q_FREE, blocks, log_sum_exp, operand, product
+from onegpu.kernels.hopper import advance, bar_arrive, bar_sync, sequence, tile_of, warpgroup_barrier
 
 FIELDS = {
     **dict.fromkeys(("q_desc", "k_desc", "v_desc", "o_desc"), tma.tensor_descriptor),
@@ -169,7 +169,7 @@ def _consumer(a, WG: gl.constexpr):
         rows = row0 + gl.arange(0, 64, layout=gl.SliceLayout(1, s_layout))
         l_i = gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, s_layout))
         seen = (rows < n_q) & (l_i != 0.0)
-        lse = gl.where(seen, m_i * (a.scale_log2 / LOG2E) + gl.log(l_i), -float("inf"))
+        lse = gl.where(seen, log_sum_exp(m_i, l_i, a.scale_log2), -float("inf"))
         inverse = gl.convert_layout(gl.where(seen, 1.0 / l_i, 0.0), row_layout)
         o = warpgroup_mma_wait(0, deps=[o_tok])
         bar_arrive(FREE + 2 * stage + 1, a.ALL)

@@ -5,7 +5,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from onegpu.kernels.attention_sm90_parts import hide, masked
-from onegpu.kernels.hopper import advance, bar_arrive, bar_arrive_if, clear_rows
+from onegpu.kernels.hopper import LOG2E, advance, bar_arrive, bar_arrive_if, clear_rows
 
 # Named hardware barriers, of which the compiler takes the lowest: FREE + 2 * stage (+ 1 for V), a buffer is free again.
 FREE = gl.constexpr(6)
@@ -23,29 +23,35 @@ def product(q, k, N: gl.constexpr, a, layout: gl.constexpr):
 
 @gluon.jit
 def _quads(x):
-    """[64, n] as threads hold it: four have a row's columns, each of them pairs that are 8 columns apart."""
-    return gl.reshape(x, [64, x.shape[1] // 8, 4, 2])
+    """[rows, n] as threads hold it: four have a row's columns, each of them pairs that are 8 columns apart."""
+    return gl.reshape(x, [x.shape[0], x.shape[1] // 8, 4, 2])
 
 
 @gluon.jit
-def _row_maximum(s, layout: gl.constexpr):
+def row_maximum(s, layout: gl.constexpr):
     within = gl.max(gl.max(_quads(s), 3), 1)
     return gl.convert_layout(gl.max(within, 1), gl.SliceLayout(1, layout))
 
 
 @gluon.jit
-def _row_sums(p):
-    """[64, 4]: of a row, what each of its four threads has. They are added up once a tile."""
+def row_sums(p):
+    """[rows, 4]: of a row, what each of its four threads has. They are added up once a tile."""
     return gl.sum(gl.sum(_quads(p), 3), 1)
 
 
 @gluon.jit
-def _exponentials(a, s, m_i, m_new, l_i):
+def exponentials(s, m_i, m_new, l_i, scale_log2):
     """(what O is to be multiplied by, P, row sums) with S of one more block and the row maxima of both."""
     # The difference before the scaling: fused, the rounding of m * scale does not cancel while m is at its floor.
-    alpha = gl.exp2((m_i - m_new) * a.scale_log2)
-    p = gl.exp2(s * a.scale_log2 - (m_new * a.scale_log2)[:, None])
-    return alpha, p, l_i * gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout))[:, None] + _row_sums(p)
+    alpha = gl.exp2((m_i - m_new) * scale_log2)
+    p = gl.exp2(s * scale_log2 - (m_new * scale_log2)[:, None])
+    return alpha, p, l_i * gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout))[:, None] + row_sums(p)
+
+
+@gluon.jit
+def log_sum_exp(m_i, l_i, scale_log2):
+    """Of rows whose sums are whole. Fused by name: left to the compiler, it is in one kernel and not in another."""
+    return gl.fma(m_i, gl.full(m_i.shape, scale_log2 / LOG2E, gl.float32, m_i.type.layout), gl.log(l_i))
 
 
 @gluon.jit
@@ -100,11 +106,11 @@ def _step_ahead(a, q, s, m_i, l_i, o, c, stage, phase, left, WG: gl.constexpr, s
     bar_arrive_if(Q_FREE + WG, 128 + 32, left == 0)
     following, following_phase = advance(stage, phase, a.ST)
     t_tok = product(q, a.k_bufs.index(following), a.BN, a, s_layout)
-    m_new = gl.maximum(m_i, _row_maximum(s, s_layout))
+    m_new = gl.maximum(m_i, row_maximum(s, s_layout))
     mbarrier.wait(a.v_full.index(before), before_phase)
     v = a.v_bufs.index(before).reshape([a.BN, a.DV])
     o_tok = warpgroup_mma(operand(c, a, p_layout), v, o, is_async=True)
-    alpha, p, l_i = _exponentials(a, s, m_i, m_new, l_i)
+    alpha, p, l_i = exponentials(s, m_i, m_new, l_i, a.scale_log2)
     k_stage, k_phase = advance(following, following_phase, a.ST)
     mbarrier.wait(a.k_full.index(k_stage), k_phase, pred=left > 1)
     t, o, p, l_i = warpgroup_mma_wait(0, deps=[t_tok, o_tok, p, l_i])
@@ -130,8 +136,8 @@ def _step(a, q, m_i, l_i, o, c, stage, phase, at, n0, n_k, more, MASK: gl.conste
     if not a.ALIAS:
         bar_arrive_if(Q_FREE + WG, 128 + 32, more == 0)
     s = hide(a, s, at, n0, n_k, MASK, s_layout)
-    m_new = gl.maximum(m_i, _row_maximum(s, s_layout))
-    alpha, p, l_i = _exponentials(a, s, m_i, m_new, l_i)
+    m_new = gl.maximum(m_i, row_maximum(s, s_layout))
+    alpha, p, l_i = exponentials(s, m_i, m_new, l_i, a.scale_log2)
     # The wait for the next K stands here and not at the top: its branch ends a basic block, so that ptxas cannot move
     # the exponentials behind the wait for the product. p and l_i pass through that for the stages before ptxas.
     k_stage, k_phase = advance(stage, phase, a.ST)
@@ -196,10 +202,10 @@ def blocks(a, s, q, at, first, n, n_k, stage, phase, WG: gl.constexpr, first_lay
         mbarrier.wait(a.k_full.index(following), following_phase, pred=n > 1)
         t_tok = product(q, a.k_bufs.index(following), a.BN, a, s_layout)
     s = hide(a, s, at, n0, n_k, 1 if a.WIDE or not a.LEFT else 3, first_layout)
-    m_i = gl.maximum(_row_maximum(s, first_layout), -1.0e30)  # finite where nothing is seen: then P is 0 and not NaN
+    m_i = gl.maximum(row_maximum(s, first_layout), -1.0e30)  # finite where nothing is seen: then P is 0 and not NaN
     c = _widened(gl.exp2(s * a.scale_log2 - (m_i * a.scale_log2)[:, None]), a, s_layout)
     m_i = gl.convert_layout(m_i, gl.SliceLayout(1, s_layout))
-    l_i = _row_sums(c)
+    l_i = row_sums(c)
     o = gl.full([64, a.DV], 0.0, gl.float32, o_layout)
     if a.AHEAD:
         following, following_phase = advance(following, following_phase, a.ST)

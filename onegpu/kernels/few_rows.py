@@ -18,7 +18,8 @@ from onegpu.kernels import ahead
 from onegpu.kernels.few_rows_single import Single
 from onegpu.kernels.few_rows_table import CONFIGURATIONS, Config, Narrow, Wide, ceil_div, resident_clusters
 from onegpu.kernels.guard import architecture
-from onegpu.kernels.launch import CudaKernel, source_text, tensor_map
+from onegpu.kernels.launch import CudaKernel, source_text
+from onegpu.kernels.tensor_map import byte_map, tensor_map
 
 FORMATS = {"16bit": 0, "int8": 1, "4bit": 2}
 MAX_ROWS = {"16bit": 8, "int8": 128, "4bit": 128}
@@ -38,7 +39,7 @@ class Plan(NamedTuple):
     shared: int
     cluster: tuple[int, int, int]
     early: bool
-    box: int  # rows of x in a bulk copy, or 0
+    boxes: tuple[int, int, int] | None  # of bulk copies: rows of x; rows of W and bytes of each
 
 
 def fits(
@@ -112,14 +113,21 @@ def plan(
     config, clusters, shared = found
     made = kernel(config, fmt, bf16, fp4, nested, half, fours)
     early = config.early > 0 and properties.major >= 9  # before that, kernels start one after the other
-    return Plan(made, (clusters * config.cluster,), config.threads, shared, (config.cluster, 1, 1), early,
-                config.rows * getattr(config, "bulk", False))  # fmt: skip
+    boxes = boxes_of(config, fmt, n, clusters)
+    return Plan(made, (clusters * config.cluster,), config.threads, shared, (config.cluster, 1, 1), early, boxes)
+
+
+def boxes_of(config: Config, fmt: str, n: int, clusters: int) -> tuple[int, int, int] | None:
+    """What a bulk copy moves: rows of x, of 64 columns each; rows of W, and bytes of each. None: there is none."""
+    if not isinstance(config, Wide) or not config.bulk:
+        return None
+    return config.rows, config.box(n, clusters), min(config.columns // (1 if fmt == "int8" else 2), 128)
 
 
 @lru_cache(maxsize=4)
 def _kernel(source: str, bulk: bool) -> CudaKernel:
     text = "".join(map(source_text, ("few_rows_common.cu", "few_rows_parts.cu", source)))
-    return CudaKernel("few_rows", text, "few_rows", "PPPPPPPPiiiii" + "T" * bulk)
+    return CudaKernel("few_rows", text, "few_rows", "PPPPPPPPiiiii" + "TTi" * bulk)
 
 
 def kernel(config: Config, fmt: str, bf16: bool, fp4: bool, nested: int, half: bool, fours: bool = False) -> CudaKernel:
@@ -128,6 +136,16 @@ def kernel(config: Config, fmt: str, bf16: bool, fp4: bool, nested: int, half: b
     if isinstance(config, Single):
         constants["FOURS"] = int(fours)
     return _kernel(config.source, getattr(config, "bulk", False)).variant(None, **constants, **config.constants(half))
+
+
+def maps(fmt: str, x: torch.Tensor, weight: torch.Tensor, n: int, boxes: tuple[int, int, int]) -> tuple[object, ...]:
+    """The last arguments of a kernel with bulk copies: where x is, where the bytes of W are, rows of W in a box.
+
+    Descriptors are kept by address, shape and box, all that they depend on: what has moved gets one of its own.
+    """
+    rows, box, width = boxes
+    row_bytes = x.shape[1] if fmt == "int8" else x.shape[1] // 2
+    return tensor_map(x, (rows, 64), 128), byte_map(weight, n, row_bytes, (box, width), width), box
 
 
 def supports(fmt: str, x: torch.Tensor, weight: torch.Tensor, k: int, blocksize: int = 64) -> bool:
@@ -214,7 +232,7 @@ def launch(
     shift = 0 if fmt != "4bit" else (blocksize // (32 if half else 64)).bit_length() - 1
     found.kernel(
         found.grid, found.threads, found.shared, weight, x, y, bias, scales, absmax, table, offset, m, n, k, shift,
-        nested_blocksize.bit_length() - 1, *([tensor_map(x, (found.box, 64), 128)] if found.box else ()),
+        nested_blocksize.bit_length() - 1, *(maps(fmt, x, weight, n, found.boxes) if found.boxes else ()),
         pdl=found.early, cluster=found.cluster,
     )  # fmt: skip
     return y

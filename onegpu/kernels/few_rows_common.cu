@@ -159,6 +159,11 @@ struct alignas(64) XMap { u8 bytes[128]; };
 DEVICE void copy_x(void* to, const XMap* map, int col, void* b) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" :: "r"(saddr(to)), "l"(map), "r"(saddr(b)), "r"(col), "r"(0) : "memory");
 }
+// The box of rows of W from `row` on and of bytes from `byte` on, swizzled as x is (of 64 bytes a row: unit ^ row >> 1 & 3); zeros outside of W.
+DEVICE void copy_w(void* to, const XMap* map, int byte, int row, void* b, u64 policy) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4}], [%2], %5;" :: "r"(saddr(to)), "l"(map), "r"(saddr(b)), "r"(byte), "r"(row), "l"(policy) : "memory");
+}
+DEVICE void send_for_w(const XMap* map, int byte, int row) { asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" :: "l"(map), "r"(byte), "r"(row) : "memory"); }
 DEVICE void send_for_map(const XMap* map) { asm volatile("prefetch.tensormap [%0];" :: "l"(map) : "memory"); }
 DEVICE void copies_seen_by_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 DEVICE int of_warp(int v) { return __shfl_sync(~0u, v, 0); }           // the compiler then knows that it is one value
@@ -195,10 +200,25 @@ DEVICE uint4 to_fp16(uint4 q, float scale) {
 // What the epilogue adds: y = sum * row scale (int8: SCB / 127) + bias.
 struct Output {
   u16* y; const u16* bias; const float* row_scale; int n;
-  DEVICE void put(int m, int row, float sum) const {
-    if (FMT == 1) sum *= row_scale[row] * (1.f / 127.f);
-    if (bias) sum += value(bias[row]);
-    y[(i64)m * n + row] = (u16)pack(sum, 0.f);
+  DEVICE float2 of_row(int row) const { return make_float2(FMT == 1 ? row_scale[row] * (1.f / 127.f) : 1.f, bias ? value(bias[row]) : 0.f); }
+  DEVICE float ended(float sum, float2 v) const {
+    if (FMT == 1) sum *= v.x;
+    if (bias) sum += v.y;
+    return sum;
+  }
+  DEVICE void put(int m, int row, float sum, float2 v) const { y[(i64)m * n + row] = (u16)pack(ended(sum, v), 0.f); }
+  DEVICE void put(int m, int row, float sum) const { put(m, row, sum, of_row(row)); }
+  // Four rows of W, of those below r1. `v`: of_row of each.
+  DEVICE void put4(int m, int row, int r1, float4 sum, const float2 (&v)[4]) const {
+    const float s[4] = {ended(sum.x, v[0]), ended(sum.y, v[1]), ended(sum.z, v[2]), ended(sum.w, v[3])};
+    u16* to = y + (i64)m * n + row;
+    if (row + 4 <= r1 && ((row | n) & 3) == 0) { *(uint2*)to = make_uint2(pack(s[0], s[1]), pack(s[2], s[3])); return; }
+#pragma unroll
+    for (int j = 0; j < 4; j++) if (row + j < r1) to[j] = (u16)pack(s[j], 0.f);
+  }
+  DEVICE void of_rows(int row, int r1, float2 (&v)[4]) const {
+#pragma unroll
+    for (int j = 0; j < 4; j++) v[j] = of_row(max(min(row + j, r1 - 1), 0));
   }
   // What is read last, into L2: from memory, the end would wait for it.
   DEVICE void send_for_rows(int r0, int r1) const {

@@ -85,10 +85,8 @@ DEVICE void put_tiles(const Output& out, At at, int m, int rank, int row0, int r
 #pragma unroll
       for (int j = 0; j < CL * OF_BLOCK; j++) { sum.x += v[j].x; sum.y += v[j].y; sum.z += v[j].z; sum.w += v[j].w; }
     }
-    const float s[4] = {sum.x, sum.y, sum.z, sum.w};
-#pragma unroll
-    for (int j = 0; j < 4; j++)
-      if (row0 + row + j < r1) out.put(r, row0 + row + j, s[j]);
+    float2 values[4]; out.of_rows(row0 + row, r1, values);
+    out.put4(r, row0 + row, r1, sum, values);
   }
   __syncwarp();
   if (CL > 1 && last) { cluster_arrive(); cluster_wait(); }               // what was read is in y's stores: no fence needed to end
@@ -115,15 +113,15 @@ DEVICE void push_tile(const Output& out, At at, Slot slot, void* pushes, int m, 
       if (j < CL) push4(p, to, sum, pushes); else *(float4*)p = sum;
     }
   }
+  float2 values[4]; out.of_rows(row0 + rank * OWN + 4 * threadIdx.x % OWN, r1, values);   // on their way while sums are
   wait_for_pushes(pushes);
+#pragma unroll 1                                                         // more would spill
   for (int i = 4 * threadIdx.x; i < m * OWN; i += 4 * OF) {
+    if (4 * OF % OWN && i >= 4 * OF) out.of_rows(row0 + rank * OWN + i % OWN, r1, values);
     float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
     for (int j = 0; j < CL; j++) { const float4 v = *(const float4*)slot(j * ROWS8 * OWN + i); sum.x += v.x; sum.y += v.y; sum.z += v.z; sum.w += v.w; }
-    const int row = row0 + rank * OWN + i % OWN; const float s[4] = {sum.x, sum.y, sum.z, sum.w};
-#pragma unroll
-    for (int j = 0; j < 4; j++)
-      if (row + j < r1) out.put(i / OWN, row + j, s[j]);
+    out.put4(i / OWN, row0 + rank * OWN + i % OWN, r1, sum, values);
   }
 }
 // What the blocks do early for it: `first` is one thread.

@@ -96,7 +96,8 @@ class Wide:
     """Configuration of few_rows_wide.cu: a tile is 16 * row_tiles * warps_n rows of W, a stage has `columns` of it.
 
     eights: rows of x, in eights. warps_n x warps_k warps share the rows and the columns. stages: of the ring.
-    wgmma: Hopper only. bulk: its engine for bulk copies brings x. early: as Narrow's, in stages. price,
+    wgmma: Hopper only. bulk: its engine for bulk copies brings x and the weights. held: rows of W that a stage has room
+    for (with bulk), where those of a tile are more; 0: all. early: as Narrow's, in stages. price,
     nested, share: as Narrow's. lag: products run while the next stage's weights are expanded, which takes a stage of
     the ring. apart: where a block has one tile, the sums of warps_k meet once, not one after the other, and the
     blocks of a cluster send each other theirs. Both: with wgmma.
@@ -118,6 +119,7 @@ class Wide:
     share: tuple[int, int] = ANY
     lag: bool = False
     apart: bool = False
+    held: int = 0
 
     source: ClassVar[str] = "few_rows_wide.cu"
     packs: ClassVar[int] = 2
@@ -145,9 +147,13 @@ class Wide:
 
     def shared(self, fmt: str, nested: int, n: int, k: int, clusters: int, half: bool) -> int:
         tile, four = self.tile, fmt == "4bit"
-        scales = tile * (8 if nested == 2 else self.columns // (32 if half else 64) * 4 * (1 + nested)) if four else 0
+        scales = 8 if nested == 2 else self.columns // (32 if half else 64) * 4 * (1 + nested)
         gap, unit = (0, 1024) if self.wgmma else (16, 16)
-        stage = tile * self.columns // (2 if four else 1) + self.rows * (self.columns * 2 + gap) + scales
+        stage = (
+            tile * self.columns // (2 if four else 1)
+            + self.rows * (self.columns * 2 + gap)
+            + self._rows * scales * four
+        )
         total = (256 << self.table_shift) + 1024 * (nested > 0) if four else 0
         if not (self.wgmma and self.warps_k == self.cluster == 1):
             total += ceil_div(self.rows * (tile + 4) * 4, unit) * unit
@@ -156,13 +162,23 @@ class Wide:
     @property
     def tile(self) -> int:
         """Rows of W that are multiplied at once."""
+        return self.held or self._rows
+
+    @property
+    def _rows(self) -> int:
         return 16 * self.row_tiles * self.warps_n
+
+    def box(self, n: int, clusters: int) -> int:
+        """Rows of W in a bulk copy: those of a cluster in tiles of one size, in eights."""
+        four = 4 if n >= 4 * clusters else 1  # as the kernel shares them out
+        most = ceil_div(ceil_div(n, four), clusters) * four
+        return ceil_div(ceil_div(most, ceil_div(most, self.tile)), 8) * 8
 
     def constants(self, half: bool) -> dict[str, int]:
         names = {"NT": self.eights, "RT": self.row_tiles, "WN": self.warps_n, "WK": self.warps_k, "KC": self.columns}
         return {**names, "STAGES": self.stages, "CL": self.cluster, "TABLE_SHIFT": self.table_shift,
                 "HALF_BLOCK": int(half), "WGMMA": int(self.wgmma), "XT": int(self.bulk),
-                "EARLY": self.early, "LAG": int(self.lag), "APART": int(self.apart)}  # fmt: skip
+                "HELD": self.held, "EARLY": self.early, "LAG": int(self.lag), "APART": int(self.apart)}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -285,11 +301,11 @@ Config = Single | Narrow | Wide | Resident | Direct
 
 def _bulk(
     eights: int, warps_n: int, warps_k: int, columns: int, stages: int, cluster: int, price: float,
-    share: tuple[int, int] = ANY, lag: bool = False, apart: bool = False,
+    share: tuple[int, int] = ANY, lag: bool = False, apart: bool = False, held: int = 0,
 ) -> Wide:  # fmt: skip
     """What won as Wide on Hopper."""
     bulk = Wide(eights, 1, warps_n, warps_k, columns, stages, cluster, wgmma=True, bulk=True, early=2)
-    return replace(bulk, price=price, share=share, lag=lag, apart=apart)
+    return replace(bulk, price=price, share=share, lag=lag, apart=apart, held=held)
 
 
 # By format. Of those that fit, by memory and by `share`, and have the fewest rows the cheapest is taken: by price (with
@@ -321,11 +337,11 @@ CONFIGURATIONS: dict[str, tuple[Config, ...]] = {
         _bulk(4, 4, 2, 256, 6, 2, 2.28), _bulk(4, 8, 2, 256, 4, 4, 1.79),
         Resident(4, 3, 1, 128, 2, cluster=2, early=4, price=1.228),
         Wide(4, 1, 4, 2, 128, 5, cluster=2, price=3.1), Wide(4, 1, 4, 2, 128, 3, price=9),
-        _bulk(8, 12, 1, 256, 2, 1, 1.0), _bulk(8, 12, 1, 256, 2, 2, 1.313),
-        _bulk(8, 12, 1, 256, 2, 4, 1.936), _bulk(8, 8, 1, 256, 3, 2, 1.6),
-        _bulk(8, 4, 2, 256, 4, 2, 2.669, lag=True, apart=True),
-        _bulk(8, 8, 1, 256, 3, 1, 0.95, FEW),
-        _bulk(8, 4, 2, 128, 6, 8, 4.184), Wide(8, 1, 4, 1, 64, 3, price=9),
+        _bulk(8, 12, 1, 256, 3, 1, 1.14, held=168),
+        _bulk(8, 12, 1, 256, 2, 2, 1.313, apart=True), _bulk(8, 12, 1, 256, 2, 4, 1.936),
+        _bulk(8, 8, 1, 256, 3, 2, 1.6), _bulk(8, 8, 1, 256, 4, 1, 1.52, FEW, held=80),
+        _bulk(8, 4, 2, 256, 4, 2, 2.669, lag=True, apart=True), _bulk(8, 4, 2, 128, 6, 8, 4.184),
+        Wide(8, 1, 4, 1, 64, 3, price=9),
         Wide(16, 1, 12, 1, 128, 2, cluster=2, wgmma=True, price=1.47),
         Wide(16, 1, 12, 1, 128, 4, wgmma=True, price=1.25),
         Wide(16, 1, 12, 1, 128, 2, cluster=4, wgmma=True, price=1.85), Wide(16, 1, 4, 1, 64, 2, price=9),
@@ -357,7 +373,7 @@ CONFIGURATIONS: dict[str, tuple[Config, ...]] = {
         Wide(2, 1, 4, 2, 128, 3, table_shift=7, price=9),
         _bulk(4, 12, 1, 256, 3, 1, 1.0), _bulk(4, 12, 1, 256, 3, 2, 1.228), _bulk(4, 4, 4, 256, 6, 2, 2.356),
         _bulk(4, 8, 2, 256, 4, 4, 1.82), Wide(4, 1, 4, 2, 128, 2, table_shift=7, price=9),
-        _bulk(8, 12, 1, 256, 2, 1, 1.0), _bulk(8, 12, 1, 128, 3, 2, 1.527),
+        _bulk(8, 12, 1, 256, 2, 1, 1.0), _bulk(8, 12, 1, 128, 3, 2, 1.527, apart=True),
         _bulk(8, 12, 1, 128, 3, 4, 2.101), _bulk(8, 12, 1, 128, 3, 8, 2.666), _bulk(8, 8, 1, 256, 2, 2, 1.918),
         _bulk(8, 4, 4, 256, 3, 2, 2.797, lag=True, apart=True), _bulk(8, 4, 2, 128, 6, 8, 4.21),
         _bulk(8, 8, 1, 256, 3, 1, 0.95, FEW),

@@ -15,6 +15,7 @@ _DTYPES = {
     torch.uint8: 0, torch.int8: 0, torch.uint16: 1, torch.uint32: 2, torch.int32: 3, torch.int64: 5,
     torch.float16: 6, torch.float32: 7, torch.float64: 8, torch.bfloat16: 9,
 }  # fmt: skip
+_SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}
 _L2_PROMOTION_128 = 2
 # Of the second word; wrong for tensors under 128 KiB in drivers up to 13.1, so CUTLASS and Triton clear it too.
 _SMALL_BIT = 1 << 21
@@ -32,9 +33,14 @@ def tensor_map(tensor: torch.Tensor, box: tuple[int, ...], swizzle: int = 0, nan
     Raises:
         KernelError: where the driver does not take it.
     """
-    mode = {0: 0, 32: 1, 64: 2, 128: 3}[swizzle]
+    mode = _SWIZZLES[swizzle]
     shape, strides = tuple(tensor.shape), tuple(tensor.stride())
     return encode(tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.element_size(), shape, strides, box, mode, nan_fill)
+
+
+def byte_map(tensor: torch.Tensor, rows: int, width: int, box: tuple[int, int], swizzle: int = 0) -> bytes:
+    """The same of the bytes of a contiguous tensor as ``[rows, width]``, whatever its shape and dtype are."""
+    return encode(tensor.data_ptr(), 0, 1, (rows, width), (width, 1), box, _SWIZZLES[swizzle], False)
 
 
 @lru_cache(maxsize=4096)

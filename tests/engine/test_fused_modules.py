@@ -12,6 +12,7 @@ from torch import nn
 
 from onegpu.engine.fused_modules import Declined, Modules, embedding, mentions, positions
 from onegpu.nn import LinearNF4
+from onegpu.nn.norm import LayerNorm, RMSNorm
 from tests.decode_models import decoder
 
 TABLE = torch.randn(20, 32)
@@ -54,6 +55,20 @@ def test_norms(norm: Any, kind: str, one: float) -> None:
     x = torch.randn(3, 32)
     torch.testing.assert_close(found(x), norm(x))
     torch.testing.assert_close(found(x * 1e-3), norm(x * 1e-3))
+
+
+def test_what_ours_were_made_from_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours would wait for Triton."""
+    llama = transformers.models.llama.modeling_llama.LlamaRMSNorm(32)
+    x = torch.randn(3, 32)
+    for original, made, kind in (
+        (llama, RMSNorm(gained(llama), "llama"), "rms"),
+        (plain := nn.LayerNorm(32), LayerNorm(gained(plain)), "layer"),
+    ):
+        monkeypatch.setattr(type(made), "forward", lambda self, x: pytest.fail("asked"))
+        found = Modules(TABLE).norm(made)
+        assert found.kind == kind
+        torch.testing.assert_close(found(x), original(x))
 
 
 class Halved(nn.RMSNorm):

@@ -63,6 +63,11 @@ def hopper() -> Iterator[tuple[str, int, Any]]:
 
     from onegpu.kernels import attention_hopper, attention_sm90, attention_sm90_backward
     from tests.kernels.test_attention_sm90 import compile_gluon, meta_descriptor
+    from tests.kernels.test_attention_sm90_few import compile_few
+
+    for d in (64, 128, 256):
+        for kind, left in (("causal", False), ("window", True)):
+            yield f"Hopper forward {d} {kind}, few tiles", 90, partial(compile_few, d, d, left)
 
     kinds: dict[str, dict[str, Any]] = {
         "causal": {"RIGHT": True},

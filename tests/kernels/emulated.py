@@ -20,7 +20,7 @@ needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator
 _CALL = """
 extern "C" void emulate(int grid, long shared, const u8* w, const u16* x, u16* y, const u16* bias, const void* absmax,
                         const float* nested, const float* map, const float* offset, int m, int n, int k, int shift,
-                        int nested_shift) {
+                        int nested_shift, int box) {
   run_grid(grid, THREADS, CL, shared,
            [=] { few_rows(w, x, y, bias, absmax, nested, map, offset, m, n, k, shift, nested_shift X_MAP); });
 }
@@ -33,7 +33,8 @@ def _library(source: str, constants: tuple[tuple[str, int], ...]) -> ctypes.CDLL
     text += (Path(__file__).parent / "emulator.h").read_text()
     text += "".join(map(source_text, ("few_rows_common.cu", "few_rows_parts.cu", source)))
     folder = Path(tempfile.mkdtemp())
-    x_map = ", XMap{x, ROWS, m, k}" if dict(constants).get("XT") else ""
+    w_map = "XMap{(const u16*)w, box, n, FMT == 1 ? k : k / 2, BOX}"
+    x_map = f", XMap{{x, ROWS, m, k}}, {w_map}, box" if dict(constants).get("XT") else ""
     (folder / "kernel.cpp").write_text(text + _CALL.replace(" X_MAP", x_map))
     command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-o", "kernel.so", "kernel.cpp"]
     subprocess.run(command, check=True, cwd=folder)
@@ -68,5 +69,6 @@ def product(
     tensors = (weight, x, y, bias, scales, absmax, table, offset)
     pointers = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
     shift = (blocksize // (32 if half else 64)).bit_length() - 1
-    library.emulate(found[0] * config.cluster, ctypes.c_long(found[1]), *pointers, m, n, k, shift, 8)
+    _, box, _ = few_rows.boxes_of(config, fmt, n, found[0]) or (0, 0, 0)
+    library.emulate(found[0] * config.cluster, ctypes.c_long(found[1]), *pointers, m, n, k, shift, 8, box)
     return y

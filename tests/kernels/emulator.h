@@ -17,6 +17,7 @@ using std::max; using std::min;
 struct uint2 { uint32_t x, y; }; struct uint4 { uint32_t x, y, z, w; };
 struct float2 { float x, y; }; struct float4 { float x, y, z, w; };
 inline uint4 make_uint4(uint32_t a, uint32_t b, uint32_t c, uint32_t d) { return {a, b, c, d}; }
+inline uint2 make_uint2(uint32_t a, uint32_t b) { return {a, b}; }
 inline float2 make_float2(float a, float b) { return {a, b}; }
 inline float4 make_float4(float a, float b, float c, float d) { return {a, b, c, d}; }
 
@@ -181,7 +182,7 @@ inline void push4(float* p, int rank, float4 v, void* b) {
   *(float4*)there(p) = v; owed_(there(b)) -= 16; settle(there(b));
 }
 inline void wait_for_pushes(void* b) { wait_for(b, 0); }
-struct XMap { const uint16_t* x; int rows, m, k; };
+struct XMap { const uint16_t* x; int rows, m, k, width; };
 inline void copy_x(uint8_t* to, const XMap* map, int col, void* b) {
   static const uint16_t zeros[8] = {};
   for (int row = 0; row < map->rows; row++)
@@ -190,7 +191,17 @@ inline void copy_x(uint8_t* to, const XMap* map, int col, void* b) {
       bulks.push_back({to + row * 128 + ((unit ^ row) & 7) * 16, row < map->m && at < map->k ? map->x + (int64_t)row * map->k + at : zeros, 16, b});
     }
 }
+// Of rows of `k` bytes, in boxes of 128 bytes or of 64, swizzled as the hardware does.
+inline void copy_w(uint8_t* to, const XMap* map, int byte, int row0, void* b, uint64_t) {
+  static const uint16_t zeros[8] = {};
+  for (int row = 0; row < map->rows; row++)
+    for (int unit = 0; unit < map->width / 16; unit++) {
+      const int at = byte + unit * 16, other = map->width == 128 ? (unit ^ row) & 7 : (unit ^ row >> 1) & 3;
+      bulks.push_back({to + row * map->width + other * 16, row0 + row < map->m && at < map->k ? (const uint8_t*)map->x + (int64_t)(row0 + row) * map->k + at : (const uint8_t*)zeros, 16, b});
+    }
+}
 inline void send_for_map(const XMap*) {}
+inline void send_for_w(const XMap*, int, int) {}
 static void run_grid(int grid, int threads, int cluster, size_t smem_bytes, std::function<void()> f) {
   body = f; gridDim.x = grid;
   for (cluster_first = 0; cluster_first < grid; cluster_first += cluster) {

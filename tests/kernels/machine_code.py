@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 _FRAME_SIZE = 0x11  # EIATTR_FRAME_SIZE of a section .nv.info: a symbol, and its stack in bytes
 _COPY_UNIFORM = 0xDAE  # LDGSTS with a uniform base register
-_GRID_WAIT, _LOAD, _COPY = 0x82E, 0x981, 0xFAE
+_GRID_WAIT, _LOAD, _COPY, _BULK_COPY = 0x82E, 0x981, 0xFAE, 0x5B4
 _WGMMA, _WGMMA_WAIT, _MOVE, _MOVE_BY_IMAD = 0xDF0, 0x9C5, 0x202, 0x224
 
 
@@ -75,5 +75,5 @@ def reads_before_the_wait(code: bytes) -> int:
         if name.startswith(".text."):
             operations = [struct.unpack_from("<H", data, at)[0] & 0xFFF for at in range(0, len(data), 16)]
             ahead = operations[: operations.index(_GRID_WAIT)]
-            found += sum(operation in (_LOAD, _COPY, _COPY_UNIFORM) for operation in ahead)
+            found += sum(operation in (_LOAD, _COPY, _COPY_UNIFORM, _BULK_COPY) for operation in ahead)
     return found

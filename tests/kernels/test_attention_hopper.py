@@ -53,20 +53,24 @@ def test_serves_nothing_elsewhere() -> None:
 def test_short_sequences_are_dealt_out() -> None:
     from onegpu.kernels.attention_hopper import _dense
 
+    def dense(*given: Any, tiles: int = 1979) -> Any:
+        return _dense(*given, 132, tiles)
+
     dealt = {"DRAW": False}
-    assert _dense(64, True, True, 4, 512, 132) == (dealt | {"ROTATE": 1}, 33)
-    assert _dense(128, True, True, 3, 512, 132) == (dealt | {"ROTATE": 1}, 44)
-    assert _dense(128, False, True, 4, 512, 132) == (dealt | {"ROTATE": 0}, 512)
-    assert _dense(128, True, True, 4, 512, 132) == ({}, 16)
-    assert _dense(128, True, True, 1, 512, 132) == (dealt | {"ROTATE": 0}, 512)
-    assert _dense(64, False, True, 4, 64, 132) == (dealt | {"ROTATE": 0}, 64)
-    assert _dense(128, True, True, 8, 64, 132) == ({}, 16)
-    assert _dense(64, True, True, 8, 64, 132) == ({"ST": 4}, 16)
+    assert dense(64, True, True, 4, 512) == (dealt | {"ROTATE": 1}, 33)
+    assert dense(128, True, True, 3, 512) == (dealt | {"ROTATE": 1}, 44)
+    assert dense(128, False, True, 4, 512) == (dealt | {"ROTATE": 0}, 512)
+    assert dense(128, True, True, 4, 512) == dense(128, True, True, 5, 512, tiles=1980) == ({}, 16)
+    assert dense(128, True, True, 4, 512, tiles=1980) == (dealt | {"ROTATE": 1}, 16)  # 15 a block
+    assert dense(128, True, True, 1, 512) == (dealt | {"ROTATE": 0}, 512)
+    assert dense(64, False, True, 4, 64) == (dealt | {"ROTATE": 0}, 64)
+    assert dense(128, True, True, 8, 64) == ({}, 16)
+    assert dense(64, True, True, 8, 64) == ({"ST": 4}, 16)
     ahead = {"AHEAD": True, "HALF": 0}  # of head dim 64, for rows of as many blocks of keys as make up for it
-    assert _dense(64, True, True, 31, 8, 132) == ({"ST": 3}, 8)
-    assert _dense(64, True, True, 32, 8, 132) == _dense(64, False, True, 9, 8, 132) == ({"ST": 3} | ahead, 8)
-    assert _dense(64, False, True, 8, 64, 132) == ({"ST": 4} | ahead, 16)
-    assert _dense(256, True, True, 4, 8, 132) == _dense(128, True, False, 4, 8, 132) == ({}, 8)  # not measured
+    assert dense(64, True, True, 31, 8) == ({"ST": 3}, 8)
+    assert dense(64, True, True, 32, 8) == dense(64, False, True, 9, 8) == ({"ST": 3} | ahead, 8)
+    assert dense(64, False, True, 8, 64) == ({"ST": 4} | ahead, 16)
+    assert dense(256, True, True, 4, 8) == dense(128, True, False, 4, 8, tiles=1980) == ({}, 8)  # not measured
 
 
 ENDS = torch.tensor([0, 100, 300], dtype=torch.int32)
@@ -133,11 +137,16 @@ def test_as_many_heads_at_once_as_have_their_keys_in_the_cache(
 def constants_of(
     monkeypatch: pytest.MonkeyPatch, s_q: int, s_k: int, heads: int, d: int, *sides: int
 ) -> dict[str, Any]:
-    """What a dense forward is compiled for, with as many multiprocessors as an H100 has."""
+    """What a dense forward is compiled for, with as many multiprocessors as an H100 has, and which kernel it is."""
     from onegpu.kernels import attention_hopper as hopper
 
     made: dict[str, Any] = {}
-    monkeypatch.setattr(hopper, "triton_bind", lambda kernel, grid, *x, **constants: made.update(constants))
+
+    def bind(kernel: Any, grid: Any, *args: Any, **constants: Any) -> None:
+        boxes = [x.block_shape for x in args if hasattr(x, "block_shape")]
+        made.update(constants, kernel=kernel.__name__, boxes=boxes, kinds=list(map(type, args)))
+
+    monkeypatch.setattr(hopper, "triton_bind", bind)
     monkeypatch.setattr(hopper, "processors", lambda device: 132)
     monkeypatch.setattr(hopper, "_counter", lambda device: torch.zeros(1, dtype=torch.int32))
     q, k = torch.zeros(1, s_q, heads, d).bfloat16(), torch.zeros(1, s_k, heads, d).bfloat16()
@@ -148,8 +157,16 @@ def constants_of(
 @needs_triton
 @pytest.mark.parametrize("d", [64, 128, 256])
 def test_a_short_prompt_and_a_single_query_share_a_kernel(d: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one for few tiles, whatever the prompt's length and with or without a diagonal."""
     prompt = constants_of(monkeypatch, 300, 300, 32, d, -1, 0)
-    assert all(constants_of(monkeypatch, 1, n, 32, d, -1, -1) == prompt for n in (1, 64, 128, 129, 193, 301))
+    assert prompt["kernel"] == "few_kernel" and prompt["num_warps"] == 4 and not prompt["LEFT"]
+    assert all(constants_of(monkeypatch, 1, n, 32, d, -1, -1) == prompt for n in (1, 64, 128, 129, 193, 301, 5000))
+    assert all(constants_of(monkeypatch, n, n, 32, d, -1, right) == prompt for n in (3, 128, 512) for right in (0, -1))
+    assert constants_of(monkeypatch, 128, 5000, 32, d, -1, 0) == prompt
+    assert constants_of(monkeypatch, 300, 300, 32, d, 100, 0)["LEFT"]
+    for s_q, heads in ((513, 32), (1025, 1)):  # more tiles than run at once, or long for their number
+        assert constants_of(monkeypatch, s_q, s_q, heads, d, -1, 0)["kernel"] == "forward_kernel"
+    assert not constants_of(monkeypatch, 2048, 2048, 8, d, -1, 0)["HALF"]  # where each block has one tile
 
 
 @needs_triton
@@ -165,8 +182,6 @@ def test_a_short_prompt_and_a_single_query_share_a_kernel(d: int, monkeypatch: p
         ((1000, 1024), -1, 0, 0),  # the diagonal cuts two blocks of some rows
         ((1024, 1024), -1, 64, 0),  # or ends past the last key
         ((1024, 1024), -1, -1, 0),
-        ((128, 128), -1, 0, 0),  # with few tiles
-        ((1, 1024), -1, 0, 0),
     ],
 )
 def test_who_sees_half_of_the_block_on_the_diagonal(
@@ -174,6 +189,15 @@ def test_who_sees_half_of_the_block_on_the_diagonal(
 ) -> None:
     made = constants_of(monkeypatch, *lengths, 48, 128, left, right)
     assert made["HALF"] == half and not made["AHEAD"]
+
+
+@needs_triton
+@pytest.mark.parametrize(("length", "heads", "draws"), [(512, 495, False), (512, 494, True), (500, 495, True)])
+def test_many_tiles_of_512_queries_are_dealt_out(
+    length: int, heads: int, draws: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = constants_of(monkeypatch, length, length, heads, 72, -1, 0)
+    assert (made["DRAW"], made["ROTATE"], made["HALF"]) == (draws, int(not draws), 1)
 
 
 @needs_triton

@@ -52,6 +52,7 @@ def test_s_ahead_is_not_for_every_mask(options: dict[str, Any]) -> None:
         (64, torch.bfloat16, [(4096, 4096), (384, 384), (1024, 1024)], 64, {"causal": True}),  # ahead, half, half
         (64, torch.float16, [(1024, 1024), (1280, 1280)], 20, {}),  # ahead
         (128, torch.bfloat16, [(1024, 1024), (448, 1024), (1024, 448), (512, 512)], 40, {"causal": True}),  # half 1, 2
+        (128, torch.float16, [(512, 512)], 250, {"causal": True}),  # half, and dealt out beforehand
     ],
 )
 def test_the_same_bits_whatever_the_steps_on_gpu(

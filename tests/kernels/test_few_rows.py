@@ -85,6 +85,7 @@ FOUR_BIT = [
     (Wide(1, 1, 4, 2, 256, 3, 2, 8, **SENT), "nf4", False, 64, 8, 150, 1280, torch.float16),
     (Resident(2, 3, 1, 64, 2, cluster=4, apart=True), "nf4", False, 64, 13, 150, 2048, torch.bfloat16),
     (Resident(2, 1, 4, 128, 2, apart=True), "nf4", False, 64, 13, 100, 2048, torch.bfloat16),
+    (Wide(2, 1, 8, 1, 128, 3, wgmma=True, bulk=True, held=80), "nf4", True, 64, 13, 300, 704, torch.bfloat16),
 ]
 
 
@@ -125,6 +126,8 @@ def test_4_bit_kernels_on_the_cpu(case: tuple) -> None:
         Resident(2, 1, 1, 128, 2, cluster=4),
         Resident(2, 1, 3, 128, 2, cluster=2, apart=True),
         Wide(1, 1, 4, 2, 128, 3, wgmma=True, bulk=True, lag=True, apart=True),
+        Wide(4, 1, 8, 1, 128, 3, wgmma=True, bulk=True, held=72),
+        Wide(2, 1, 4, 1, 256, 2, cluster=2, wgmma=True, bulk=True, apart=True, held=48),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -227,6 +230,8 @@ def test_products_that_start_early_read_what_the_one_before_wrote(fmt: str, nest
         ("4bit", Wide(8, 1, 4, 4, 256, 3, 2, 8, early=2, **SENT)),
         ("4bit", Wide(8, 1, 8, 2, 256, 2, 1, 8, True, bulk=True, early=2, apart=True)),
         ("int8", Wide(8, 1, 4, 2, 256, 4, 2, 8, early=2, **SENT)),
+        ("int8", Wide(8, 1, 8, 1, 256, 4, wgmma=True, bulk=True, early=2, held=80)),
+        ("int8", Wide(2, 1, 4, 1, 256, 4, cluster=2, wgmma=True, bulk=True, early=2, apart=True)),
         ("4bit", Resident(2, 3, 1, 64, 3, cluster=4, early=4, apart=True)),
         ("4bit", Resident(2, 1, 4, 128, 2, cluster=2, early=4, apart=True)),
         ("int8", Resident(2, 1, 4, 128, 2, cluster=2, early=4, apart=True)),
@@ -334,6 +339,18 @@ def test_the_products_of_the_table_on_a_gpu(fmt: str) -> None:
             for m in (1, 4, 8, 16, 64):
                 x = activations((m, k), torch.bfloat16, "cuda")
                 compare(run(x, bias=bias), x, w, bias, f"{n} x {k}, nested {nested}, M {m}")
+
+
+@pytest.mark.gpu
+def test_weights_that_lie_where_others_were_on_a_gpu() -> None:
+    """In place, and at the same address with another shape, as memory that is given back and taken again."""
+    memory = torch.empty(1 << 24, dtype=torch.int8, device="cuda")
+    for seed, (n, k) in enumerate(((4096, 4096), (4096, 4096), (2048, 8192), (1003, 4096), (4096, 4096))):
+        memory.random_(-128, 128, generator=torch.Generator("cuda").manual_seed(seed))
+        weight, SCB = memory[: n * k].view(n, k), torch.rand(n, device="cuda") + 0.1
+        x = activations((64, k), torch.bfloat16, "cuda")
+        y = linear_int8(x, weight, SCB, None, exact=False)
+        compare(y, x, weight.float() * SCB[:, None] / 127, None, f"{n} x {k}")
 
 
 @pytest.mark.gpu

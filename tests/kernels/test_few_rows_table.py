@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from onegpu.kernels import few_rows
 from onegpu.kernels.few_rows_single import Single
-from onegpu.kernels.few_rows_table import ANY, CONFIGURATIONS, Direct, Narrow, Resident, Wide
+from onegpu.kernels.few_rows_table import ANY, CONFIGURATIONS, Direct, Narrow, Resident, Wide, ceil_div
 
 H100, OTHERS = 227 * 1024, 99 * 1024  # bytes of shared memory that a block may have
 SIZES = [
@@ -61,7 +62,9 @@ SENT = Wide(8, 1, 4, 4, 256, 3, cluster=2, wgmma=True, bulk=True, early=2, lag=T
         ("int8", 0, 16, 4096, 11008, Resident(2, 1, 3, 128, 2, cluster=2, early=4)),
         ("int8", 0, 64, 4096, 4096, replace(SENT, warps_k=2, stages=4)),
         ("int8", 0, 64, 4096, 11008, replace(SENT, warps_k=2, stages=4)),
-        ("int8", 0, 64, 9728, 896, Wide(8, 1, 8, 1, 256, 3, wgmma=True, bulk=True, early=2)),
+        ("int8", 0, 64, 9728, 896, Wide(8, 1, 8, 1, 256, 4, wgmma=True, bulk=True, early=2, held=80)),
+        ("int8", 0, 64, 22016, 4096, Wide(8, 1, 12, 1, 256, 3, wgmma=True, bulk=True, early=2, held=168)),
+        ("int8", 0, 64, 12288, 4096, Wide(8, 1, 12, 1, 256, 2, 2, wgmma=True, bulk=True, early=2, apart=True)),
         ("4bit", 0, 1, 12288, 4096, Single(8, 2, 2, blocks=2)),
         ("4bit", 0, 1, 4096, 4096, Single(8, 2, 2, blocks=2)),
         ("4bit", 0, 1, 6144, 4096, Single(8, 2, 2, blocks=2)),
@@ -93,6 +96,7 @@ SENT = Wide(8, 1, 4, 4, 256, 3, cluster=2, wgmma=True, bulk=True, early=2, lag=T
         ("4bit", 0, 64, 4096, 11008, SENT),
         ("4bit", 2, 64, 4096, 11008, SENT),
         ("4bit", 0, 64, 4096, 4096, SENT),
+        ("4bit", 0, 64, 12288, 4096, Wide(8, 1, 12, 1, 128, 3, 2, wgmma=True, bulk=True, early=2, apart=True)),
         ("4bit", 0, 64, 9728, 896, Wide(8, 1, 8, 1, 256, 3, wgmma=True, bulk=True, early=2)),
     ],
 )
@@ -101,6 +105,20 @@ def test_the_winners_of_the_sweep_are_taken(
 ) -> None:
     config, _, _ = few_rows.choose(fmt, nested, m, n, k, False, 132, H100, 9)
     assert replace(config, price=1.0, nested=1.0, share=ANY) == wins
+
+
+@pytest.mark.parametrize("tile", [64, 80, 192])
+def test_boxes_share_out_the_rows_of_any_block(tile: int) -> None:
+    """As many bulk copies as tiles bring all rows of the fullest block, and hardly more."""
+    config = replace(SENT, warps_n=ceil_div(tile, 64) * 4, held=tile)
+    for n in (1, 65, 131, 500, 528, 1003, 4096, 4544, 9728, 28672):
+        for clusters in (30, 66, 132):
+            four = 4 if n >= 4 * clusters else 1
+            begins = [min(ceil_div(n, four) * c // clusters * four, n) for c in range(clusters + 1)]
+            rows = max(end - begin for begin, end in pairwise(begins))
+            box = config.box(n, clusters)
+            assert box % 8 == 0 and box <= tile and ceil_div(rows, box) == ceil_div(rows, tile)
+            assert box * ceil_div(rows, tile) < rows + 4 + 8 * ceil_div(rows, tile), (n, clusters)
 
 
 def test_quantised_scales_take_a_stage_less_where_memory_is_short() -> None:
