@@ -16,7 +16,7 @@ import torch
 
 from onegpu.kernels import ahead
 from onegpu.kernels.few_rows_single import Single
-from onegpu.kernels.few_rows_table import CONFIGURATIONS, Config, Narrow, Wide, ceil_div, resident_clusters
+from onegpu.kernels.few_rows_table import CONFIGURATIONS, Config, Wide, ceil_div, resident_clusters
 from onegpu.kernels.guard import architecture
 from onegpu.kernels.launch import CudaKernel, source_text
 from onegpu.kernels.tensor_map import byte_map, tensor_map
@@ -52,8 +52,6 @@ def fits(
     """
     if m > config.rows or (half and not isinstance(config, Wide)):
         return None
-    if nested == 1 and isinstance(config, Narrow) and config.blocks > 1:
-        return None  # each code by itself takes more registers than two blocks have
     pieces = ceil_div(k, config.piece(fmt))
     if (config.cluster - 1) * ceil_div(pieces, config.cluster) >= pieces:
         return None  # a block would have no columns

@@ -8,7 +8,7 @@
 // eight columns for the MP rows of x: two of them take a row, one with zeros in place of what meets the second block, one of the
 // first. What is left of the columns takes other 128 columns of W, so that x is read once: column 2 (SUB' MP + row) + block, where SUB'
 // counts what has come to SUB a turn. A lane adds the sums of its own SUB' and row; the rest are not looked at.
-// Filled in: MP, WARPS, ITERS, DEPTH, TG, BLOCKS, EARLY (as in few_rows_narrow.cu).
+// Filled in: MP, WARPS, ITERS, DEPTH, TG, BLOCKS (that share a multiprocessor), EARLY (as in few_rows_narrow.cu).
 constexpr int THREADS = WARPS * 32, CB = 64 * ITERS;
 constexpr int GROUP = FMT == 0 ? 32 : FMT == 1 ? 64 : 128, KB = ITERS * GROUP;   // columns that the four lanes of a row take together
 constexpr int SUB = FMT == 2 ? (ITERS < 4 / MP ? ITERS : 4 / MP) : 1, TURNS = ITERS / SUB;

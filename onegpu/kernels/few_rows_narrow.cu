@@ -7,14 +7,14 @@
 //
 // 4-bit: looked-up fp16 pairs are the operand, the sum over each 64 columns is scaled in float32. bf16 x becomes fp16,
 // exactly up to a factor: each row is scaled by a power of two (its largest value below 2^15; sums are float32).
-// Filled in: MP, WARPS, TG, BLOCKS (that share a multiprocessor), and those of Ring.
+// Filled in: MP, WARPS, TG, and those of Ring.
 constexpr int NT = MP > 8 ? 2 : 1, THREADS = WARPS * 32;
 constexpr int SUMS = TG * WARPS * 16 * MP;                              // of the warps, in floats
 constexpr int IN_TABLE = FMT == 2 && TABLE_SHIFT == 8;                 // the table leaves 128 of every 256 bytes free: the sums go there
 static_assert(!IN_TABLE || SUMS <= 8192, "the sums have 32 KB in the table");
 constexpr int TO_FP16 = FMT == 2 && BF16, MMA_BF16 = BF16 && FMT != 2;
 
-ENTRY __global__ void __launch_bounds__(THREADS, BLOCKS)
+ENTRY __global__ void __launch_bounds__(THREADS, 1)
 few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ y, const u16* __restrict__ bias,
          const void* __restrict__ absmax, const float* __restrict__ nested, const float* __restrict__ map,
          const float* __restrict__ offset, int m, int n, int k, int shift, int nested_shift) {

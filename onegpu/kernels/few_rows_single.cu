@@ -6,7 +6,7 @@
 // divides that of the warps: a warp always has the same columns, its lanes hold x there as operands, and the loop reads
 // weights alone. bf16 becomes fp16 as in the narrow kernel, but each warp scales by the largest of its own columns, so that none
 // waits for another. Each piece has a place of its own for its R sums, which meet once, at the end, in the order of the pieces.
-// Filled in: WARPS, DEPTH (pieces in the ring of each), SECT (2 or 4), BLOCKS and EARLY (as in few_rows_narrow.cu), FOURS (plain scales
+// Filled in: WARPS, DEPTH (pieces in the ring of each), SECT (2 or 4), BLOCKS and EARLY (as in few_rows_direct.cu), FOURS (plain scales
 // of blocks of 64, of which those of a section are 16 aligned bytes). With quantised scales NESTED is 2.
 constexpr int THREADS = WARPS * 32, CB = 128, R = 16 / SECT, KB = 256 * SECT, PIECE = 2048, SLOT = PIECE + (PACKED ? 128 : 256);
 constexpr int UNITS = 8 * SECT, AT_ONCE = 32 / UNITS;                  // of 16 bytes in a row of a piece; rows that a warp copies at once

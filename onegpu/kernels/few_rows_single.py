@@ -10,8 +10,8 @@ from typing import ClassVar
 class Single:
     """Configuration of few_rows_single.cu: a piece has 16 / sections rows of W, as a tile, and 256 * sections columns.
 
-    warps: at most; of these a multiple of the pieces of a row is taken (`whole`). slots: of a warp's ring. blocks,
-    early, price, nested, share: as Narrow's. Of quantised scales it serves those with a piece's codes in words (2).
+    warps: at most; of these a multiple of the pieces of a row is taken (`whole`). slots: of a warp's ring. blocks:
+    as Direct's. early, price, nested, share: as Narrow's. It serves quantised scales whose codes are whole words (2).
     """
 
     warps: int

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import inf
 from typing import ClassVar
 
 from onegpu.kernels.few_rows_single import Single
@@ -35,7 +34,7 @@ class Narrow:
     into L2 before the kernel in front has ended (0: this one starts when that has ended; compute capability 9.0).
     price: time of a row of a tile (filled or not), over that of the others with as many rows. nested: that of
     quantised scales, over that of plain ones. share: weights of a block, padding included,
-    between which it is taken. blocks: as Direct's.
+    between which it is taken.
     """
 
     rows: int
@@ -49,9 +48,9 @@ class Narrow:
     price: float = 1.0
     nested: float = 1.0
     share: tuple[int, int] = ANY
-    blocks: int = 1
 
     source: ClassVar[str] = "few_rows_narrow.cu"
+    blocks: ClassVar[int] = 1
     tile: ClassVar[int] = 16
     depth: ClassVar[int] = 0
 
@@ -87,8 +86,7 @@ class Narrow:
 
     def constants(self, half: bool) -> dict[str, int]:
         names = {"MP": self.rows, "WARPS": self.warps, "SLOTS": self.slots, "CB": self.width, "TG": self.tiles}
-        return {**names, "CL": self.cluster, "TABLE_SHIFT": self.table_shift, "EARLY": self.early,
-                "BLOCKS": self.blocks}  # fmt: skip
+        return {**names, "CL": self.cluster, "TABLE_SHIFT": self.table_shift, "EARLY": self.early}
 
 
 @dataclass(frozen=True)
@@ -348,11 +346,9 @@ CONFIGURATIONS: dict[str, tuple[Config, ...]] = {
     ),
     "4bit": (
         # Blocks of few weights: two on a multiprocessor, so that the next kernel gets ready. Else one, of more warps.
-        # The prices see to it, whatever fills a tile. Quantised scales are not timed yet.
-        Single(10, 2, 2, blocks=2, price=0.45, nested=inf, share=(0, 1 << 19)),
-        Single(18, 2, 4, price=0.65, nested=inf),
+        # The prices see to it, whatever fills a tile.
+        Single(10, 2, 2, blocks=2, price=0.45, share=(0, 1 << 19)), Single(18, 2, 4, price=0.65),
         Direct(1, 8, 2, 3, 12, blocks=2, early=2, price=0.9, share=FEW), Direct(1, 12, 2, 3, 12, early=2, price=1.05),
-        Narrow(1, 10, 2, 128, 12, table_shift=7, early=1, price=0.88, blocks=2),
         Narrow(1, 16, 2, 128, 12, early=1, nested=1.15), Narrow(1, 8, 2, 64, 4, table_shift=7, nested=1.15),
         Direct(2, 8, 2, 3, 8, blocks=2, early=2, price=0.9, share=FEW), Direct(2, 12, 2, 3, 8, early=2, price=1.09),
         Narrow(2, 16, 2, 128, 8, early=2, nested=1.15),

@@ -65,7 +65,7 @@ FOUR_BIT = [
     (Wide(1, 1, 4, 2, 256, 2, wgmma=True, bulk=True), "nf4", True, 64, 8, 70, 768, torch.bfloat16),
     (Wide(1, 1, 4, 2, 128, 2, cluster=2, wgmma=True, bulk=True), "nf4", True, 64, 3, 70, 768, torch.float16),
     (Wide(1, 1, 2, 2, 128, 2), "nf4", True, 64, 3, 70, 768, torch.bfloat16),
-    (Narrow(1, 5, 2, 128, 3, table_shift=7, early=1, blocks=2), "nf4", True, 64, 1, 150, 1280, torch.bfloat16),
+    (Narrow(1, 5, 2, 128, 3, table_shift=7, early=1), "nf4", True, 64, 1, 150, 1280, torch.bfloat16),
     (Narrow(4, 4, 3, 128, 2), "fp4", True, 64, 3, 70, 768, torch.float16),
     (Single(4, 2, 4), "nf4", False, 64, 1, 71, 704, torch.bfloat16),  # the last section is 192 columns short
     (Single(3, 3, 2, early=0), "fp4", False, 64, 1, 150, 1280, torch.float16),
