@@ -19,7 +19,7 @@ from onegpu.errors import ArgumentError, KernelError
 from onegpu.kernels import decode_step as ops
 from onegpu.kernels import decode_step_cuda as gpu
 from onegpu.kernels import driver, launch, nvrtc
-from onegpu.kernels.decode_step_layouts import WHOLE, Shape
+from onegpu.kernels.decode_step_layouts import WHOLE, Shape, Single
 from tests.decode_models import STRUCTURES, decoder
 from tests.decode_structures import caches, matrix, moved, structure
 from tests.fake_driver import FakeDriver
@@ -104,6 +104,38 @@ def test_clusters_share_the_columns(device: str, case: tuple, monkeypatch: pytes
     place = on(device, monkeypatch)
     if device == "emulated":
         monkeypatch.setattr(gpu, "multiprocessors", lambda _: 8)
+    got, there = [out.to(place) for out in outs], moved(x, place)
+    if isinstance(there, ops.Stream) and there.to is not None:
+        there.to.zero_()
+    gpu.product(there, moved(m, place), sink, got[0], also=got[1], fixed=fixed)
+    for ours, want in zip(got, wanted, strict=True):
+        torch.testing.assert_close(ours.cpu().float(), want.float(), rtol=2e-2, atol=2e-2 * want.float().std().item())
+    if isinstance(x, ops.Stream) and x.to is not None:
+        torch.testing.assert_close(there.to.cpu(), x.to, rtol=1e-5, atol=1e-5)
+
+
+# form, columns, rows of the parts, what x is, sink, layout, dtype. Rows that end within a piece, matrices and blocks without a tile,
+# more tiles than a ring, x that the norm makes large.
+ONE_ROW = [
+    ("nf4", 1024, (64, 64), "rms", "gated", Single(4, 4, 2), torch.bfloat16),
+    ("nf4", 1280, (48, 8, 16), "rms", "store", Single(4, 4, 3, 7), torch.bfloat16),
+    ("fp4", 2304, (72,), "x", "add", Single(5, 2, 2, blocks=2), torch.float16),
+    ("nf4", 2816, (160,), "x", "add", Single(4, 8, 2, 8, 1, 2), torch.bfloat16),
+    ("nf4", 1536, (40, 24), "layer", "both", Single(6, 2, 2, ahead=1), torch.bfloat16),
+    ("nf4", 1792, (16, 16), "added", "gated", Single(2, 8, 4, ahead=3), torch.float16),
+    ("fp4", 512, (8,), "layer", "act", Single(3, 2, 2), torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", ONE_ROW, ids=range(len(ONE_ROW)))
+def test_one_row_of_four_bits(device: str, case: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    form, columns, sizes, what, sink, fixed, dtype = case
+    m, x, outs = matrix(form, sizes, columns, dtype), entered(what, 1, columns, dtype), outputs(sink, 1, sizes, dtype)
+    wanted = [out.clone() for out in outs]
+    ops.product(x, m, sink, wanted[0], also=wanted[1])
+    place = on(device, monkeypatch)
+    assert fixed.serves(columns, sizes, gpu.multiprocessors(0))
     got, there = [out.to(place) for out in outs], moved(x, place)
     if isinstance(there, ops.Stream) and there.to is not None:
         there.to.zero_()
