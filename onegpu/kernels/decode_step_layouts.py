@@ -181,13 +181,21 @@ def _with_slots(
     return next((one for one in tried if one.serves(form, rows, columns, nested)), None)
 
 
-# What is tried in turn for one row of 4 bits, in blocks of 64 with float32 scales; none: as before.
-SINGLE: tuple[Single, ...] = ()
+# What is tried in turn for one row of 4 bits, in blocks of 64 with float32 scales, first for a matrix of at most SMALL bytes. A
+# row's pieces go to as many of the warps as share them evenly, if those are two thirds at least; else as with other scales.
+SINGLE = (Single(16, 4, 3), Single(16, 8, 2))
+SMALL_SINGLE = (Single(8, 4, 2, blocks=2),)
 
 
+@lru_cache(maxsize=1024)
 def single(columns: int, parts: tuple[int, ...], multiprocessors: int) -> Single | None:
     """The layout for one row and a 4-bit matrix of these columns, whose parts have so many rows."""
-    return next((one for one in SINGLE if one.serves(columns, parts, multiprocessors)), None)
+    for layout in SMALL_SINGLE * (sum(parts) * columns // 2 <= SMALL) + SINGLE:
+        pieces = layout.pieces(columns)
+        found = layout._replace(warps=layout.warps // pieces * pieces)
+        if 3 * found.warps >= 2 * layout.warps and found.serves(columns, parts, multiprocessors):
+            return found
+    return None
 
 
 def blocks(multiprocessors: int, cluster: int) -> int:

@@ -146,6 +146,44 @@ def test_one_row_of_four_bits(device: str, case: tuple, monkeypatch: pytest.Monk
         torch.testing.assert_close(there.to.cpu(), x.to, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_one_row_of_four_bits_outside_of_what_fp16_holds(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large x, NaN and infinity, in columns of one warp; the attention's parts, one of them without keys."""
+    m, fixed = matrix("nf4", (48,), 1024, torch.bfloat16), Single(4, 2, 2)
+    base = torch.randn(1, 1024, generator=torch.Generator().manual_seed(0)).bfloat16()
+    attended = ops.Attended(base.view(1, 4, 4, 64)[:, :, :3].contiguous(), torch.rand(1, 4, 3, 2) + 1)
+    attended.sums[:, :, 1] = torch.tensor([float("-inf"), 0.0])
+    narrow = matrix("nf4", (48,), 256, torch.bfloat16, seed=2)
+    place, bad = on(device, monkeypatch), [base.clone(), base.clone()]
+    bad[0][0, 700], bad[1][0, 3] = float("nan"), float("inf")
+    for x, m in ((base * 1e5, m), (base * 1e-6, m), (bad[0], m), (bad[1], m), (attended, narrow)):  # noqa: PLR1704
+        want, out = torch.ones(1, 48) + m.multiply(ops._entered(x)), torch.ones(1, 48, device=place)
+        gpu.product(moved(x, place), moved(m, place), "add", out, fixed=fixed)
+        finite = want.isfinite()
+        assert torch.equal(out.cpu().isfinite(), finite)
+        torch.testing.assert_close(out.cpu()[finite], want[finite], rtol=2e-2, atol=2e-2 * want.std().nan_to_num(0).item())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fixed", [None, Single(16, 4, 4), Single(8, 2, 2, blocks=2), Single(16, 4, 2, 7, ahead=2)])
+def test_one_row_of_four_bits_gives_the_same_bits_each_time(fixed: Single | None) -> None:
+    """Of Llama-2-7B: the layouts that are taken, and others; 4096 columns and 11008."""
+    cases = [(4096, (4096,) * 3, "rms", "store"), (4096, (11008, 11008), "rms", "gated"), (4096, (4096,), "x", "add"),
+             (11008, (4096,), "x", "add")]  # fmt: skip
+    for columns, sizes, what, sink in cases[: 4 if fixed is None else 3]:
+        m = moved(large("nf4", sizes, columns, False), "cuda")
+        x, (out, _) = moved(entered(what, 1, columns, torch.bfloat16), "cuda"), outputs(sink, 1, sizes, torch.bfloat16)
+        seen = []
+        for _ in range(20):
+            got = out.cuda()
+            gpu.product(x, m, sink, got, fixed=fixed)
+            seen.append(got)
+        y = m.multiply(ops._entered(x))
+        want = ops.activation("silu", y[:, : sizes[0]]) * y[:, sizes[0] :] if sink == "gated" else y + (out.cuda())
+        assert all(torch.equal(one, seen[0]) for one in seen)
+        torch.testing.assert_close(seen[0].float(), want, rtol=2e-2, atol=2e-2 * want.std().item())
+
+
 def entered(what: str, rows: int, columns: int, dtype: torch.dtype) -> ops.Stream | torch.Tensor:
     """What a product reads; "added": a norm in front of the residual sum too, which is written down."""
     x, y, *weights = (torch.randn(rows, columns, generator=torch.Generator().manual_seed(i)) for i in range(4))
@@ -317,6 +355,26 @@ def test_no_registers_spill_over_many_rows(form: str) -> None:
     for code in Compiled.made.values():
         assert machine_code.stack_bytes(code) == 0
         assert machine_code.copies_with_a_uniform_base(code) == 0
+
+
+@needs_nvrtc
+@pytest.mark.usefixtures("made")
+def test_no_registers_spill_over_one_row_of_four_bits() -> None:
+    """Llama-2-7B's products, and one behind two LayerNorms."""
+    heads = ops.Attended(torch.empty(1, 32, 4, 128, dtype=torch.bfloat16), torch.empty(1, 32, 4, 2))
+    cases = [(4096, (12288,), "rms", "store"), (4096, (11008, 11008), "rms", "gated"), (4096, (4096,), heads, "add"),
+             (11008, (4096,), "x", "add"), (3584, (14336, 14336), "added", "gated")]  # fmt: skip
+    for columns, sizes, what, sink in cases:
+        m = moved(matrix("nf4", (8,) * len(sizes), columns, torch.bfloat16), "meta")
+        m = m._replace(parts=tuple(part._replace(rows=n) for part, n in zip(m.parts, sizes, strict=True)))
+        x = entered(what, 1, columns, torch.bfloat16) if isinstance(what, str) else what
+        ops.product(moved(x, "meta"), m, sink, moved(outputs(sink, 1, (8, 8), torch.bfloat16)[0], "meta"))
+    assert len(Compiled.made) == len(cases)
+    for constants, code in Compiled.made.items():
+        assert "SECT" in dict(constants)
+        assert machine_code.stack_bytes(code) == 0, constants
+        assert machine_code.copies_with_a_uniform_base(code) == 0
+        assert machine_code.static_shared(code) <= 2048  # of two blocks that fill an SM, the system's share too
 
 
 def test_weights_stored_by_columns_that_do_not_fit() -> None:
