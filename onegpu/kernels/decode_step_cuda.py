@@ -1,8 +1,8 @@
-"""Launches the kernels of decode_step_{input, product, single, transposed, attention, embed}.cu; the ops are in decode_step.py.
+"""Launches decode_step_{input, product, single, transposed, attention, embed}.cu; the ops are in decode_step.py.
 
 A block an SM, in every kernel of the chain, and more than half of an SM's shared memory for each: where two blocks fit,
 blocks of a kernel that starts early gather on the SMs that are free first, and the others idle (measured on an H100:
-5.3 instead of 2.1 ms a step with nf4 weights).
+5.3 instead of 2.1 ms a step with nf4 weights). Or two blocks an SM, where no third fits: those have nowhere to gather.
 """
 
 from __future__ import annotations

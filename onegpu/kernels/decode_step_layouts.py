@@ -181,8 +181,9 @@ def _with_slots(
     return next((one for one in tried if one.serves(form, rows, columns, nested)), None)
 
 
-# What is tried in turn for one row of 4 bits, in blocks of 64 with float32 scales, first for a matrix of at most SMALL bytes. A
-# row's pieces go to as many of the warps as share them evenly, if those are two thirds at least; else as with other scales.
+# What is tried in turn for one row of 4 bits, in blocks of 64 with float32 scales, first for a matrix of at most SMALL
+# bytes. A row's pieces go to as many of the warps as share them evenly, if those are two thirds at least; else, and for
+# other scales, LAYOUTS has it.
 SINGLE = (Single(16, 4, 3), Single(16, 8, 2))
 SMALL_SINGLE = (Single(8, 4, 2, blocks=2),)
 
