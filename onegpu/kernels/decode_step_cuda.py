@@ -2,7 +2,7 @@
 
 A block an SM, in every kernel of the chain, and more than half of an SM's shared memory for each: where two blocks fit,
 blocks of a kernel that starts early gather on the SMs that are free first, and the others idle (measured on an H100:
-5.3 instead of 2.1 ms a step with nf4 weights). Or two blocks an SM, where no third fits: those have nowhere to gather.
+5.3 instead of 2.1 ms a step with nf4 weights). Or two blocks an SM, which have nowhere to gather.
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ import torch
 from onegpu.errors import bad_argument
 from onegpu.kernels.codebooks import dynamic_map
 from onegpu.kernels.decode_step import ACTIVATIONS, Attended, Heads, Matrix, Norm, Part, Places, Stream
-from onegpu.kernels.decode_step_layouts import FORMATS, WHOLE, Shape, Single, blocks, shape, single
+from onegpu.kernels.decode_step_layouts import FORMATS, HALF, WHOLE, Shape, Single, blocks, shape, single
 from onegpu.kernels.launch import CudaKernel, source_text
 
 MAX_ROWS, MAX_GROUP, MAX_SPLITS = 16, 8, 8
 _SINKS = {"store": 0, "add": 1, "gated": 2, "act": 3, "both": 3}
 _NORMS = {None: 0, "rms": 1, "layer": 2}
 _ALONE = 116736  # of a Hopper SM's 228 KiB, less 1 KiB a block: no second block fits beside one that has this
-_TWO = 78848  # with which no third block fits
 _COMMON = {"NESTED": 0, "TABLE_SHIFT": 7, "CL": 1, "FP4": 0}
 
 
@@ -84,7 +83,7 @@ def product(
             CB=128 * found.sections, BLOCKS=found.blocks, AHEAD=found.ahead,
         )  # fmt: skip
         warps, cluster, grid = found.warps, 1, sms * found.blocks
-        shared = max(found.shared(columns, matrix.rows, sms), _ALONE if found.blocks == 1 else _TWO)
+        shared = max(found.shared(columns, matrix.rows, sms), _ALONE if found.blocks == 1 else HALF)
     else:
         bulk = FORMATS[matrix.format] == 2 and not nested and matrix.blocksize == 64 and columns % 256 == 0
         bulk = bulk and not any(part.scales.data_ptr() % 16 for part in matrix.parts if part.scales is not None)

@@ -11,7 +11,7 @@ from onegpu.kernels.few_rows_table import resident_clusters
 FORMATS = {"16bit": 0, "int8": 1, "nf4": 2, "fp4": 2}
 WHOLE = 232448 - 1024  # bytes of shared memory of a block on Hopper, less what the kernels' static arrays take
 BOXES = 4  # of decode_step_product.cu
-HALF = 233472 // 2 - 2048  # of a block of which an SM has two, one of them perhaps of another kernel
+HALF = 233472 // 2 - 2048  # of a block of which an SM has two; too much beside one that has an SM for itself
 
 
 def _bits(form: str) -> int:
