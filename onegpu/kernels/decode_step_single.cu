@@ -4,13 +4,14 @@
 // One row of x leaves seven of mma's eight columns free, so a tile has R = 16 / SECT rows of W, and the operand's 16 rows are SECT sections
 // of 256 columns of each: column j has the section j % SECT of x, and of the sums that of each row's own section counts. A piece is R rows of
 // SECT * 128 bytes in a row. A warp has the same columns of every tile it takes, so it holds their x in registers. Every piece has a
-// place of its own for its R sums, which meet once, at the end, in the order of the pieces.
+// place of its own for its R sums, which meet once, at the end, in the order of the pieces. 16-bit x goes from memory straight into
+// registers, scaled by the largest of the warp's own columns: nothing meets between the wait and the end.
 // SINK 2: half of a tile's rows are of gate, the others the same rows of up. Elsewhere a tile is of one matrix: their rows are whole tiles.
 // Filled in: WARPS (a multiple of the pieces of a row), DEPTH (pieces in a warp's ring), SECT, BLOCKS (of an SM), AHEAD (pieces of a warp
 // that are sent for into L2 behind its ring), and what decode_step_product.cu and decode_step_input.cu name.
 constexpr int R = 16 / SECT, LINE = 128, PIECE = 2048, SLOT = PIECE + 256, PIECES = (K + KB - 1) / KB, STEP = WARPS / PIECES;
 constexpr int ROW_BYTES = K / 2, ROW_SCALES = K / 64, CUT = K % KB != 0;
-constexpr int GATED = SINK == 2, PARTS = SINK == 0 || SINK == 3, TILE_ROWS = GATED ? R / 2 : R;
+constexpr int GATED = SINK == 2, PARTS = SINK == 0 || SINK == 3, TILE_ROWS = GATED ? R / 2 : R, DIRECT = SOURCE == 2;
 static_assert(FMT == 2 && !NESTED && M == 1 && CL == 1 && CB == SECT * LINE && K % 256 == 0, "one row, whole groups of scales");
 static_assert(WARPS % PIECES == 0, "a warp has the same columns of each tile");
 
@@ -85,6 +86,7 @@ product(const u8* w0, const u8* w1, const u8* w2, const void* absmax0, const voi
   Input x;
   x.prepare(gain, norm_bias, outer_gain, outer_bias, shares);
   build_table(table, THREADS);
+  if (DIRECT) __syncthreads();
   auto bias_of = [&](int row, bool up) {
     const u16* b = up ? bias1 : bias0;
     if (PARTS && row >= n0 + n1) { b = bias2; row -= n0 + n1; }
@@ -97,19 +99,35 @@ product(const u8* w0, const u8* w1, const u8* w2, const void* absmax0, const voi
   wait_before_reading_x();
 
   if (SINK == 1 && threadIdx.x < rows) rest = fresh((const float*)out + r0 + threadIdx.x);
-  x.load(in, ml, added, stream, eps, one, outer_eps, outer_one, xs, shares, unscale);
-  __syncthreads();
+  const int own = piece * KB + g % SECT * 256, turn = SECT > 1 ? g & 1 : 0;   // see place_of in decode_step_input.cu
+  uint4 held[8]; float own_unscale = 1.f;
+  if (DIRECT) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      held[i] = make_uint4(0, 0, 0, 0);
+      if (!CUT || own + i / 2 * 64 < K) held[i] = fresh16((const u16*)in + own + i / 2 * 64 + t * 16 + i % 2 * 8);
+    }
+    if (TO_FP16) {
+      u32 most = 0;
+#pragma unroll
+      for (int i = 0; i < 8; i++) most = max(most, largest(held[i]));
+      most = warp_max(most);
+      const float scale = x_scale(most); own_unscale = x_unscale(most);
+#pragma unroll
+      for (int i = 0; i < 8; i++) held[i] = to_fp16(held[i], scale);
+    }
+  } else {
+    x.load(in, ml, added, stream, eps, one, outer_eps, outer_one, xs, shares, unscale);
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      held[i] = make_uint4(0, 0, 0, 0);
+      if (!CUT || own + i / 2 * 64 < K) held[i] = *(const uint4*)(xs + (own + i / 2 * 64) * 2 + t * 32 + (i % 2 ^ turn) * 16);
+    }
+  }
 
   // ---- rows of W times x
   const u32 lane4 = (u32)(shared(smem + lane * 4) - shared(smem));        // lane * 4, of which the compiler cannot know: one instruction less a look-up
-  const int own = g % SECT, turn = SECT > 1 ? own & 1 : 0;                // see place_of in decode_step_input.cu
-  uint4 held[8];
-#pragma unroll
-  for (int i = 0; i < 8; i++) {
-    const int at = piece * KB + own * 256 + i / 2 * 64;
-    held[i] = make_uint4(0, 0, 0, 0);
-    if (!CUT || at < K) held[i] = *(const uint4*)(xs + at * 2 + t * 32 + (i % 2 ^ turn) * 16);
-  }
   int number = 0;
   float* sums = red + warp * R;
   for (int tile = warp / PIECES; tile < tiles; tile += STEP, sums += WARPS * R) {
@@ -136,6 +154,7 @@ product(const u8* w0, const u8* w1, const u8* w2, const void* absmax0, const voi
       acc[0] = fmaf(c[0], s0[b], acc[0]); acc[1] = fmaf(c[1], s0[b], acc[1]);
       acc[2] = fmaf(c[2], s1[b], acc[2]); acc[3] = fmaf(c[3], s1[b], acc[3]);
     }
+    if (DIRECT && TO_FP16) { acc[0] *= own_unscale; acc[1] *= own_unscale; acc[2] *= own_unscale; acc[3] *= own_unscale; }
     // Operand row m holds section m / R of row m % R; its sum is in column m / R.
     if (SECT == 2) { if (t == 0) sums[g] = acc[0] + acc[3]; }
     else if (SECT == 4) {
@@ -155,7 +174,7 @@ product(const u8* w0, const u8* w1, const u8* w2, const void* absmax0, const voi
     const float* s = red + i / TILE_ROWS * (PIECES * R) + i % TILE_ROWS; const int row = r0 + i; float sum = 0.f, up = 0.f;
 #pragma unroll
     for (int j = 0; j < PIECES; j++) { sum += s[j * R]; if (GATED) up += s[j * R + TILE_ROWS]; }
-    if (TO_FP16) { sum *= unscale[0]; up *= unscale[0]; }
+    if (!DIRECT && TO_FP16) { sum *= unscale[0]; up *= unscale[0]; }
     if (i >= THREADS) {
       plus0 = bias_of(row, false);
       if (GATED) plus1 = bias_of(row, true);
