@@ -1,9 +1,9 @@
 """Launches the few-row products of few_rows_*.cu: ``y[M, N] = x[M, K] @ W[N, K].T + bias``.
 
 W is read once, as it is stored (4-bit, int8 or 16-bit), so the bound is its bytes. `direct`, `narrow` and `resident`
-hold x in shared memory and serve up to 8, 16 and 32 rows, `wide` streams it and serves up to 128. All want whole groups
-of columns and 16-byte alignment: where a product has them not, `supports` says so, and the op takes its portable kernel
-or the dequantised product.
+hold x in shared memory and serve up to 8, 16 and 32 rows, `single` one row in registers, `wide` streams it and serves
+up to 128. All want whole groups of columns and 16-byte alignment: where a product has them not, `supports` says so, and
+the op takes its portable kernel or the dequantised product.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from onegpu.kernels import ahead
+from onegpu.kernels.few_rows_single import Single
 from onegpu.kernels.few_rows_table import CONFIGURATIONS, Config, Narrow, Wide, ceil_div, resident_clusters
 from onegpu.kernels.guard import architecture
 from onegpu.kernels.launch import CudaKernel, source_text, tensor_map
@@ -56,6 +57,8 @@ def fits(
     if (config.cluster - 1) * ceil_div(pieces, config.cluster) >= pieces:
         return None  # a block would have no columns
     clusters = min(resident_clusters(sms, config.cluster), n)
+    if isinstance(config, Single) and not config.serves(nested, n, k, clusters):
+        return None
     shared = config.shared(fmt, nested, n, k, clusters, half)
     if config.blocks == 1:
         return (clusters, shared) if shared + _STATIC <= limit else None
@@ -77,6 +80,8 @@ def choose(
     for config in CONFIGURATIONS[fmt]:
         if (config.cluster > 1 and major < 9) or (getattr(config, "wgmma", False) and major != 9):
             continue
+        if isinstance(config, Single):
+            config = config.whole(k)
         found = fits(config, fmt, nested, m, n, k, half, sms, limit)
         while found is None and config.depth > 2:  # more scales than usual, less memory
             config = config.shorter()
@@ -93,8 +98,10 @@ def choose(
 
 
 @lru_cache(maxsize=4096)
-def plan(fmt: str, m: int, n: int, k: int, bf16: bool, fp4: bool, nested: int, half: bool, device: int) -> Plan | None:
-    """The launch for a product, or None where no configuration serves it."""
+def plan(
+    fmt: str, m: int, n: int, k: int, bf16: bool, fp4: bool, nested: int, half: bool, device: int, fours: bool = False
+) -> Plan | None:
+    """The launch for a product, or None where no configuration serves it. fours: as of `kernel`."""
     properties = torch.cuda.get_device_properties(device)
     if properties.major < 8:
         return None
@@ -103,7 +110,7 @@ def plan(fmt: str, m: int, n: int, k: int, bf16: bool, fp4: bool, nested: int, h
     if found is None:
         return None
     config, clusters, shared = found
-    made = kernel(config, fmt, bf16, fp4, nested, half)
+    made = kernel(config, fmt, bf16, fp4, nested, half, fours)
     early = config.early > 0 and properties.major >= 9  # before that, kernels start one after the other
     return Plan(made, (clusters * config.cluster,), config.threads, shared, (config.cluster, 1, 1), early,
                 config.rows * getattr(config, "bulk", False))  # fmt: skip
@@ -115,9 +122,11 @@ def _kernel(source: str, bulk: bool) -> CudaKernel:
     return CudaKernel("few_rows", text, "few_rows", "PPPPPPPPiiiii" + "T" * bulk)
 
 
-def kernel(config: Config, fmt: str, bf16: bool, fp4: bool, nested: int, half: bool) -> CudaKernel:
-    """The kernel of a configuration, not yet compiled."""
+def kernel(config: Config, fmt: str, bf16: bool, fp4: bool, nested: int, half: bool, fours: bool = False) -> CudaKernel:
+    """The kernel of a configuration, not yet compiled. fours: plain scales, which `single` may copy by fours."""
     constants = {"FMT": FORMATS[fmt], "BF16": int(bf16), "FP4": int(fp4), "NESTED": min(int(nested), config.packs)}
+    if isinstance(config, Single):
+        constants["FOURS"] = int(fours)
     return _kernel(config.source, getattr(config, "bulk", False)).variant(None, **constants, **config.constants(half))
 
 
@@ -142,9 +151,14 @@ def _compiles() -> bool:
     return find_spec("cuda") is not None
 
 
+def _fours(k: int, blocksize: int) -> bool:
+    """Whether the scales of a row are whole groups of four, one for each 256 columns."""
+    return blocksize == 64 and k % 256 == 0
+
+
 def _nested(nested: bool, k: int, blocksize: int, nested_blocksize: int) -> int:
     """0 plain scales, 1 quantised, 2 so that a piece of a row has its codes in one word."""
-    return 0 if not nested else 2 if blocksize == 64 and k % 256 == 0 and nested_blocksize >= 4 else 1
+    return 0 if not nested else 2 if _fours(k, blocksize) and nested_blocksize >= 4 else 1
 
 
 def jobs(
@@ -157,7 +171,8 @@ def jobs(
         return []
     index = torch.cuda.current_device() if device.index is None else device.index
     bf16, quantised, half = dtype == torch.bfloat16, _nested(nested, k, blocksize, 256), blocksize == 32
-    found = plan(fmt, rows, n, k, bf16, quant_type == "fp4", quantised, half, index)
+    fours = not nested and _fours(k, blocksize)
+    found = plan(fmt, rows, n, k, bf16, quant_type == "fp4", quantised, half, index, fours)
     return [] if found is None else [partial(found.kernel.compile_ahead, architecture(index))]
 
 
@@ -190,7 +205,8 @@ def launch(
     quantised = _nested(nested is not None, k, blocksize, nested_blocksize)
     if quantised == 2 and scales is not None and scales.data_ptr() % 4:
         quantised = 1
-    found = plan(fmt, m, n, k, x.dtype == torch.bfloat16, quant_type == "fp4", quantised, half, device)
+    fours = not quantised and _fours(k, blocksize) and scales is not None and scales.data_ptr() % 16 == 0
+    found = plan(fmt, m, n, k, x.dtype == torch.bfloat16, quant_type == "fp4", quantised, half, device, fours)
     if found is None:
         return None
     y = x.new_empty((m, n))

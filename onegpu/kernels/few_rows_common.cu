@@ -40,6 +40,8 @@ DEVICE uint4 read16(const void* p, bool inside, u64 policy) {
                : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w) : "l"(p), "r"((int)inside), "l"(policy) : "memory");
   return v;
 }
+// Not through the read-only path, whose loads the compiler may move in front of the wait.
+DEVICE uint4 read_x(const u16* p) { uint4 v; asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory"); return v; }
 DEVICE void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> DEVICE void copies_left() { asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory"); }
 DEVICE void wait_before_reading_x() {

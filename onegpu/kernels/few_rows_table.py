@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import inf
 from typing import ClassVar
+
+from onegpu.kernels.few_rows_single import Single
 
 # Weights of a block: where they are few, what a kernel takes to start, or a cluster to meet, counts most.
 FEW, MANY, ANY = (0, 1 << 18), ((1 << 18) + 1, 1 << 62), (0, 1 << 62)
@@ -277,7 +280,7 @@ class Direct:
         return {**names, "BLOCKS": self.blocks, "CL": 1, "TABLE_SHIFT": 8, "EARLY": self.early}
 
 
-Config = Narrow | Wide | Resident | Direct
+Config = Single | Narrow | Wide | Resident | Direct
 
 
 def _bulk(
@@ -328,6 +331,10 @@ CONFIGURATIONS: dict[str, tuple[Config, ...]] = {
         Wide(16, 1, 12, 1, 128, 2, cluster=4, wgmma=True, price=1.85), Wide(16, 1, 4, 1, 64, 2, price=9),
     ),
     "4bit": (
+        # Blocks of few weights: two on a multiprocessor, so that the next kernel gets ready. Else one, of more warps.
+        # The prices see to it, whatever fills a tile. Quantised scales are not timed yet.
+        Single(10, 2, 2, blocks=2, price=0.45, nested=inf, share=(0, 1 << 19)),
+        Single(18, 2, 4, price=0.65, nested=inf),
         Direct(1, 8, 2, 3, 12, blocks=2, early=2, price=0.9, share=FEW), Direct(1, 12, 2, 3, 12, early=2, price=1.05),
         Narrow(1, 10, 2, 128, 12, table_shift=7, early=1, price=0.88, blocks=2),
         Narrow(1, 16, 2, 128, 12, early=1, nested=1.15), Narrow(1, 8, 2, 64, 4, table_shift=7, nested=1.15),

@@ -73,6 +73,10 @@ inline uint4 read16(const void* p, bool inside, uint64_t) {
   if ((uint64_t)p % 16) abort();
   return inside ? *(const uint4*)p : make_uint4(0, 0, 0, 0);
 }
+inline uint4 read_x(const uint16_t* p) {
+  if ((uint64_t)p % 16) abort();
+  return *(const uint4*)p;
+}
 inline void commit() { now->groups.emplace_back(); }
 template <int N> void copies_left() {
   while ((int)now->groups.size() - 1 > N) {

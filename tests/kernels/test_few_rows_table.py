@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from onegpu.kernels import few_rows
+from onegpu.kernels.few_rows_single import Single
 from onegpu.kernels.few_rows_table import ANY, CONFIGURATIONS, Direct, Narrow, Resident, Wide
 
 H100, OTHERS = 227 * 1024, 99 * 1024  # bytes of shared memory that a block may have
@@ -61,9 +62,20 @@ SENT = Wide(8, 1, 4, 4, 256, 3, cluster=2, wgmma=True, bulk=True, early=2, lag=T
         ("int8", 0, 64, 4096, 4096, replace(SENT, warps_k=2, stages=4)),
         ("int8", 0, 64, 4096, 11008, replace(SENT, warps_k=2, stages=4)),
         ("int8", 0, 64, 9728, 896, Wide(8, 1, 8, 1, 256, 3, wgmma=True, bulk=True, early=2)),
-        ("4bit", 0, 1, 12288, 4096, Narrow(1, 10, 2, 128, 12, table_shift=7, early=1, blocks=2)),
-        ("4bit", 0, 1, 4544, 18176, Narrow(1, 16, 2, 128, 12, early=1)),
-        ("4bit", 0, 1, 4096, 4096, Narrow(1, 10, 2, 128, 12, table_shift=7, early=1, blocks=2)),
+        ("4bit", 0, 1, 12288, 4096, Single(8, 2, 2, blocks=2)),
+        ("4bit", 0, 1, 4096, 4096, Single(8, 2, 2, blocks=2)),
+        ("4bit", 0, 1, 6144, 4096, Single(8, 2, 2, blocks=2)),
+        ("4bit", 0, 1, 9728, 896, Single(10, 2, 2, blocks=2)),
+        ("4bit", 0, 1, 896, 4864, Single(10, 2, 2, blocks=2)),
+        ("4bit", 0, 1, 4672, 4544, Single(9, 2, 2, blocks=2)),
+        ("4bit", 0, 1, 22016, 4096, Single(16, 2, 4)),
+        ("4bit", 0, 1, 28672, 4096, Single(16, 2, 4)),
+        ("4bit", 0, 1, 4096, 11008, Single(11, 2, 4)),
+        ("4bit", 0, 1, 4096, 14336, Single(14, 2, 4)),
+        ("4bit", 0, 1, 18176, 4544, Single(15, 2, 4)),
+        ("4bit", 0, 1, 4544, 18176, Single(18, 2, 4)),
+        ("4bit", 0, 1, 8192, 28672, Narrow(1, 16, 2, 128, 12, early=1)),
+        ("4bit", 2, 1, 4544, 18176, Direct(1, 12, 2, 3, 12, early=2)),
         ("4bit", 2, 1, 4096, 4096, Narrow(1, 10, 2, 128, 12, table_shift=7, early=1, blocks=2)),
         ("4bit", 1, 1, 4096, 4096, Direct(1, 8, 2, 3, 12, blocks=2, early=2)),
         ("4bit", 0, 2, 9728, 896, Direct(2, 8, 2, 3, 8, blocks=2, early=2)),
@@ -114,7 +126,7 @@ def test_every_configuration_serves_some_product_on_a_hopper_or_another_gpu() ->
                     (170, OTHERS, 12),
                     (148, H100, 10),
                 ):
-                    for nested, half in ((0, False), (0, True), (1, False))[: 1 + 2 * (fmt == "4bit")]:
+                    for nested, half in ((0, False), (0, True), (1, False), (2, False))[: 1 + 3 * (fmt == "4bit")]:
                         found = few_rows.choose(fmt, nested, m, n, k, half, sms, limit, major)
                         if found:
                             taken.add((fmt, found[0]))
