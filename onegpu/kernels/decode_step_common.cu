@@ -2,6 +2,7 @@
 #ifndef EMULATED
 // Values that the kernel before wrote: read past the L1 cache, which may hold them as they were.
 DEVICE float4 fresh4(const float* p) { float4 v; asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p) : "memory"); return v; }
+DEVICE uint4 fresh16(const u16* p) { uint4 v; asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory"); return v; }
 DEVICE float2 fresh2(const void* p) { float2 v; asm volatile("ld.global.cg.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p) : "memory"); return v; }
 DEVICE float fresh(const float* p) { float v; asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory"); return v; }
 DEVICE i64 fresh_i64(const i64* p) { i64 v; asm volatile("ld.global.cg.s64 %0, [%1];" : "=l"(v) : "l"(p) : "memory"); return v; }

@@ -1,8 +1,8 @@
-"""Launches the kernels of decode_step_{input, product, transposed, attention, embed}.cu; the ops are in decode_step.py.
+"""Launches decode_step_{input, product, single, transposed, attention, embed}.cu; the ops are in decode_step.py.
 
 A block an SM, in every kernel of the chain, and more than half of an SM's shared memory for each: where two blocks fit,
 blocks of a kernel that starts early gather on the SMs that are free first, and the others idle (measured on an H100:
-5.3 instead of 2.1 ms a step with nf4 weights).
+5.3 instead of 2.1 ms a step with nf4 weights). Or two blocks an SM, which have nowhere to gather.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from onegpu.errors import bad_argument
 from onegpu.kernels.codebooks import dynamic_map
 from onegpu.kernels.decode_step import ACTIVATIONS, Attended, Heads, Matrix, Norm, Part, Places, Stream
-from onegpu.kernels.decode_step_layouts import FORMATS, WHOLE, Shape, blocks, shape
+from onegpu.kernels.decode_step_layouts import FORMATS, HALF, WHOLE, Shape, Single, blocks, shape, single
 from onegpu.kernels.launch import CudaKernel, source_text
 
 MAX_ROWS, MAX_GROUP, MAX_SPLITS = 16, 8, 8
@@ -58,12 +58,12 @@ def product(
     also: torch.Tensor | None = None,
     cap: float = 0.0,
     pdl: bool = True,
-    fixed: Shape | None = None,
+    fixed: Shape | Single | None = None,
 ) -> None:
     """One launch of decode_step_product.cu, whose head says what the sinks are."""
     rows, columns = len(out), matrix.columns
     nested = matrix.parts[0].nested is not None
-    found = fixed or (None if matrix.transposed else _shape(matrix, rows))
+    found = fixed or (None if matrix.transposed else _single(matrix, out) or _shape(matrix, rows))
     if not (fits(matrix, rows) if matrix.transposed else found):
         raise bad_argument(
             "rows", rows, f"is too many: x of {columns} columns does not fit into shared memory", "Use fewer rows"
@@ -72,15 +72,28 @@ def product(
         _transposed(x, matrix, sink, out, act, pdl)
         return
     read = _read(x)
-    bulk = FORMATS[matrix.format] == 2 and not nested and matrix.blocksize == 64 and columns % 256 == 0
-    bulk = bulk and not any(part.scales.data_ptr() % 16 for part in matrix.parts if part.scales is not None)
-    kernel = _kernel("product").variant(
-        None, **_COMMON | {"NESTED": int(nested), "FP4": int(matrix.format == "fp4"), "TABLE_SHIFT": found.table_shift,
-        "CL": found.cluster}, FMT=FORMATS[matrix.format], M=rows, K=columns, SHARE=found.share(matrix.format, columns),
-        WARPS=found.all_warps, FETCHERS=found.fetchers, SLOTS=found.slots, CB=found.width, TG=found.group(rows),
-        OWN=int(found.own), BULK=int(bulk and not found.own), SINK=_SINKS[sink], ACT=ACTIVATIONS.index(act),
-        **read.constants,
-    )  # fmt: skip
+    constants = _COMMON | read.constants | {
+        "NESTED": int(nested), "FP4": int(matrix.format == "fp4"), "TABLE_SHIFT": found.table_shift,
+        "FMT": FORMATS[matrix.format], "M": rows, "K": columns, "SINK": _SINKS[sink], "ACT": ACTIVATIONS.index(act),
+    }  # fmt: skip
+    sms = multiprocessors(out.get_device())
+    if isinstance(found, Single):
+        kernel = _kernel("single").variant(
+            None, **constants, SHARE=columns, WARPS=found.warps, DEPTH=found.slots, SECT=found.sections,
+            CB=128 * found.sections, BLOCKS=found.blocks, AHEAD=found.ahead,
+        )  # fmt: skip
+        warps, cluster, grid = found.warps, 1, sms * found.blocks
+        shared = max(found.shared(columns, matrix.rows, sms), _ALONE if found.blocks == 1 else HALF)
+    else:
+        bulk = FORMATS[matrix.format] == 2 and not nested and matrix.blocksize == 64 and columns % 256 == 0
+        bulk = bulk and not any(part.scales.data_ptr() % 16 for part in matrix.parts if part.scales is not None)
+        kernel = _kernel("product").variant(
+            None, **constants | {"CL": found.cluster}, SHARE=found.share(matrix.format, columns), WARPS=found.all_warps,
+            FETCHERS=found.fetchers, SLOTS=found.slots, CB=found.width, TG=found.group(rows), OWN=int(found.own),
+            BULK=int(bulk and not found.own),
+        )  # fmt: skip
+        warps, cluster, grid = found.all_warps, found.cluster, blocks(sms, found.cluster)
+        shared = max(found.shared(matrix.format, rows, columns, nested), _ALONE)
     if _collected(kernel):
         return
     parts: list[Part | None] = [*matrix.parts]
@@ -95,11 +108,18 @@ def product(
     table = dynamic_map(out.device) if nested else None
     counts = [0 if part is None else part.rows for part in parts]
     shift = matrix.blocksize.bit_length() - 7  # log2 of how many 64 columns share a scale
-    shared = max(found.shared(matrix.format, rows, columns, nested), _ALONE)
     kernel(
-        (blocks(multiprocessors(out.get_device()), found.cluster),), 32 * found.all_warps, shared, *pointers, table,
-        *read.tensors, out, also, *counts, shift, *read.numbers, cap, pdl=pdl, cluster=(found.cluster, 1, 1),
+        (grid,), 32 * warps, shared, *pointers, table, *read.tensors, out, also, *counts, shift, *read.numbers, cap,
+        pdl=pdl, cluster=(cluster, 1, 1),
     )  # fmt: skip
+
+
+def _single(matrix: Matrix, out: torch.Tensor) -> Single | None:
+    """The layout of decode_step_single.cu, if it serves."""
+    plain = FORMATS[matrix.format] == 2 and matrix.parts[0].nested is None and matrix.blocksize == 64 and len(out) == 1
+    if not plain or any(part.scales is None or part.scales.data_ptr() % 16 for part in matrix.parts):
+        return None
+    return single(matrix.columns, tuple(part.rows for part in matrix.parts), multiprocessors(out.get_device()))
 
 
 def _transposed(
@@ -261,6 +281,7 @@ def _collected(kernel: CudaKernel) -> bool:
 
 _KERNELS = {
     "product": ("product", "P" * 26 + "i" * 4 + "fffff"),
+    "single": ("product", "P" * 26 + "i" * 4 + "fffff"),
     "transposed": ("transposed_product", "P" * 11 + "i" + "ffff"),
     "attention": ("attend", "P" * 12 + "i" * 5 + "ffffff"),
     "embed": ("embed", "PPPPPPPqqiiifff"),
@@ -269,7 +290,7 @@ _KERNELS = {
 
 def source(kind: str) -> str:
     """The whole text of a kernel of `_KERNELS`."""
-    files = ["decode_step_input.cu"] * (kind in ("product", "transposed")) + [f"decode_step_{kind}.cu"]
+    files = ["decode_step_input.cu"] * (kind in ("product", "single", "transposed")) + [f"decode_step_{kind}.cu"]
     return "".join(map(source_text, ["few_rows_common.cu", "decode_step_common.cu", *files]))
 
 

@@ -20,6 +20,13 @@ constexpr int SHARES = 5 * M * WARPS + WARPS + (CL > 1 ? 5 * M * CL : 0);  // fi
 constexpr int UNEVEN = K % SHARE != 0, COUNT = CL > 1 ? CL : WARPS;    // COUNT: values that make a sum
 static_assert((CL - 1) * SHARE < K, "each block has columns");
 
+// Where the columns 4 c.. stand in a row. decode_step_single.cu reads sections of 256 columns at once: in every other one, the halves of
+// 16 columns change places, so that two sections spread over all banks.
+#ifndef SECT
+#define SECT 1
+#endif
+DEVICE int place_of(int c) { return SECT > 1 ? c ^ (c >> 5 & 2) : c; }
+
 DEVICE int first_column() { return CL > 1 ? cluster_rank() * SHARE : 0; }
 DEVICE int own_columns() { return UNEVEN ? min(SHARE, K - first_column()) : SHARE; }
 
@@ -265,7 +272,7 @@ struct Input {
           const int c = threadIdx.x + i * THREADS; float4 a = v[b][i];
           if (!inside_row(c)) continue;
           if ((SOURCE == 0 && NORM) || TO_FP16) a = inner.finish(a, i, factor[b], scale);
-          *(uint2*)(xs + m * PITCH + 8 * c) = TO_FP16 ? make_uint2(pack_h(a.x, a.y), pack_h(a.z, a.w)) : make_uint2(pack(a.x, a.y), pack(a.z, a.w));
+          *(uint2*)(xs + m * PITCH + 8 * place_of(c)) = TO_FP16 ? make_uint2(pack_h(a.x, a.y), pack_h(a.z, a.w)) : make_uint2(pack(a.x, a.y), pack(a.z, a.w));
         }
       }
     }

@@ -11,6 +11,7 @@ from onegpu.kernels.few_rows_table import resident_clusters
 FORMATS = {"16bit": 0, "int8": 1, "nf4": 2, "fp4": 2}
 WHOLE = 232448 - 1024  # bytes of shared memory of a block on Hopper, less what the kernels' static arrays take
 BOXES = 4  # of decode_step_product.cu
+HALF = 233472 // 2 - 2048  # of a block of which an SM has two; too much beside one that has an SM for itself
 
 
 def _bits(form: str) -> int:
@@ -71,6 +72,40 @@ class Shape(NamedTuple):
         """Whether it fits, every block of the cluster has columns, and no warp fetches two turns of the ring ahead."""
         whole = (self.cluster - 1) * self.share(form, columns) < columns and (self.own or self.fetchers <= self.slots)
         return whole and self.shared(form, rows, columns, nested) <= WHOLE
+
+
+class Single(NamedTuple):
+    """How decode_step_single.cu lays out the product of one row with a 4-bit matrix.
+
+    warps: of a block, a multiple of the pieces of a row. sections: of 256 columns in a piece, 2, 4 or 8; it has 16 /
+    sections rows. slots: pieces in a warp's ring. blocks: of an SM. ahead: pieces of a warp sent for into L2 besides.
+    """
+
+    warps: int
+    sections: int
+    slots: int
+    table_shift: int = 8
+    blocks: int = 1
+    ahead: int = 0
+
+    def pieces(self, columns: int) -> int:
+        """Of a row."""
+        return -(-columns // (256 * self.sections))
+
+    def shared(self, columns: int, outputs: int, multiprocessors: int) -> int:
+        """Bytes of shared memory, as the kernel divides it: table, x, shares of the norm, rings, sums."""
+        pitch = -(-columns * 2 // 128) * 128 + 16
+        x = -(-(pitch + 4 * (6 * self.warps + 1)) // 128) * 128
+        tiles = -(-outputs // (16 // self.sections * self.blocks * multiprocessors))
+        sums = tiles * 16 // self.sections * self.pieces(columns) * 4
+        return (256 << self.table_shift) + x + self.warps * self.slots * 2304 + sums
+
+    def serves(self, columns: int, parts: tuple[int, ...], multiprocessors: int) -> bool:
+        """Whether warps share the columns evenly, the parts' rows are whole tiles, and it fits."""
+        room = HALF if self.blocks > 1 else WHOLE
+        even = columns % 256 == 0 and self.warps % self.pieces(columns) == 0
+        whole = all(rows % (16 // self.sections) == 0 for rows in parts)
+        return even and whole and self.shared(columns, sum(parts), multiprocessors) <= room
 
 
 # Up to how many rows -> format -> layouts: the first that fits is taken. They measured best for Llama-2-7B's products
@@ -144,6 +179,24 @@ def _with_slots(
         for slots in range(layout.slots, fewest - 1, -1)
     )
     return next((one for one in tried if one.serves(form, rows, columns, nested)), None)
+
+
+# What is tried in turn for one row of 4 bits, in blocks of 64 with float32 scales, first for a matrix of at most SMALL
+# bytes. A row's pieces go to as many of the warps as share them evenly, if those are two thirds at least; else, and for
+# other scales, LAYOUTS has it.
+SINGLE = (Single(16, 4, 3), Single(16, 8, 2))
+SMALL_SINGLE = (Single(8, 4, 2, blocks=2),)
+
+
+@lru_cache(maxsize=1024)
+def single(columns: int, parts: tuple[int, ...], multiprocessors: int) -> Single | None:
+    """The layout for one row and a 4-bit matrix of these columns, whose parts have so many rows."""
+    for layout in SMALL_SINGLE * (sum(parts) * columns // 2 <= SMALL) + SINGLE:
+        pieces = layout.pieces(columns)
+        found = layout._replace(warps=layout.warps // pieces * pieces)
+        if 3 * found.warps >= 2 * layout.warps and found.serves(columns, parts, multiprocessors):
+            return found
+    return None
 
 
 def blocks(multiprocessors: int, cluster: int) -> int:

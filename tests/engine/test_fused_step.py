@@ -292,7 +292,7 @@ def test_a_chain_replayed_a_thousand_times_reads_only_what_it_wrote(
 ) -> None:
     if rows > 1:
         monkeypatch.setattr(decode_step_cuda, "shape", lambda *_: layouts.Shape(8, 256, 4, cluster=2))
-    found = moved(structure(form, width=512, inner=1408, query=8, kv=8, size=64, layers=4), "cuda")
+    found = moved(structure(form, width=512, inner=1536, query=8, kv=8, size=64, layers=4), "cuda")
     step, memory = FusedStep(found), list(moved(tuple(caches(found, rows, 256)), "cuda"))
     ids, at = torch.arange(rows, device="cuda")[:, None], torch.tensor([200], device="cuda")
     want = step(ids, at, at, memory)

@@ -1,6 +1,7 @@
 // Beside emulator.h: what the kernels of a decoding step use (onegpu/kernels/decode_step_*.cu).
 #include "emulator.h"
 inline float4 fresh4(const float* p) { float4 v; memcpy(&v, p, 16); return v; }
+inline uint4 fresh16(const uint16_t* p) { if ((uint64_t)p % 16) abort(); uint4 v; memcpy(&v, p, 16); return v; }
 inline float2 fresh2(const void* p) { float2 v; memcpy(&v, p, 8); return v; }
 inline float fresh(const float* p) { return *p; }
 inline long long fresh_i64(const long long* p) { return *p; }

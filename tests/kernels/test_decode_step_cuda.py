@@ -287,6 +287,26 @@ def test_no_registers_spill_over_many_rows(form: str) -> None:
         assert machine_code.copies_with_a_uniform_base(code) == 0
 
 
+@needs_nvrtc
+@pytest.mark.usefixtures("made")
+def test_no_registers_spill_over_one_row_of_four_bits() -> None:
+    """Llama-2-7B's products, and one behind two LayerNorms."""
+    heads = ops.Attended(torch.empty(1, 32, 4, 128, dtype=torch.bfloat16), torch.empty(1, 32, 4, 2))
+    cases = [(4096, (12288,), "rms", "store"), (4096, (11008, 11008), "rms", "gated"), (4096, (4096,), heads, "add"),
+             (11008, (4096,), "x", "add"), (3584, (14336, 14336), "added", "gated")]  # fmt: skip
+    for columns, sizes, what, sink in cases:
+        m = moved(matrix("nf4", (8,) * len(sizes), columns, torch.bfloat16), "meta")
+        m = m._replace(parts=tuple(part._replace(rows=n) for part, n in zip(m.parts, sizes, strict=True)))
+        x = entered(what, 1, columns, torch.bfloat16) if isinstance(what, str) else what
+        ops.product(moved(x, "meta"), m, sink, moved(outputs(sink, 1, (8, 8), torch.bfloat16)[0], "meta"))
+    assert len(Compiled.made) == len(cases)
+    for constants, code in Compiled.made.items():
+        assert "SECT" in dict(constants)
+        assert machine_code.stack_bytes(code) == 0, constants
+        assert machine_code.copies_with_a_uniform_base(code) == 0
+        assert machine_code.static_shared(code) <= 2048  # of two blocks that fill an SM, the system's share too
+
+
 def test_weights_stored_by_columns_that_do_not_fit() -> None:
     m = moved(matrix("transposed", (1600,), 6400, torch.bfloat16), "meta")
     assert gpu.fits(m, 8)

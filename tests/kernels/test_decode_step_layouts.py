@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from onegpu.kernels import decode_step_layouts as layouts
-from onegpu.kernels.decode_step_layouts import Shape
+from onegpu.kernels.decode_step_layouts import Shape, Single
 
 SIZES = [896, 2048, 4096, 4544, 4864, 8192, 11008, 14336, 28672]
 
@@ -92,3 +92,26 @@ def test_the_blocks_of_a_cluster_share_all_columns(form: str, cluster: int) -> N
 def test_grids_leave_out_what_clusters_do_not_fill() -> None:
     assert [layouts.blocks(132, cluster) for cluster in layouts.CLUSTERS] == [132, 132, 120, 120]
     assert [layouts.blocks(3, cluster) for cluster in layouts.CLUSTERS] == [3, 2, 4, 8]
+
+
+def test_one_row_of_four_bits_goes_to_warps_that_share_its_pieces_evenly() -> None:
+    wide, down = layouts.single(4096, (11008, 11008), 132), layouts.single(11008, (4096, 8192), 132)
+    assert wide is not None
+    assert down is not None
+    assert (wide.warps, wide.blocks, wide.pieces(4096)) == (16, 1, 4)
+    assert (down.warps, down.blocks, down.pieces(11008)) == (11, 1, 11)
+    small = layouts.single(4096, (4096,), 132)
+    assert small is not None
+    assert small.blocks == 2
+    for columns in (2048, 3584, 5120, 8192, 14336, 28672):
+        found = layouts.single(columns, (4096, 1024), 132)
+        assert found is not None, columns
+        assert found.warps % found.pieces(columns) == 0
+        assert found.shared(columns, 5120, 132) <= (layouts.HALF if found.blocks == 2 else layouts.WHOLE)
+
+
+def test_what_does_not_share_evenly_has_no_layout_of_its_own() -> None:
+    assert layouts.single(4544, (4096,), 132) is None  # scales of 256 columns
+    assert layouts.single(18944, (18944,), 132) is None  # warps
+    assert layouts.single(4096, (4096, 1025), 132) is None  # whole tiles of a matrix
+    assert not Single(16, 4, 6).serves(4096, (4096,), 132)  # shared memory

@@ -1,0 +1,82 @@
+"""decode_step_single.cu, run on the CPU and on a GPU: the products of one row with 4-bit matrices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from onegpu.kernels import decode_step as ops
+from onegpu.kernels import decode_step_cuda as gpu
+from onegpu.kernels.decode_step_layouts import Single
+from tests.decode_structures import matrix, moved
+from tests.kernels.emulated_step import DEVICES, on
+from tests.kernels.test_decode_step_cuda import entered, large, outputs
+
+# form, columns, rows of the parts, what x is, sink, layout, dtype. Rows that end within a piece, matrices and blocks
+# without a tile, more tiles than a ring.
+ONE_ROW = [
+    ("nf4", 1024, (64, 64), "rms", "gated", Single(4, 4, 2), torch.bfloat16),
+    ("nf4", 1280, (48, 8, 16), "rms", "store", Single(4, 4, 3, 7), torch.bfloat16),
+    ("fp4", 2304, (72,), "x", "add", Single(5, 2, 2, blocks=2), torch.float16),
+    ("nf4", 2816, (160,), "x", "add", Single(4, 8, 2, 8, 1, 2), torch.bfloat16),
+    ("nf4", 1536, (40, 24), "layer", "both", Single(6, 2, 2, ahead=1), torch.bfloat16),
+    ("nf4", 1792, (16, 16), "added", "gated", Single(2, 8, 4, ahead=3), torch.float16),
+    ("fp4", 512, (8,), "layer", "act", Single(3, 2, 2), torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", ONE_ROW, ids=range(len(ONE_ROW)))
+def test_one_row_of_four_bits(device: str, case: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    form, columns, sizes, what, sink, fixed, dtype = case
+    m, x, outs = matrix(form, sizes, columns, dtype), entered(what, 1, columns, dtype), outputs(sink, 1, sizes, dtype)
+    wanted = [out.clone() for out in outs]
+    ops.product(x, m, sink, wanted[0], also=wanted[1])
+    place = on(device, monkeypatch)
+    assert fixed.serves(columns, sizes, gpu.multiprocessors(0))
+    got, there = [out.to(place) for out in outs], moved(x, place)
+    if isinstance(there, ops.Stream) and there.to is not None:
+        there.to.zero_()
+    gpu.product(there, moved(m, place), sink, got[0], also=got[1], fixed=fixed)
+    for ours, want in zip(got, wanted, strict=True):
+        torch.testing.assert_close(ours.cpu().float(), want.float(), rtol=2e-2, atol=2e-2 * want.float().std().item())
+    if isinstance(x, ops.Stream) and x.to is not None:
+        torch.testing.assert_close(there.to.cpu(), x.to, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_one_row_of_four_bits_outside_of_what_fp16_holds(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large x, NaN and infinity, in columns of one warp; the attention's parts, one of them without keys."""
+    m, fixed = matrix("nf4", (48,), 1024, torch.bfloat16), Single(4, 2, 2)
+    base = torch.randn(1, 1024, generator=torch.Generator().manual_seed(0)).bfloat16()
+    attended = ops.Attended(base.view(1, 4, 4, 64)[:, :, :3].contiguous(), torch.rand(1, 4, 3, 2) + 1)
+    attended.sums[:, :, 1] = torch.tensor([float("-inf"), 0.0])
+    narrow = matrix("nf4", (48,), 256, torch.bfloat16, seed=2)
+    place, bad = on(device, monkeypatch), [base.clone(), base.clone()]
+    bad[0][0, 700], bad[1][0, 3] = float("nan"), float("inf")
+    for x, w in ((base * 1e5, m), (base * 1e-6, m), (bad[0], m), (bad[1], m), (attended, narrow)):
+        want, out = torch.ones(1, 48) + w.multiply(ops._entered(x)), torch.ones(1, 48, device=place)
+        gpu.product(moved(x, place), moved(w, place), "add", out, fixed=fixed)
+        finite, out = want.isfinite(), out.cpu()
+        assert torch.equal(out.isfinite(), finite)
+        torch.testing.assert_close(out[finite], want[finite], rtol=2e-2, atol=2e-2 * want.std().nan_to_num(0).item())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fixed", [None, Single(16, 4, 4), Single(8, 2, 2, blocks=2), Single(16, 4, 2, 7, ahead=2)])
+def test_one_row_of_four_bits_gives_the_same_bits_each_time(fixed: Single | None) -> None:
+    """Of Llama-2-7B: the layouts that are taken, and others; 4096 columns and 11008."""
+    cases = [(4096, (4096,) * 3, "rms", "store"), (4096, (11008, 11008), "rms", "gated"), (4096, (4096,), "x", "add"),
+             (11008, (4096,), "x", "add")]  # fmt: skip
+    for columns, sizes, what, sink in cases[: 4 if fixed is None else 3]:
+        m = moved(large("nf4", sizes, columns, False), "cuda")
+        x, (out, _) = moved(entered(what, 1, columns, torch.bfloat16), "cuda"), outputs(sink, 1, sizes, torch.bfloat16)
+        seen = []
+        for _ in range(20):
+            got = out.cuda()
+            gpu.product(x, m, sink, got, fixed=fixed)
+            seen.append(got)
+        y = m.multiply(ops._entered(x))
+        want = ops.activation("silu", y[:, : sizes[0]]) * y[:, sizes[0] :] if sink == "gated" else y + (out.cuda())
+        assert all(torch.equal(one, seen[0]) for one in seen)
+        torch.testing.assert_close(seen[0].float(), want, rtol=2e-2, atol=2e-2 * want.std().item())
