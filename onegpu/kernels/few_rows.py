@@ -1,7 +1,7 @@
 """Launches the few-row products of few_rows_*.cu: ``y[M, N] = x[M, K] @ W[N, K].T + bias``.
 
 W is read once, as it is stored (4-bit, int8 or 16-bit), so the bound is its bytes. `direct`, `narrow` and `resident`
-hold x in shared memory and serve up to 8, 16 and 32 rows, `single` one row in registers, `wide` streams it and serves
+hold x in shared memory and serve up to 8, 16 and 16 rows, `single` one row in registers, `wide` streams it and serves
 up to 128. All want whole groups of columns and 16-byte alignment: where a product has them not, `supports` says so, and
 the op takes its portable kernel or the dequantised product.
 """
@@ -19,7 +19,7 @@ from onegpu.kernels.few_rows_single import Single
 from onegpu.kernels.few_rows_table import CONFIGURATIONS, Config, Wide, ceil_div, resident_clusters
 from onegpu.kernels.guard import architecture
 from onegpu.kernels.launch import CudaKernel, source_text
-from onegpu.kernels.tensor_map import byte_map, tensor_map
+from onegpu.kernels.tensor_map import byte_map, words_map
 
 FORMATS = {"16bit": 0, "int8": 1, "4bit": 2}
 MAX_ROWS = {"16bit": 8, "int8": 128, "4bit": 128}
@@ -136,14 +136,17 @@ def kernel(config: Config, fmt: str, bf16: bool, fp4: bool, nested: int, half: b
     return _kernel(config.source, getattr(config, "bulk", False)).variant(None, **constants, **config.constants(half))
 
 
-def maps(fmt: str, x: torch.Tensor, weight: torch.Tensor, n: int, boxes: tuple[int, int, int]) -> tuple[object, ...]:
+@lru_cache(maxsize=4096)
+def maps(
+    fmt: str, x: int, weight: int, m: int, n: int, k: int, boxes: tuple[int, int, int]
+) -> tuple[bytes, bytes, int]:
     """The last arguments of a kernel with bulk copies: where x is, where the bytes of W are, rows of W in a box.
 
-    Descriptors are kept by address, shape and box, all that they depend on: what has moved gets one of its own.
+    x, weight: addresses. Depends on them, shape and box alone: what has moved gets descriptors of its own.
     """
     rows, box, width = boxes
-    row_bytes = x.shape[1] if fmt == "int8" else x.shape[1] // 2
-    return tensor_map(x, (rows, 64), 128), byte_map(weight, n, row_bytes, (box, width), width), box
+    row_bytes = k if fmt == "int8" else k // 2
+    return words_map(x, m, k, (rows, 64), 128), byte_map(weight, n, row_bytes, (box, width), width), box
 
 
 def supports(fmt: str, x: torch.Tensor, weight: torch.Tensor, k: int, blocksize: int = 64) -> bool:
@@ -228,9 +231,9 @@ def launch(
     y = x.new_empty((m, n))
     absmax, table, offset = nested or (None, None, None)
     shift = 0 if fmt != "4bit" else (blocksize // (32 if half else 64)).bit_length() - 1
+    bulk = maps(fmt, x.data_ptr(), weight.data_ptr(), m, n, k, found.boxes) if found.boxes else ()
     found.kernel(
         found.grid, found.threads, found.shared, weight, x, y, bias, scales, absmax, table, offset, m, n, k, shift,
-        nested_blocksize.bit_length() - 1, *(maps(fmt, x, weight, n, found.boxes) if found.boxes else ()),
-        pdl=found.early, cluster=found.cluster,
+        nested_blocksize.bit_length() - 1, *bulk, pdl=found.early, cluster=found.cluster,
     )  # fmt: skip
     return y

@@ -46,6 +46,7 @@ def test_wide_tiles_are_filled() -> None:
 
 
 SENT = Wide(8, 1, 4, 4, 256, 3, cluster=2, wgmma=True, bulk=True, early=2, lag=True, apart=True)
+HELD = Wide(8, 1, 12, 1, 128, 4, cluster=2, wgmma=True, bulk=True, early=4, apart=True, held=152)
 
 
 # What the sweeps found fastest, and what the older rules took instead.
@@ -62,8 +63,12 @@ SENT = Wide(8, 1, 4, 4, 256, 3, cluster=2, wgmma=True, bulk=True, early=2, lag=T
         ("int8", 0, 16, 4096, 11008, Resident(2, 1, 3, 128, 2, cluster=2, early=4)),
         ("int8", 0, 64, 4096, 4096, replace(SENT, warps_k=2, stages=4)),
         ("int8", 0, 64, 4096, 11008, replace(SENT, warps_k=2, stages=4)),
-        ("int8", 0, 64, 9728, 896, Wide(8, 1, 8, 1, 256, 4, wgmma=True, bulk=True, early=2, held=80)),
-        ("int8", 0, 64, 22016, 4096, Wide(8, 1, 12, 1, 256, 3, wgmma=True, bulk=True, early=2, held=168)),
+        ("int8", 0, 64, 9728, 896, HELD),
+        ("int8", 0, 64, 22016, 4096, Wide(8, 1, 12, 1, 256, 2, wgmma=True, bulk=True, early=2, held=168)),
+        ("int8", 0, 64, 28672, 4096, Wide(8, 1, 12, 1, 256, 2, wgmma=True, bulk=True, early=2, held=168)),
+        ("int8", 0, 64, 6144, 4096, Wide(8, 1, 8, 1, 256, 3, 2, wgmma=True, bulk=True, early=2, apart=True)),
+        ("int8", 0, 24, 12288, 4096, Wide(4, 1, 12, 1, 256, 3, 2, wgmma=True, bulk=True, early=2)),
+        ("int8", 0, 24, 4096, 4096, Wide(4, 1, 4, 2, 256, 6, 2, wgmma=True, bulk=True, early=2, apart=True)),
         ("int8", 0, 64, 12288, 4096, Wide(8, 1, 12, 1, 256, 2, 2, wgmma=True, bulk=True, early=2, apart=True)),
         ("4bit", 0, 1, 12288, 4096, Single(8, 2, 2, blocks=2)),
         ("4bit", 0, 1, 4096, 4096, Single(8, 2, 2, blocks=2)),
@@ -99,7 +104,11 @@ SENT = Wide(8, 1, 4, 4, 256, 3, cluster=2, wgmma=True, bulk=True, early=2, lag=T
         ("4bit", 2, 64, 4096, 11008, SENT),
         ("4bit", 0, 64, 4096, 4096, SENT),
         ("4bit", 0, 64, 12288, 4096, Wide(8, 1, 12, 1, 128, 3, 2, wgmma=True, bulk=True, early=2, apart=True)),
-        ("4bit", 0, 64, 9728, 896, Wide(8, 1, 8, 1, 256, 3, wgmma=True, bulk=True, early=2)),
+        ("4bit", 0, 64, 9728, 896, replace(HELD, columns=256, stages=2, early=2)),
+        ("4bit", 1, 64, 9728, 896, replace(HELD, columns=256, stages=2, early=2)),
+        ("4bit", 0, 64, 28672, 4096, Wide(8, 1, 8, 1, 256, 3, wgmma=True, bulk=True, early=2)),
+        ("4bit", 0, 64, 6144, 4096, Wide(8, 1, 8, 1, 256, 2, 2, wgmma=True, bulk=True, early=2, apart=True)),
+        ("4bit", 0, 24, 4096, 11008, Wide(4, 1, 4, 4, 256, 6, 2, wgmma=True, bulk=True, early=2, apart=True)),
     ],
 )
 def test_the_winners_of_the_sweep_are_taken(
