@@ -97,10 +97,8 @@ def choose(
 
 
 @lru_cache(maxsize=4096)
-def plan(
-    fmt: str, m: int, n: int, k: int, bf16: bool, fp4: bool, nested: int, half: bool, device: int, fours: bool = False
-) -> Plan | None:
-    """The launch for a product, or None where no configuration serves it. fours: as of `kernel`."""
+def plan(fmt: str, m: int, n: int, k: int, bf16: bool, fp4: bool, nested: int, half: bool, device: int) -> Plan | None:
+    """The launch for a product, or None where no configuration serves it."""
     properties = torch.cuda.get_device_properties(device)
     if properties.major < 8:
         return None
@@ -109,7 +107,7 @@ def plan(
     if found is None:
         return None
     config, clusters, shared = found
-    made = kernel(config, fmt, bf16, fp4, nested, half, fours)
+    made = kernel(config, fmt, bf16, fp4, nested, half)
     early = config.early > 0 and properties.major >= 9  # before that, kernels start one after the other
     boxes = boxes_of(config, fmt, n, clusters)
     return Plan(made, (clusters * config.cluster,), config.threads, shared, (config.cluster, 1, 1), early, boxes)
@@ -128,11 +126,9 @@ def _kernel(source: str, bulk: bool) -> CudaKernel:
     return CudaKernel("few_rows", text, "few_rows", "PPPPPPPPiiiii" + "TTi" * bulk)
 
 
-def kernel(config: Config, fmt: str, bf16: bool, fp4: bool, nested: int, half: bool, fours: bool = False) -> CudaKernel:
-    """The kernel of a configuration, not yet compiled. fours: plain scales, which `single` may copy by fours."""
+def kernel(config: Config, fmt: str, bf16: bool, fp4: bool, nested: int, half: bool) -> CudaKernel:
+    """The kernel of a configuration, not yet compiled."""
     constants = {"FMT": FORMATS[fmt], "BF16": int(bf16), "FP4": int(fp4), "NESTED": min(int(nested), config.packs)}
-    if isinstance(config, Single):
-        constants["FOURS"] = int(fours)
     return _kernel(config.source, getattr(config, "bulk", False)).variant(None, **constants, **config.constants(half))
 
 
@@ -170,14 +166,9 @@ def _compiles() -> bool:
     return find_spec("cuda") is not None
 
 
-def _fours(k: int, blocksize: int) -> bool:
-    """Whether the scales of a row are whole groups of four, one for each 256 columns."""
-    return blocksize == 64 and k % 256 == 0
-
-
 def _nested(nested: bool, k: int, blocksize: int, nested_blocksize: int) -> int:
     """0 plain scales, 1 quantised, 2 so that a piece of a row has its codes in one word."""
-    return 0 if not nested else 2 if _fours(k, blocksize) and nested_blocksize >= 4 else 1
+    return 0 if not nested else 2 if blocksize == 64 and k % 256 == 0 and nested_blocksize >= 4 else 1
 
 
 def jobs(
@@ -190,8 +181,7 @@ def jobs(
         return []
     index = torch.cuda.current_device() if device.index is None else device.index
     bf16, quantised, half = dtype == torch.bfloat16, _nested(nested, k, blocksize, 256), blocksize == 32
-    fours = not nested and _fours(k, blocksize)
-    found = plan(fmt, rows, n, k, bf16, quant_type == "fp4", quantised, half, index, fours)
+    found = plan(fmt, rows, n, k, bf16, quant_type == "fp4", quantised, half, index)
     return [] if found is None else [partial(found.kernel.compile_ahead, architecture(index))]
 
 
@@ -224,8 +214,7 @@ def launch(
     quantised = _nested(nested is not None, k, blocksize, nested_blocksize)
     if quantised == 2 and scales is not None and scales.data_ptr() % 4:
         quantised = 1
-    fours = not quantised and _fours(k, blocksize) and scales is not None and scales.data_ptr() % 16 == 0
-    found = plan(fmt, m, n, k, x.dtype == torch.bfloat16, quant_type == "fp4", quantised, half, device, fours)
+    found = plan(fmt, m, n, k, x.dtype == torch.bfloat16, quant_type == "fp4", quantised, half, device)
     if found is None:
         return None
     y = x.new_empty((m, n))

@@ -345,9 +345,11 @@ CONFIGURATIONS: dict[str, tuple[Config, ...]] = {
         Wide(16, 1, 12, 1, 128, 2, cluster=4, wgmma=True, price=1.85), Wide(16, 1, 4, 1, 64, 2, price=9),
     ),
     "4bit": (
-        # Blocks of few weights: two on a multiprocessor, so that the next kernel gets ready. Else one, of more warps.
-        # The prices see to it, whatever fills a tile.
-        Single(10, 2, 2, blocks=2, price=0.45, share=(0, 1 << 19)), Single(18, 2, 4, price=0.65),
+        # Blocks of few weights: two on a multiprocessor, so that the next kernel gets ready. Else one, of more warps,
+        # and four sections where two leave many idle. The prices see to it, whatever fills a tile.
+        Single(8, 2, 4, blocks=2, price=0.2, share=(0, 3 << 15)),
+        Single(10, 2, 2, blocks=2, price=0.32, share=(0, 1 << 19)),
+        Single(18, 2, 2, price=0.32, nested=1.2, share=MANY), Single(18, 2, 4, price=0.44),
         Direct(1, 8, 2, 3, 12, blocks=2, early=2, price=0.9, share=FEW), Direct(1, 12, 2, 3, 12, early=2, price=1.05),
         Narrow(1, 16, 2, 128, 12, early=1, nested=1.15), Narrow(1, 8, 2, 64, 4, table_shift=7, nested=1.15),
         Direct(2, 8, 2, 3, 8, blocks=2, early=2, price=0.9, share=FEW), Direct(2, 12, 2, 3, 8, early=2, price=1.09),
