@@ -165,28 +165,24 @@ class Forward(NamedTuple):
         return out, lse
 
 
-def _dense(
-    wide: int, causal: bool, whole: bool, n_m: int, section: int, blocks: int, tiles: int
-) -> tuple[dict[str, Any], int]:  # fmt: skip
+def _dense(wide: int, causal: bool, whole: bool, n_m: int, section: int, blocks: int) -> tuple[dict[str, Any], int]:
     """Constants and heads of a section, for sequences of n_m tiles each (whole: exactly), as measured on an H100.
 
-    Up to 512 queries, tiles dealt out beforehand, with lengths mixed, beat drawn ones by 10 to 20 %; but with a
-    diagonal and head dim 128, of 512 queries, drawn ones win, since a tile's first keys are loaded ahead of its Q. From
-    15 tiles a block on, which 16 heads at a time share out about evenly, dealt ones do by 4 % (H200, 2,048 tiles).
+    Up to 512 queries, tiles dealt out beforehand, with lengths mixed, beat drawn ones; of more than 256, whole or not
+    and with 16 heads at a time, by 2 to 7 % (H200, 512 to 4,096 tiles).
     """
-    if wide > 128 or not whole:
+    short = 2 < n_m <= 4
+    if wide > 128 or not (whole or short):
         return {}, section
-    if n_m <= 4 and not (n_m == 4 and wide == 128 and causal):
+    if n_m <= 4:
         mixed = causal and n_m > 1
-        return {"DRAW": False, "ROTATE": int(mixed)}, max(1, blocks // n_m) if mixed else section
+        return {"DRAW": False, "ROTATE": int(mixed)}, (16 if short else max(1, blocks // n_m)) if mixed else section
     found: dict[str, Any] = {}
     if wide == 64:
         found["ST"] = 4 if n_m <= 8 else 3
         # S a block ahead costs 0.4 to 1.4 us a tile and gains 0.09 us a block of keys
         if n_m >= (32 if causal else 8):
             found |= {"AHEAD": True, "HALF": 0}
-    elif causal and n_m == 4 and tiles >= 15 * blocks:
-        found = {"DRAW": False, "ROTATE": 1}
     return found, min(section, 16) if n_m <= 8 else section
 
 
@@ -237,9 +233,8 @@ def forward(
         "HEAD": d_v, "LEFT": left >= 0, "RIGHT": right >= 0, "ALIGNED": aligned, "WIDE": left >= bn + 128, "RQ": how_q,
         "RK": how_k, "DRAW": tiles > blocks, "ALIAS": alias, "AHEAD": False, "HALF": half,
     } | constants  # fmt: skip
-    if not how_q and not how_k and left < 0 and (aligned or right < 0) and tiles > blocks:
-        whole = s_q == s_k == n_m * m
-        found, section = _dense(boxed(max(d, d_v)), right >= 0, whole, n_m, section, blocks, tiles)
+    if not how_q and not how_k and left < 0 and (aligned or right < 0) and tiles > blocks and s_q == s_k:
+        found, section = _dense(boxed(max(d, d_v)), right >= 0, s_q == n_m * m, n_m, section, blocks)
         constants |= found | options
         section = options.get("section") or section
     del constants["section"]

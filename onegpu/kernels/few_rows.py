@@ -1,7 +1,7 @@
 """Launches the few-row products of few_rows_*.cu: ``y[M, N] = x[M, K] @ W[N, K].T + bias``.
 
 W is read once, as it is stored (4-bit, int8 or 16-bit), so the bound is its bytes. `direct`, `narrow` and `resident`
-hold x in shared memory and serve up to 8, 16 and 32 rows, `single` one row in registers, `wide` streams it and serves
+hold x in shared memory and serve up to 8, 16 and 16 rows, `single` one row in registers, `wide` streams it and serves
 up to 128. All want whole groups of columns and 16-byte alignment: where a product has them not, `supports` says so, and
 the op takes its portable kernel or the dequantised product.
 """
@@ -19,7 +19,7 @@ from onegpu.kernels.few_rows_single import Single
 from onegpu.kernels.few_rows_table import CONFIGURATIONS, Config, Wide, ceil_div, resident_clusters
 from onegpu.kernels.guard import architecture
 from onegpu.kernels.launch import CudaKernel, source_text
-from onegpu.kernels.tensor_map import byte_map, tensor_map
+from onegpu.kernels.tensor_map import byte_map, words_map
 
 FORMATS = {"16bit": 0, "int8": 1, "4bit": 2}
 MAX_ROWS = {"16bit": 8, "int8": 128, "4bit": 128}
@@ -97,10 +97,8 @@ def choose(
 
 
 @lru_cache(maxsize=4096)
-def plan(
-    fmt: str, m: int, n: int, k: int, bf16: bool, fp4: bool, nested: int, half: bool, device: int, fours: bool = False
-) -> Plan | None:
-    """The launch for a product, or None where no configuration serves it. fours: as of `kernel`."""
+def plan(fmt: str, m: int, n: int, k: int, bf16: bool, fp4: bool, nested: int, half: bool, device: int) -> Plan | None:
+    """The launch for a product, or None where no configuration serves it."""
     properties = torch.cuda.get_device_properties(device)
     if properties.major < 8:
         return None
@@ -109,7 +107,7 @@ def plan(
     if found is None:
         return None
     config, clusters, shared = found
-    made = kernel(config, fmt, bf16, fp4, nested, half, fours)
+    made = kernel(config, fmt, bf16, fp4, nested, half)
     early = config.early > 0 and properties.major >= 9  # before that, kernels start one after the other
     boxes = boxes_of(config, fmt, n, clusters)
     return Plan(made, (clusters * config.cluster,), config.threads, shared, (config.cluster, 1, 1), early, boxes)
@@ -128,22 +126,23 @@ def _kernel(source: str, bulk: bool) -> CudaKernel:
     return CudaKernel("few_rows", text, "few_rows", "PPPPPPPPiiiii" + "TTi" * bulk)
 
 
-def kernel(config: Config, fmt: str, bf16: bool, fp4: bool, nested: int, half: bool, fours: bool = False) -> CudaKernel:
-    """The kernel of a configuration, not yet compiled. fours: plain scales, which `single` may copy by fours."""
+def kernel(config: Config, fmt: str, bf16: bool, fp4: bool, nested: int, half: bool) -> CudaKernel:
+    """The kernel of a configuration, not yet compiled."""
     constants = {"FMT": FORMATS[fmt], "BF16": int(bf16), "FP4": int(fp4), "NESTED": min(int(nested), config.packs)}
-    if isinstance(config, Single):
-        constants["FOURS"] = int(fours)
     return _kernel(config.source, getattr(config, "bulk", False)).variant(None, **constants, **config.constants(half))
 
 
-def maps(fmt: str, x: torch.Tensor, weight: torch.Tensor, n: int, boxes: tuple[int, int, int]) -> tuple[object, ...]:
+@lru_cache(maxsize=4096)
+def maps(
+    fmt: str, x: int, weight: int, m: int, n: int, k: int, boxes: tuple[int, int, int]
+) -> tuple[bytes, bytes, int]:
     """The last arguments of a kernel with bulk copies: where x is, where the bytes of W are, rows of W in a box.
 
-    Descriptors are kept by address, shape and box, all that they depend on: what has moved gets one of its own.
+    x, weight: addresses. Depends on them, shape and box alone: what has moved gets descriptors of its own.
     """
     rows, box, width = boxes
-    row_bytes = x.shape[1] if fmt == "int8" else x.shape[1] // 2
-    return tensor_map(x, (rows, 64), 128), byte_map(weight, n, row_bytes, (box, width), width), box
+    row_bytes = k if fmt == "int8" else k // 2
+    return words_map(x, m, k, (rows, 64), 128), byte_map(weight, n, row_bytes, (box, width), width), box
 
 
 def supports(fmt: str, x: torch.Tensor, weight: torch.Tensor, k: int, blocksize: int = 64) -> bool:
@@ -167,14 +166,9 @@ def _compiles() -> bool:
     return find_spec("cuda") is not None
 
 
-def _fours(k: int, blocksize: int) -> bool:
-    """Whether the scales of a row are whole groups of four, one for each 256 columns."""
-    return blocksize == 64 and k % 256 == 0
-
-
 def _nested(nested: bool, k: int, blocksize: int, nested_blocksize: int) -> int:
     """0 plain scales, 1 quantised, 2 so that a piece of a row has its codes in one word."""
-    return 0 if not nested else 2 if _fours(k, blocksize) and nested_blocksize >= 4 else 1
+    return 0 if not nested else 2 if blocksize == 64 and k % 256 == 0 and nested_blocksize >= 4 else 1
 
 
 def jobs(
@@ -187,8 +181,7 @@ def jobs(
         return []
     index = torch.cuda.current_device() if device.index is None else device.index
     bf16, quantised, half = dtype == torch.bfloat16, _nested(nested, k, blocksize, 256), blocksize == 32
-    fours = not nested and _fours(k, blocksize)
-    found = plan(fmt, rows, n, k, bf16, quant_type == "fp4", quantised, half, index, fours)
+    found = plan(fmt, rows, n, k, bf16, quant_type == "fp4", quantised, half, index)
     return [] if found is None else [partial(found.kernel.compile_ahead, architecture(index))]
 
 
@@ -221,16 +214,15 @@ def launch(
     quantised = _nested(nested is not None, k, blocksize, nested_blocksize)
     if quantised == 2 and scales is not None and scales.data_ptr() % 4:
         quantised = 1
-    fours = not quantised and _fours(k, blocksize) and scales is not None and scales.data_ptr() % 16 == 0
-    found = plan(fmt, m, n, k, x.dtype == torch.bfloat16, quant_type == "fp4", quantised, half, device, fours)
+    found = plan(fmt, m, n, k, x.dtype == torch.bfloat16, quant_type == "fp4", quantised, half, device)
     if found is None:
         return None
     y = x.new_empty((m, n))
     absmax, table, offset = nested or (None, None, None)
     shift = 0 if fmt != "4bit" else (blocksize // (32 if half else 64)).bit_length() - 1
+    bulk = maps(fmt, x.data_ptr(), weight.data_ptr(), m, n, k, found.boxes) if found.boxes else ()
     found.kernel(
         found.grid, found.threads, found.shared, weight, x, y, bias, scales, absmax, table, offset, m, n, k, shift,
-        nested_blocksize.bit_length() - 1, *(maps(fmt, x, weight, n, found.boxes) if found.boxes else ()),
-        pdl=found.early, cluster=found.cluster,
+        nested_blocksize.bit_length() - 1, *bulk, pdl=found.early, cluster=found.cluster,
     )  # fmt: skip
     return y

@@ -6,8 +6,8 @@
 // divides that of the warps: a warp always has the same columns, its lanes hold x there as operands, and the loop reads
 // weights alone. bf16 becomes fp16 as in the narrow kernel, but each warp scales by the largest of its own columns, so that none
 // waits for another. Each piece has a place of its own for its R sums, which meet once, at the end, in the order of the pieces.
-// Filled in: WARPS, DEPTH (pieces in the ring of each), SECT (2 or 4), BLOCKS and EARLY (as in few_rows_direct.cu), FOURS (plain scales
-// of blocks of 64, of which those of a section are 16 aligned bytes). With quantised scales NESTED is 2.
+// Filled in: WARPS, DEPTH (pieces in the ring of each), SECT (2 or 4), BLOCKS and EARLY (as in few_rows_direct.cu). With quantised
+// scales NESTED is 2.
 constexpr int THREADS = WARPS * 32, CB = 128, R = 16 / SECT, KB = 256 * SECT, PIECE = 2048, SLOT = PIECE + (PACKED ? 128 : 256);
 constexpr int UNITS = 8 * SECT, AT_ONCE = 32 / UNITS;                  // of 16 bytes in a row of a piece; rows that a warp copies at once
 // Pieces that a warp has left when the next kernel may start. Sooner, that one's table and what it sends for compete with the
@@ -39,8 +39,8 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   const Shared base = shared(ring + to_row * CB + swizzled<CB>(to_row, unit % 8) * 16), slot_end = base + (DEPTH - 1) * SLOT;
   const u8* w0 = w + (i64)(r0 + row_of) * row_bytes + at_byte;
   const int rows_left = at_byte < row_bytes ? rows - row_of : 0;
-  // And of scales: four of a section; a word of codes or their scale; or one, with another some rows on.
-  constexpr int OF_BLOCKS = FOURS || PACKED ? 4 : 1, IN_ROW = FOURS ? SECT : 4 * SECT;
+  // And of scales: a word of codes or their scale; or one, with another some rows on.
+  constexpr int OF_BLOCKS = PACKED ? 4 : 1, IN_ROW = 4 * SECT;
   const int scale_row = PACKED ? lane % R : lane / IN_ROW % R, in_piece = (PACKED ? lane / R % SECT : lane % IN_ROW) * OF_BLOCKS;
   const int block0 = (r0 + scale_row) * nb + piece * 4 * SECT + in_piece, scales_left = piece * 4 * SECT + in_piece < nb ? rows - scale_row : 0;
   const Shared scales_base = shared(ring + PIECE + (PACKED ? lane : (in_piece / 4 * R + scale_row) * 4 + in_piece % 4) * 4);
@@ -55,9 +55,9 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
       }
       const Shared behind = scales_base + (int)(slot - base);
       const bool inside = scales_left > ahead; const u32 b = inside ? block0 + ahead * nb : 0;
-      if (PACKED) copy4(behind, lane < 16 ? scales.word_of(b) : scales.outer_of(b), inside ? 4 : 0);
-      else if (FOURS) { if (lane < 16) copy16(behind, (const float*)absmax + b, inside ? 16 : 0); }
-      else {
+      if (PACKED) {
+        copy4(behind, lane < 16 ? scales.word_of(b) : scales.outer_of(b), inside ? 4 : 0);
+      } else {
         constexpr int DOWN = 8 / SECT; const bool too = scales_left - DOWN > ahead;
         copy4(behind, (const float*)absmax + (b >> shift), inside ? 4 : 0);
         copy4(behind + DOWN * 16, (const float*)absmax + (too ? b + DOWN * nb >> shift : 0), too ? 4 : 0);

@@ -11,7 +11,8 @@ class Single:
     """Configuration of few_rows_single.cu: a piece has 16 / sections rows of W, as a tile, and 256 * sections columns.
 
     warps: at most; of these a multiple of the pieces of a row is taken (`whole`). slots: of a warp's ring. blocks:
-    as Direct's. early, price, nested, share: as Narrow's. It serves quantised scales whose codes are whole words (2).
+    as Direct's. early, nested, share: as Narrow's; price too, where all warps are taken. It serves quantised scales
+    whose codes are whole words (2).
     """
 
     warps: int
@@ -47,13 +48,16 @@ class Single:
         return (k + 256 * self.sections - 1) // (256 * self.sections)
 
     def most(self, nested: int) -> int:
-        """Warps that have registers enough: with quantised scales, ten warps of each of two blocks have not."""
-        return min(self.warps, 8) if nested and self.blocks > 1 else self.warps
+        """Warps that have registers enough: with quantised scales and two sections, more than 16 have not."""
+        return min(self.warps, 16 // self.blocks) if nested and self.sections == 2 else self.warps
 
     def whole(self, nested: int, k: int) -> Single:
         """With warps that each have the same columns of all rows; where a row has too many pieces, as it is."""
         pieces, most = self._pieces(k), self.most(nested)
-        return replace(self, warps=most // pieces * pieces) if 0 < pieces <= most else self
+        if not 0 < pieces <= most:
+            return self
+        warps = most // pieces * pieces
+        return replace(self, warps=warps, price=self.price * most / warps)
 
     def serves(self, nested: int, n: int, k: int, clusters: int) -> bool:
         """Whether its warps do have the same columns and registers, and the sums room in the table."""

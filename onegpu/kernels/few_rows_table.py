@@ -299,10 +299,10 @@ Config = Single | Narrow | Wide | Resident | Direct
 
 def _bulk(
     eights: int, warps_n: int, warps_k: int, columns: int, stages: int, cluster: int, price: float,
-    share: tuple[int, int] = ANY, lag: bool = False, apart: bool = False, held: int = 0,
+    share: tuple[int, int] = ANY, lag: bool = False, apart: bool = False, held: int = 0, early: int = 2,
 ) -> Wide:  # fmt: skip
     """What won as Wide on Hopper."""
-    bulk = Wide(eights, 1, warps_n, warps_k, columns, stages, cluster, wgmma=True, bulk=True, early=2)
+    bulk = Wide(eights, 1, warps_n, warps_k, columns, stages, cluster, wgmma=True, bulk=True, early=early)
     return replace(bulk, price=price, share=share, lag=lag, apart=apart, held=held)
 
 
@@ -332,12 +332,12 @@ CONFIGURATIONS: dict[str, tuple[Config, ...]] = {
         _bulk(2, 8, 2, 256, 5, 4, 1.79),
         Wide(2, 1, 4, 2, 128, 5, cluster=2, price=3.26), Wide(2, 1, 4, 2, 128, 3, price=9),
         _bulk(4, 12, 1, 256, 3, 1, 1.0), _bulk(4, 12, 1, 256, 3, 2, 1.23), _bulk(4, 8, 2, 256, 4, 2, 1.41),
-        _bulk(4, 4, 2, 256, 6, 2, 2.28), _bulk(4, 8, 2, 256, 4, 4, 1.79),
-        Resident(4, 3, 1, 128, 2, cluster=2, early=4, price=1.228),
+        _bulk(4, 4, 2, 256, 6, 2, 2.28, apart=True), _bulk(4, 8, 2, 256, 4, 4, 1.79),
         Wide(4, 1, 4, 2, 128, 5, cluster=2, price=3.1), Wide(4, 1, 4, 2, 128, 3, price=9),
-        _bulk(8, 12, 1, 256, 3, 1, 1.14, held=168),
+        _bulk(8, 12, 1, 256, 2, 1, 1.12, held=168),
         _bulk(8, 12, 1, 256, 2, 2, 1.313, apart=True), _bulk(8, 12, 1, 256, 2, 4, 1.936),
-        _bulk(8, 8, 1, 256, 3, 2, 1.6), _bulk(8, 8, 1, 256, 4, 1, 1.52, FEW, held=80),
+        _bulk(8, 8, 1, 256, 3, 2, 1.6, apart=True),
+        _bulk(8, 12, 1, 128, 4, 2, 1.5, FEW, apart=True, held=152, early=4),
         _bulk(8, 4, 2, 256, 4, 2, 2.669, lag=True, apart=True), _bulk(8, 4, 2, 128, 6, 8, 4.184),
         Wide(8, 1, 4, 1, 64, 3, price=9),
         Wide(16, 1, 12, 1, 128, 2, cluster=2, wgmma=True, price=1.47),
@@ -345,9 +345,11 @@ CONFIGURATIONS: dict[str, tuple[Config, ...]] = {
         Wide(16, 1, 12, 1, 128, 2, cluster=4, wgmma=True, price=1.85), Wide(16, 1, 4, 1, 64, 2, price=9),
     ),
     "4bit": (
-        # Blocks of few weights: two on a multiprocessor, so that the next kernel gets ready. Else one, of more warps.
-        # The prices see to it, whatever fills a tile.
-        Single(10, 2, 2, blocks=2, price=0.45, share=(0, 1 << 19)), Single(18, 2, 4, price=0.65),
+        # Blocks of few weights: two on a multiprocessor, so that the next kernel gets ready. Else one, of more warps,
+        # and four sections where two leave many idle. The prices see to it, whatever fills a tile.
+        Single(8, 2, 4, blocks=2, price=0.2, share=(0, 3 << 15)),
+        Single(10, 2, 2, blocks=2, price=0.32, share=(0, 1 << 19)),
+        Single(18, 2, 2, price=0.32, nested=1.2, share=MANY), Single(18, 2, 4, price=0.44),
         Direct(1, 8, 2, 3, 12, blocks=2, early=2, price=0.9, share=FEW), Direct(1, 12, 2, 3, 12, early=2, price=1.05),
         Narrow(1, 16, 2, 128, 12, early=1, nested=1.15), Narrow(1, 8, 2, 64, 4, table_shift=7, nested=1.15),
         Direct(2, 8, 2, 3, 8, blocks=2, early=2, price=0.9, share=FEW), Direct(2, 12, 2, 3, 8, early=2, price=1.09),
@@ -367,12 +369,14 @@ CONFIGURATIONS: dict[str, tuple[Config, ...]] = {
         Resident(2, 4, 1, 64, 3, cluster=4, early=4, price=1.203), _bulk(2, 12, 1, 256, 4, 1, 1.1),
         _bulk(2, 12, 1, 256, 4, 2, 1.37), _bulk(2, 4, 4, 256, 6, 2, 2.57),
         Wide(2, 1, 4, 2, 128, 3, table_shift=7, price=9),
-        _bulk(4, 12, 1, 256, 3, 1, 1.0), _bulk(4, 12, 1, 256, 3, 2, 1.228), _bulk(4, 4, 4, 256, 6, 2, 2.356),
-        _bulk(4, 8, 2, 256, 4, 4, 1.82), Wide(4, 1, 4, 2, 128, 2, table_shift=7, price=9),
+        _bulk(4, 12, 1, 256, 3, 1, 1.0), _bulk(4, 12, 1, 256, 3, 2, 1.228),
+        _bulk(4, 4, 4, 256, 6, 2, 2.356, apart=True), _bulk(4, 8, 2, 256, 4, 4, 1.82),
+        Wide(4, 1, 4, 2, 128, 2, table_shift=7, price=9),
         _bulk(8, 12, 1, 256, 2, 1, 1.0), _bulk(8, 12, 1, 128, 3, 2, 1.527, apart=True),
-        _bulk(8, 12, 1, 128, 3, 4, 2.101), _bulk(8, 12, 1, 128, 3, 8, 2.666), _bulk(8, 8, 1, 256, 2, 2, 1.918),
+        _bulk(8, 12, 1, 128, 3, 4, 2.101), _bulk(8, 12, 1, 128, 3, 8, 2.666),
+        _bulk(8, 8, 1, 256, 2, 2, 1.918, apart=True),
         _bulk(8, 4, 4, 256, 3, 2, 2.797, lag=True, apart=True), _bulk(8, 4, 2, 128, 6, 8, 4.21),
-        _bulk(8, 8, 1, 256, 3, 1, 0.95, FEW),
+        _bulk(8, 8, 1, 256, 3, 1, 1.25), _bulk(8, 12, 1, 256, 2, 2, 1.5, FEW, apart=True, held=152),
         Wide(8, 1, 2, 2, 128, 2, table_shift=7, price=9),
         Wide(16, 1, 12, 1, 128, 2, cluster=2, table_shift=7, wgmma=True, price=1.47),
         Wide(16, 1, 12, 1, 256, 2, table_shift=7, wgmma=True),

@@ -38,9 +38,14 @@ def tensor_map(tensor: torch.Tensor, box: tuple[int, ...], swizzle: int = 0, nan
     return encode(tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.element_size(), shape, strides, box, mode, nan_fill)
 
 
-def byte_map(tensor: torch.Tensor, rows: int, width: int, box: tuple[int, int], swizzle: int = 0) -> bytes:
-    """The same of the bytes of a contiguous tensor as ``[rows, width]``, whatever its shape and dtype are."""
-    return encode(tensor.data_ptr(), 0, 1, (rows, width), (width, 1), box, _SWIZZLES[swizzle], False)
+def words_map(address: int, rows: int, columns: int, box: tuple[int, int], swizzle: int = 0) -> bytes:
+    """The same of contiguous elements of two bytes, ``[rows, columns]``, at an address, whatever they mean."""
+    return encode(address, _DTYPES[torch.uint16], 2, (rows, columns), (columns, 1), box, _SWIZZLES[swizzle], False)
+
+
+def byte_map(address: int, rows: int, width: int, box: tuple[int, int], swizzle: int = 0) -> bytes:
+    """The same of bytes, ``[rows, width]``."""
+    return encode(address, _DTYPES[torch.uint8], 1, (rows, width), (width, 1), box, _SWIZZLES[swizzle], False)
 
 
 @lru_cache(maxsize=4096)

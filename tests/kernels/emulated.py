@@ -59,8 +59,7 @@ def product(
     """As `few_rows.launch`, with the configuration given, on `clusters` clusters."""
     (m, k), half = x.shape, blocksize == 32
     quantised = 0 if nested is None else 2 if blocksize == 64 and k % 256 == 0 else 1
-    fours = nested is None and blocksize == 64 and k % 256 == 0 and scales is not None and scales.data_ptr() % 16 == 0
-    kernel = few_rows.kernel(config, fmt, x.dtype == torch.bfloat16, quant_type == "fp4", quantised, half, fours)
+    kernel = few_rows.kernel(config, fmt, x.dtype == torch.bfloat16, quant_type == "fp4", quantised, half)
     found = few_rows.fits(config, fmt, quantised, m, n, k, half, clusters * config.cluster, 227 * 1024)
     assert found is not None, "this configuration does not fit"
     library = _library(config.source, tuple(kernel._constants.items()))

@@ -53,15 +53,15 @@ def test_serves_nothing_elsewhere() -> None:
 def test_short_sequences_are_dealt_out() -> None:
     from onegpu.kernels.attention_hopper import _dense
 
-    def dense(*given: Any, tiles: int = 1979) -> Any:
-        return _dense(*given, 132, tiles)
+    def dense(*given: Any) -> Any:
+        return _dense(*given, 132)
 
     dealt = {"DRAW": False}
-    assert dense(64, True, True, 4, 512) == (dealt | {"ROTATE": 1}, 33)
-    assert dense(128, True, True, 3, 512) == (dealt | {"ROTATE": 1}, 44)
+    assert dense(64, True, True, 2, 512) == (dealt | {"ROTATE": 1}, 66)
     assert dense(128, False, True, 4, 512) == (dealt | {"ROTATE": 0}, 512)
-    assert dense(128, True, True, 4, 512) == dense(128, True, True, 5, 512, tiles=1980) == ({}, 16)
-    assert dense(128, True, True, 4, 512, tiles=1980) == (dealt | {"ROTATE": 1}, 16)  # 15 a block
+    for whole in (True, False):  # more than 256 and up to 512 queries
+        for wide, n_m in ((64, 4), (128, 4), (128, 3)):
+            assert dense(wide, True, whole, n_m, 512) == (dealt | {"ROTATE": 1}, 16)
     assert dense(128, True, True, 1, 512) == (dealt | {"ROTATE": 0}, 512)
     assert dense(64, False, True, 4, 64) == (dealt | {"ROTATE": 0}, 64)
     assert dense(128, True, True, 8, 64) == ({}, 16)
@@ -70,7 +70,7 @@ def test_short_sequences_are_dealt_out() -> None:
     assert dense(64, True, True, 31, 8) == ({"ST": 3}, 8)
     assert dense(64, True, True, 32, 8) == dense(64, False, True, 9, 8) == ({"ST": 3} | ahead, 8)
     assert dense(64, False, True, 8, 64) == ({"ST": 4} | ahead, 16)
-    assert dense(256, True, True, 4, 8) == dense(128, True, False, 4, 8, tiles=1980) == ({}, 8)  # not measured
+    assert dense(256, True, True, 4, 8) == dense(128, True, False, 2, 8) == ({}, 8)  # not measured
 
 
 ENDS = torch.tensor([0, 100, 300], dtype=torch.int32)
@@ -192,12 +192,12 @@ def test_who_sees_half_of_the_block_on_the_diagonal(
 
 
 @needs_triton
-@pytest.mark.parametrize(("length", "heads", "draws"), [(512, 495, False), (512, 494, True), (500, 495, True)])
-def test_many_tiles_of_512_queries_are_dealt_out(
-    length: int, heads: int, draws: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("queries", "keys", "draws"), [(512, 512, False), (500, 500, False), (512, 576, True)])
+def test_tiles_of_up_to_512_queries_are_dealt_out(
+    queries: int, keys: int, draws: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = constants_of(monkeypatch, length, length, heads, 72, -1, 0)
-    assert (made["DRAW"], made["ROTATE"], made["HALF"]) == (draws, int(not draws), 1)
+    made = constants_of(monkeypatch, queries, keys, 200, 72, -1, 0)
+    assert (made["DRAW"], made["ROTATE"]) == (draws, int(not draws)) and made["HALF"]
 
 
 @needs_triton

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
@@ -11,13 +9,13 @@ from onegpu.kernels import few_rows
 from onegpu.kernels.few_rows_single import Single
 from onegpu.kernels.few_rows_table import CONFIGURATIONS
 from onegpu.kernels.linear_4bit import linear_4bit
-from tests.kernels import emulated, machine_code
+from tests.kernels import machine_code
 from tests.kernels.test_few_rows import compare, four_bit
 from tests.matrices import activations
 from tests.nvrtc_tools import needs_nvrtc
 
 TABLE = [config for config in CONFIGURATIONS["4bit"] if isinstance(config, Single)]
-COLUMNS = (896, 4096, 4544, 4864, 11008, 14336, 18176)
+COLUMNS = (896, 3072, 4096, 4544, 4608, 4864, 11008, 14336, 18176)
 
 
 @pytest.mark.parametrize(
@@ -38,6 +36,7 @@ def test_a_warp_has_the_same_columns_of_all_rows(k: int, warps: int, served: boo
         (Single(8, 2, 2), 1, 4096, False),  # codes of scales by themselves
         (Single(8, 2, 2, blocks=2), 2, 4096, True),
         (Single(16, 2, 2, blocks=2), 2, 4096, False),  # would spill
+        (Single(24, 2, 2), 2, 4096, False),
     ],
 )
 def test_what_it_does_not_serve(config: Single, nested: int, n: int, served: bool) -> None:
@@ -46,70 +45,35 @@ def test_what_it_does_not_serve(config: Single, nested: int, n: int, served: boo
     assert (found is not None) is served
 
 
-@pytest.mark.parametrize(
-    ("blocksize", "k", "offset", "nested", "fours"),
-    [
-        (64, 512, 0, False, True),
-        (64, 512, 4, False, True),
-        (64, 512, 1, False, False),  # 16 bytes at a time: only from such an address
-        (64, 448, 0, False, False),
-        (128, 512, 0, False, False),
-        (64, 512, 0, True, False),
-    ],
-)
-def test_scales_are_copied_by_fours_where_they_are_aligned(
-    blocksize: int, k: int, offset: int, nested: bool, fours: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[Any] = []
-    monkeypatch.setattr(few_rows, "plan", lambda *arguments: asked.append(arguments))
-    x, weight = torch.zeros(1, k, dtype=torch.float16), torch.zeros(8 * k // 2, dtype=torch.uint8)
-    scales = torch.zeros(8 * k // blocksize + offset)[offset:]
-    extra = (torch.zeros(1), torch.zeros(256), torch.zeros(())) if nested else None
-    few_rows.launch("4bit", x, weight, 8, None, scales, blocksize=blocksize, nested=extra)
-    assert asked[0][-1] is fours
-
-
-@emulated.needs_gxx
-def test_scales_by_fours_and_one_by_one_give_the_same_bits() -> None:
-    packed = four_bit(37, 1024, "cpu")
-    x, bias = activations((1, 1024), torch.bfloat16), activations((37,), torch.bfloat16, seed=5)
-    unaligned = torch.cat([packed.absmax[:1], packed.absmax])[1:]
-    assert packed.absmax.data_ptr() % 16 == 0 and unaligned.data_ptr() % 16
-    y, other = (
-        emulated.product(Single(4, 2, 4), "4bit", x, packed.weight, 37, bias, scales)
-        for scales in (packed.absmax, unaligned)
-    )
-    assert torch.equal(y, other)
-    compare(y, x, packed.dequantize(torch.float32), bias)
-
-
 @needs_nvrtc
 @pytest.mark.parametrize("k", COLUMNS)
 def test_no_registers_spill_and_nothing_is_read_before_the_wait(k: int) -> None:
     """With the warps that each size of the benchmarks gives it."""
-    for nested, fours in ((0, k % 256 == 0), (0, False), (2, False)):
+    for nested in (0, 2) if k % 256 == 0 else (0,):
         for config in (config.whole(nested, k) for config in TABLE):
             if not config.serves(nested, 4096, k, 132):
                 continue
-            code = few_rows.kernel(config, "4bit", True, False, nested, False, fours).compile("sm_90a").code
-            assert machine_code.stack_bytes(code) == 0, (config, nested, fours)
-            assert machine_code.copies_with_a_uniform_base(code) == 0, (config, nested, fours)
-            assert machine_code.reads_before_the_wait(code) == 0, (config, nested, fours)
+            code = few_rows.kernel(config, "4bit", True, False, nested, False).compile("sm_90a").code
+            assert machine_code.stack_bytes(code) == 0, (config, nested)
+            assert machine_code.copies_with_a_uniform_base(code) == 0, (config, nested)
+            assert machine_code.reads_before_the_wait(code) == 0, (config, nested)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-@pytest.mark.parametrize("n_k", [(1003, 4096), (300, 4544), (515, 18176), (22016, 1024), (129, 64)])
-def test_one_row_on_a_gpu(n_k: tuple[int, int], quant_type: str) -> None:
-    """Scales from an address of 16 bytes and from another: the same bits, and the product."""
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "nested"])
+@pytest.mark.parametrize(
+    "n_k", [(17001, 4096), (4099, 4096), (1003, 4096), (300, 4544), (515, 18176), (22016, 1024), (129, 64)]
+)
+def test_one_row_on_a_gpu(n_k: tuple[int, int], kind: str) -> None:
+    """Plain scales also where they are not at a multiple of 16 bytes."""
     n, k = n_k
-    packed = four_bit(n, k, "cuda", quant_type)
+    packed = four_bit(n, k, "cuda", "fp4" if kind == "fp4" else "nf4", kind == "nested")
     w, bias = packed.dequantize(torch.float32), activations((n,), torch.bfloat16, "cuda", seed=5)
     shifted = packed._replace(absmax=torch.cat([packed.absmax[:1], packed.absmax])[1:])
     for dtype in (torch.bfloat16, torch.float16):
         x = activations((1, k), dtype, "cuda")
         y = linear_4bit(x, packed, bias.to(dtype))
         compare(y, x, w, bias.to(dtype))
-        assert torch.equal(y, linear_4bit(x, shifted, bias.to(dtype)))
+        assert kind == "nested" or torch.equal(y, linear_4bit(x, shifted, bias.to(dtype)))
         if dtype == torch.bfloat16:
             compare(linear_4bit(x * 1e5, packed, bias), x * 1e5, w, bias, "activations of 1e5")

@@ -46,6 +46,7 @@ def test_wide_tiles_are_filled() -> None:
 
 
 SENT = Wide(8, 1, 4, 4, 256, 3, cluster=2, wgmma=True, bulk=True, early=2, lag=True, apart=True)
+HELD = Wide(8, 1, 12, 1, 128, 4, cluster=2, wgmma=True, bulk=True, early=4, apart=True, held=152)
 
 
 # What the sweeps found fastest, and what the older rules took instead.
@@ -62,28 +63,36 @@ SENT = Wide(8, 1, 4, 4, 256, 3, cluster=2, wgmma=True, bulk=True, early=2, lag=T
         ("int8", 0, 16, 4096, 11008, Resident(2, 1, 3, 128, 2, cluster=2, early=4)),
         ("int8", 0, 64, 4096, 4096, replace(SENT, warps_k=2, stages=4)),
         ("int8", 0, 64, 4096, 11008, replace(SENT, warps_k=2, stages=4)),
-        ("int8", 0, 64, 9728, 896, Wide(8, 1, 8, 1, 256, 4, wgmma=True, bulk=True, early=2, held=80)),
-        ("int8", 0, 64, 22016, 4096, Wide(8, 1, 12, 1, 256, 3, wgmma=True, bulk=True, early=2, held=168)),
+        ("int8", 0, 64, 9728, 896, HELD),
+        ("int8", 0, 64, 22016, 4096, Wide(8, 1, 12, 1, 256, 2, wgmma=True, bulk=True, early=2, held=168)),
+        ("int8", 0, 64, 28672, 4096, Wide(8, 1, 12, 1, 256, 2, wgmma=True, bulk=True, early=2, held=168)),
+        ("int8", 0, 64, 6144, 4096, Wide(8, 1, 8, 1, 256, 3, 2, wgmma=True, bulk=True, early=2, apart=True)),
+        ("int8", 0, 24, 12288, 4096, Wide(4, 1, 12, 1, 256, 3, 2, wgmma=True, bulk=True, early=2)),
+        ("int8", 0, 24, 4096, 4096, Wide(4, 1, 4, 2, 256, 6, 2, wgmma=True, bulk=True, early=2, apart=True)),
         ("int8", 0, 64, 12288, 4096, Wide(8, 1, 12, 1, 256, 2, 2, wgmma=True, bulk=True, early=2, apart=True)),
-        ("4bit", 0, 1, 12288, 4096, Single(8, 2, 2, blocks=2)),
+        ("4bit", 0, 1, 12288, 4096, Single(16, 2, 2)),
         ("4bit", 0, 1, 4096, 4096, Single(8, 2, 2, blocks=2)),
         ("4bit", 0, 1, 6144, 4096, Single(8, 2, 2, blocks=2)),
-        ("4bit", 0, 1, 9728, 896, Single(10, 2, 2, blocks=2)),
-        ("4bit", 0, 1, 896, 4864, Single(10, 2, 2, blocks=2)),
+        ("4bit", 0, 1, 9728, 896, Single(8, 2, 4, blocks=2)),
+        ("4bit", 0, 1, 896, 4864, Single(5, 2, 4, blocks=2)),
         ("4bit", 0, 1, 4672, 4544, Single(9, 2, 2, blocks=2)),
-        ("4bit", 0, 1, 22016, 4096, Single(16, 2, 4)),
-        ("4bit", 0, 1, 28672, 4096, Single(16, 2, 4)),
+        ("4bit", 0, 1, 22016, 4096, Single(16, 2, 2)),
+        ("4bit", 0, 1, 28672, 4096, Single(16, 2, 2)),
         ("4bit", 0, 1, 4096, 11008, Single(11, 2, 4)),
         ("4bit", 0, 1, 4096, 14336, Single(14, 2, 4)),
-        ("4bit", 0, 1, 18176, 4544, Single(15, 2, 4)),
+        ("4bit", 0, 1, 18176, 4544, Single(18, 2, 2)),
         ("4bit", 0, 1, 4544, 18176, Single(18, 2, 4)),
+        ("4bit", 0, 1, 27648, 5120, Single(15, 2, 4)),  # two sections: ten warps
         ("4bit", 0, 1, 8192, 28672, Narrow(1, 16, 2, 128, 12, early=1)),
         ("4bit", 2, 1, 4544, 18176, Single(18, 2, 4)),
+        ("4bit", 2, 1, 28672, 4096, Single(16, 2, 2)),
+        ("4bit", 2, 1, 896, 4864, Single(5, 2, 4, blocks=2)),
+        ("4bit", 2, 1, 18432, 4608, Single(15, 2, 4)),
         ("4bit", 2, 1, 4096, 4096, Single(8, 2, 2, blocks=2)),
         ("4bit", 1, 1, 4096, 4096, Direct(1, 8, 2, 3, 12, blocks=2, early=2)),
         ("4bit", 0, 2, 9728, 896, Direct(2, 8, 2, 3, 8, blocks=2, early=2)),
         ("4bit", 2, 1, 12288, 4096, Single(8, 2, 2, blocks=2)),
-        ("4bit", 2, 1, 22016, 4096, Single(16, 2, 4)),
+        ("4bit", 2, 1, 22016, 4096, Single(16, 2, 2)),
         ("4bit", 2, 1, 4096, 11008, Single(11, 2, 4)),
         ("4bit", 1, 1, 12288, 4096, Direct(1, 12, 2, 3, 12, early=2)),
         ("4bit", 0, 8, 4096, 4096, Narrow(8, 16, 2, 64, 2, early=4)),
@@ -99,7 +108,11 @@ SENT = Wide(8, 1, 4, 4, 256, 3, cluster=2, wgmma=True, bulk=True, early=2, lag=T
         ("4bit", 2, 64, 4096, 11008, SENT),
         ("4bit", 0, 64, 4096, 4096, SENT),
         ("4bit", 0, 64, 12288, 4096, Wide(8, 1, 12, 1, 128, 3, 2, wgmma=True, bulk=True, early=2, apart=True)),
-        ("4bit", 0, 64, 9728, 896, Wide(8, 1, 8, 1, 256, 3, wgmma=True, bulk=True, early=2)),
+        ("4bit", 0, 64, 9728, 896, replace(HELD, columns=256, stages=2, early=2)),
+        ("4bit", 1, 64, 9728, 896, replace(HELD, columns=256, stages=2, early=2)),
+        ("4bit", 0, 64, 28672, 4096, Wide(8, 1, 8, 1, 256, 3, wgmma=True, bulk=True, early=2)),
+        ("4bit", 0, 64, 6144, 4096, Wide(8, 1, 8, 1, 256, 2, 2, wgmma=True, bulk=True, early=2, apart=True)),
+        ("4bit", 0, 24, 4096, 11008, Wide(4, 1, 4, 4, 256, 6, 2, wgmma=True, bulk=True, early=2, apart=True)),
     ],
 )
 def test_the_winners_of_the_sweep_are_taken(

@@ -33,7 +33,11 @@ def test_e_host_descriptors_are_kept_and_passed_by_value(fake: FakeDriver, cpu_c
     assert len(made) == 128 and fake.encoded[1][5][:] == [32, 8] and fake.encoded[1][8] == 3
     assert tensor_map.encode.cache_info().maxsize is not None
     for _ in range(2):
-        tensor_map.byte_map(x, 32, 128, (8, 64), swizzle=64)  # 4096 bytes, whatever they are
+        tensor_map.byte_map(x.data_ptr(), 32, 128, (8, 64), swizzle=64)  # 4096 bytes, whatever they are
     kind, rank, address, shape, strides, box = fake.encoded[2][:6]
     assert (kind, rank, address.value, list(shape), strides[0]) == (0, 2, x.data_ptr(), [128, 32], 128)
     assert (list(box), fake.encoded[2][8], len(fake.encoded)) == ([64, 8], 2, 3)
+    tensor_map.words_map(x.data_ptr(), 16, 128, (8, 64), swizzle=128)
+    kind, rank, address, shape, strides, box = fake.encoded[3][:6]
+    assert (kind, rank, address.value, list(shape), strides[0]) == (1, 2, x.data_ptr(), [128, 16], 256)
+    assert (list(box), fake.encoded[3][8]) == ([64, 8], 3)
