@@ -44,6 +44,12 @@ def processors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@lru_cache
+def _wide_memory(device: int) -> bool:
+    """Whether the memory is an H200's (4.8 TB/s) and not an H100's (3.35): 6144 bits wide and not 5120."""
+    return getattr(torch.cuda.get_device_properties(device), "memory_bus_width", 0) > 5120
+
+
 def _for_tma(x: torch.Tensor) -> bool:
     """Head dim side by side, and everything else on 16 bytes."""
     *outer, last = x.stride()
@@ -165,17 +171,22 @@ class Forward(NamedTuple):
         return out, lse
 
 
-def _dense(wide: int, causal: bool, whole: bool, n_m: int, section: int, blocks: int) -> tuple[dict[str, Any], int]:
+def _dense(
+    wide: int, causal: bool, whole: bool, n_m: int, section: int, blocks: int, memory_bound: bool
+) -> tuple[dict[str, Any], int]:
     """Constants and heads of a section, for sequences of n_m tiles each (whole: exactly), as measured on an H100.
 
     Up to 512 queries, tiles dealt out beforehand, with lengths mixed, beat drawn ones; of more than 256, whole or not
-    and with 16 heads at a time, by 2 to 7 % (H200, 512 to 4,096 tiles).
+    and with 16 heads at a time, by 2 to 7 % (H200, 512 to 4,096 tiles). Where memory binds these, drawn ones win by 3
+    to 7 % (H100, head dim 128 without groups).
     """
     short = 2 < n_m <= 4
     if wide > 128 or not (whole or short):
         return {}, section
     if n_m <= 4:
         mixed = causal and n_m > 1
+        if mixed and short and memory_bound:
+            return {}, min(section, 16)
         return {"DRAW": False, "ROTATE": int(mixed)}, (16 if short else max(1, blocks // n_m)) if mixed else section
     found: dict[str, Any] = {}
     if wide == 64:
@@ -234,7 +245,8 @@ def forward(
         "RK": how_k, "DRAW": tiles > blocks, "ALIAS": alias, "AHEAD": False, "HALF": half,
     } | constants  # fmt: skip
     if not how_q and not how_k and left < 0 and (aligned or right < 0) and tiles > blocks and s_q == s_k:
-        found, section = _dense(boxed(max(d, d_v)), right >= 0, s_q == n_m * m, n_m, section, blocks)
+        memory_bound = group == 1 and max(d, d_v) > 96 and not _wide_memory(device)
+        found, section = _dense(boxed(max(d, d_v)), right >= 0, s_q == n_m * m, n_m, section, blocks, memory_bound)
         constants |= found | options
         section = options.get("section") or section
     del constants["section"]

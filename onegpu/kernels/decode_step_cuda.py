@@ -2,7 +2,7 @@
 
 A block an SM, in every kernel of the chain, and more than half of an SM's shared memory for each: where two blocks fit,
 blocks of a kernel that starts early gather on the SMs that are free first, and the others idle (measured on an H100:
-5.3 instead of 2.1 ms a step with nf4 weights). Or two blocks an SM, which have nowhere to gather.
+5.3 instead of 2.1 ms a step with nf4 weights).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from onegpu.errors import bad_argument
 from onegpu.kernels.codebooks import dynamic_map
 from onegpu.kernels.decode_step import ACTIVATIONS, Attended, Heads, Matrix, Norm, Part, Places, Stream
-from onegpu.kernels.decode_step_layouts import FORMATS, HALF, WHOLE, Shape, Single, blocks, shape, single
+from onegpu.kernels.decode_step_layouts import FORMATS, WHOLE, Shape, Single, blocks, shape, single
 from onegpu.kernels.launch import CudaKernel, source_text
 
 MAX_ROWS, MAX_GROUP, MAX_SPLITS = 16, 8, 8
@@ -73,27 +73,24 @@ def product(
         return
     read = _read(x)
     constants = _COMMON | read.constants | {
-        "NESTED": int(nested), "FP4": int(matrix.format == "fp4"), "TABLE_SHIFT": found.table_shift,
+        "NESTED": int(nested), "FP4": int(matrix.format == "fp4"),
         "FMT": FORMATS[matrix.format], "M": rows, "K": columns, "SINK": _SINKS[sink], "ACT": ACTIVATIONS.index(act),
     }  # fmt: skip
     sms = multiprocessors(out.get_device())
     if isinstance(found, Single):
-        kernel = _kernel("single").variant(
-            None, **constants, SHARE=columns, WARPS=found.warps, DEPTH=found.slots, SECT=found.sections,
-            CB=128 * found.sections, BLOCKS=found.blocks, AHEAD=found.ahead,
-        )  # fmt: skip
-        warps, cluster, grid = found.warps, 1, sms * found.blocks
-        shared = max(found.shared(columns, matrix.rows, sms), _ALONE if found.blocks == 1 else HALF)
+        kernel = _kernel("single").variant(None, **constants | found.constants, SHARE=columns)
+        warps, cluster, grid, shared = found.warps, 1, sms, found.shared(columns, matrix.rows, sms)
     else:
         bulk = FORMATS[matrix.format] == 2 and not nested and matrix.blocksize == 64 and columns % 256 == 0
         bulk = bulk and not any(part.scales.data_ptr() % 16 for part in matrix.parts if part.scales is not None)
         kernel = _kernel("product").variant(
-            None, **constants | {"CL": found.cluster}, SHARE=found.share(matrix.format, columns), WARPS=found.all_warps,
-            FETCHERS=found.fetchers, SLOTS=found.slots, CB=found.width, TG=found.group(rows), OWN=int(found.own),
+            None, **constants | {"CL": found.cluster, "TABLE_SHIFT": found.table_shift},
+            SHARE=found.share(matrix.format, columns), WARPS=found.all_warps, FETCHERS=found.fetchers,
+            SLOTS=found.slots, CB=found.width, TG=found.group(rows), OWN=int(found.own),
             BULK=int(bulk and not found.own),
         )  # fmt: skip
         warps, cluster, grid = found.all_warps, found.cluster, blocks(sms, found.cluster)
-        shared = max(found.shared(matrix.format, rows, columns, nested), _ALONE)
+        shared = found.shared(matrix.format, rows, columns, nested)
     if _collected(kernel):
         return
     parts: list[Part | None] = [*matrix.parts]
@@ -109,8 +106,8 @@ def product(
     counts = [0 if part is None else part.rows for part in parts]
     shift = matrix.blocksize.bit_length() - 7  # log2 of how many 64 columns share a scale
     kernel(
-        (grid,), 32 * warps, shared, *pointers, table, *read.tensors, out, also, *counts, shift, *read.numbers, cap,
-        pdl=pdl, cluster=(cluster, 1, 1),
+        (grid,), 32 * warps, max(shared, _ALONE), *pointers, table, *read.tensors, out, also, *counts, shift,
+        *read.numbers, cap, pdl=pdl, cluster=(cluster, 1, 1),
     )  # fmt: skip
 
 

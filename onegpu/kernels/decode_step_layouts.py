@@ -11,7 +11,8 @@ from onegpu.kernels.few_rows_table import resident_clusters
 FORMATS = {"16bit": 0, "int8": 1, "nf4": 2, "fp4": 2}
 WHOLE = 232448 - 1024  # bytes of shared memory of a block on Hopper, less what the kernels' static arrays take
 BOXES = 4  # of decode_step_product.cu
-HALF = 233472 // 2 - 2048  # of a block of which an SM has two; too much beside one that has an SM for itself
+_SECTIONS, _SHIFT = 4, 8  # of decode_step_single.cu: sections of 256 columns in a piece, size of its table
+_PIECE, _TILE = 256 * _SECTIONS, 16 // _SECTIONS  # columns and rows of a piece
 
 
 def _bits(form: str) -> int:
@@ -77,35 +78,30 @@ class Shape(NamedTuple):
 class Single(NamedTuple):
     """How decode_step_single.cu lays out the product of one row with a 4-bit matrix.
 
-    warps: of a block, a multiple of the pieces of a row. sections: of 256 columns in a piece, 2, 4 or 8; it has 16 /
-    sections rows. slots: pieces in a warp's ring. blocks: of an SM. ahead: pieces of a warp sent for into L2 besides.
+    A piece is four rows of 1024 columns. warps: of a block, a multiple of the pieces of a row. slots: in a warp's ring.
     """
 
     warps: int
-    sections: int
-    slots: int
-    table_shift: int = 8
-    blocks: int = 1
-    ahead: int = 0
+    slots: int = 2
 
-    def pieces(self, columns: int) -> int:
-        """Of a row."""
-        return -(-columns // (256 * self.sections))
+    @property
+    def constants(self) -> dict[str, int]:
+        """Macros of the kernel."""
+        return {"WARPS": self.warps, "DEPTH": self.slots, "SECT": _SECTIONS, "CB": _PIECE // 2, "TABLE_SHIFT": _SHIFT}
 
     def shared(self, columns: int, outputs: int, multiprocessors: int) -> int:
         """Bytes of shared memory, as the kernel divides it: table, x, shares of the norm, rings, sums."""
         pitch = -(-columns * 2 // 128) * 128 + 16
         x = -(-(pitch + 4 * (6 * self.warps + 1)) // 128) * 128
-        tiles = -(-outputs // (16 // self.sections * self.blocks * multiprocessors))
-        sums = tiles * 16 // self.sections * self.pieces(columns) * 4
-        return (256 << self.table_shift) + x + self.warps * self.slots * 2304 + sums
+        tiles = -(-outputs // (_TILE * multiprocessors))
+        sums = tiles * _TILE * -(-columns // _PIECE) * 4
+        return (256 << _SHIFT) + x + self.warps * self.slots * 2304 + sums
 
     def serves(self, columns: int, parts: tuple[int, ...], multiprocessors: int) -> bool:
         """Whether warps share the columns evenly, the parts' rows are whole tiles, and it fits."""
-        room = HALF if self.blocks > 1 else WHOLE
-        even = columns % 256 == 0 and self.warps % self.pieces(columns) == 0
-        whole = all(rows % (16 // self.sections) == 0 for rows in parts)
-        return even and whole and self.shared(columns, sum(parts), multiprocessors) <= room
+        even = columns % 256 == 0 and self.warps % -(-columns // _PIECE) == 0
+        whole = all(rows % _TILE == 0 for rows in parts)
+        return even and whole and self.shared(columns, sum(parts), multiprocessors) <= WHOLE
 
 
 # Up to how many rows -> format -> layouts: the first that fits is taken. They measured best for Llama-2-7B's products
@@ -181,22 +177,13 @@ def _with_slots(
     return next((one for one in tried if one.serves(form, rows, columns, nested)), None)
 
 
-# What is tried in turn for one row of 4 bits, in blocks of 64 with float32 scales, first for a matrix of at most SMALL
-# bytes. A row's pieces go to as many of the warps as share them evenly, if those are two thirds at least; else, and for
-# other scales, LAYOUTS has it.
-SINGLE = (Single(16, 4, 3), Single(16, 8, 2))
-SMALL_SINGLE = (Single(8, 4, 2, blocks=2),)
-
-
 @lru_cache(maxsize=1024)
 def single(columns: int, parts: tuple[int, ...], multiprocessors: int) -> Single | None:
-    """The layout for one row and a 4-bit matrix of these columns, whose parts have so many rows."""
-    for layout in SMALL_SINGLE * (sum(parts) * columns // 2 <= SMALL) + SINGLE:
-        pieces = layout.pieces(columns)
-        found = layout._replace(warps=layout.warps // pieces * pieces)
-        if 3 * found.warps >= 2 * layout.warps and found.serves(columns, parts, multiprocessors):
-            return found
-    return None
+    """The layout for one row and a 4-bit matrix of these columns, whose parts have so many rows: as many of 16 warps as
+    share a row's pieces evenly. None where none do, and LAYOUTS has it."""
+    pieces = -(-columns // _PIECE)
+    found = Single(16 // pieces * pieces)
+    return found if found.warps and found.serves(columns, parts, multiprocessors) else None
 
 
 def blocks(multiprocessors: int, cluster: int) -> int:

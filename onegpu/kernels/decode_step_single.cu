@@ -1,21 +1,21 @@
 // y = f(x) W^T for the one row of a decoding step and 4-bit W, in blocks of 64 with float32 scales, K of them a multiple of 256.
 // What x and the sinks are, and the arguments: decode_step_product.cu. decode_step_input.cu comes before this text.
 //
-// One row of x leaves seven of mma's eight columns free, so a tile has R = 16 / SECT rows of W, and the operand's 16 rows are SECT sections
-// of 256 columns of each: column j has the section j % SECT of x, and of the sums that of each row's own section counts. A piece is R rows of
-// SECT * 128 bytes in a row. A warp has the same columns of every tile it takes, so it holds their x in registers. Every piece has a
+// One row of x leaves seven of mma's eight columns free, so a tile has R = 4 rows of W, and the operand's 16 rows are SECT = 4 sections
+// of 256 columns of each: column j has the section j % 4 of x, and of the sums that of each row's own section counts. A piece is four rows
+// of 512 bytes. A warp has the same columns of every tile it takes, so it holds their x in registers. Every piece has a
 // place of its own for its R sums, which meet once, at the end, in the order of the pieces. 16-bit x goes from memory straight into
 // registers, scaled by the largest of the warp's own columns: nothing meets between the wait and the end.
 // SINK 2: half of a tile's rows are of gate, the others the same rows of up. Elsewhere a tile is of one matrix: their rows are whole tiles.
-// Filled in: WARPS (a multiple of the pieces of a row), DEPTH (pieces in a warp's ring), SECT, BLOCKS (of an SM), AHEAD (pieces of a warp
-// that are sent for into L2 behind its ring), and what decode_step_product.cu and decode_step_input.cu name.
+// Filled in: WARPS (a multiple of the pieces of a row), DEPTH (pieces in a warp's ring), and what decode_step_product.cu and
+// decode_step_input.cu name.
 constexpr int R = 16 / SECT, LINE = 128, PIECE = 2048, SLOT = PIECE + 256, PIECES = (K + KB - 1) / KB, STEP = WARPS / PIECES;
 constexpr int ROW_BYTES = K / 2, ROW_SCALES = K / 64, CUT = K % KB != 0;
 constexpr int GATED = SINK == 2, PARTS = SINK == 0 || SINK == 3, TILE_ROWS = GATED ? R / 2 : R, DIRECT = SOURCE == 2;
-static_assert(FMT == 2 && !NESTED && M == 1 && CL == 1 && CB == SECT * LINE && K % 256 == 0, "one row, whole groups of scales");
+static_assert(FMT == 2 && !NESTED && M == 1 && CL == 1 && SECT == 4 && CB == SECT * LINE && K % 256 == 0, "one row, whole groups of scales");
 static_assert(WARPS % PIECES == 0, "a warp has the same columns of each tile");
 
-__global__ void __launch_bounds__(THREADS, BLOCKS)
+__global__ void __launch_bounds__(THREADS, 1)
 product(const u8* w0, const u8* w1, const u8* w2, const void* absmax0, const void* absmax1, const void* absmax2,
         const float* nested0, const float* nested1, const float* nested2, const float* offset0, const float* offset1, const float* offset2,
         const u16* bias0, const u16* bias1, const u16* bias2, const float* map, const u16* gain, const u16* norm_bias, const u16* outer_gain,
@@ -35,15 +35,13 @@ product(const u8* w0, const u8* w1, const u8* w2, const void* absmax0, const voi
   float* red = (float*)(rings + WARPS * DEPTH * SLOT);                   // [tiles, PIECES, R]
   const u64 policy = evict_first();
 
-  // Copy j of a piece: unit j * 32 + lane, row by row. Operand row q * R + r is section q of row r.
-  constexpr int UNITS = 8 * SECT, AT_ONCE = SECT <= 4 ? 32 / UNITS : 1;
-  const int unit = lane % UNITS, row_of = lane / UNITS, first_row = unit / 8 * R + row_of;   // SECT 8: of even copies
-  const Shared base = shared(ring + first_row * LINE + (unit % 8 ^ (first_row & 3) << 1) * 16);
+  // Copy j of a piece: row j, 16 bytes a lane. Operand row q * R + r is section q of row r.
+  const Shared base = shared(ring + lane / 8 * R * LINE + lane % 8 * 16);
   const Shared scales_base = shared(ring + PIECE + (lane % SECT * R + lane / SECT % R) * 16);
   // Where this lane's copies and scales of the block's first tile lie, in each matrix; what lies outside of the row is not read.
-  const int column = piece * CB + unit * 16, take0 = !CUT || column < ROW_BYTES ? 16 : 0, take1 = !CUT || column + 512 < ROW_BYTES ? 16 : 0;
+  const int column = piece * CB + lane * 16, take = !CUT || column < ROW_BYTES ? 16 : 0;
   const int block = (piece * SECT + lane % SECT) * 4, take_scales = !CUT || block < ROW_SCALES ? 16 : 0;
-  const i64 from_row = (i64)(r0 + row_of) * ROW_BYTES + (take0 ? column : 0);
+  const i64 from_row = (i64)r0 * ROW_BYTES + (take ? column : 0);
   const i64 scale_at = (i64)(r0 + lane / SECT % TILE_ROWS) * ROW_SCALES + (take_scales ? block : 0);
   const i64 back1 = PARTS ? n0 : 0, back2 = n0 + n1;
   const u8 *p0 = w0 + from_row, *p1 = w1 + (from_row - back1 * ROW_BYTES), *p2 = w2 + (from_row - back2 * ROW_BYTES);
@@ -60,12 +58,8 @@ product(const u8* w0, const u8* w1, const u8* w2, const void* absmax0, const voi
       const u32 past = next * (TILE_ROWS * ROW_BYTES);
 #pragma unroll
       for (int j = 0; j < 4; j++) {
-        // what copy j is past copy 0, in rows and sections
-        const int down = SECT == 8 ? j / 2 : j * AT_ONCE, across = SECT == 8 ? (j & 1) * 4 : 0;
-        const Shared to = (Shared)((u64)slot ^ (u64)((down & 3) << 5)) + (down + across * R) * LINE;
-        const int take = across ? take1 : take0;
-        const u8* from = (down < TILE_ROWS ? a : b) + past + down % TILE_ROWS * ROW_BYTES;
-        copy16(to, CUT && across && !take1 ? from : from + across * LINE, take, policy);
+        const Shared to = (Shared)((u64)slot ^ (u64)(j << 5)) + j * LINE;
+        copy16(to, (j < TILE_ROWS ? a : b) + past + j % TILE_ROWS * ROW_BYTES, take, policy);
       }
       if (lane < 16) copy16(scales_base + (int)(slot - base), s + (u32)(next * (TILE_ROWS * ROW_SCALES)), take_scales);
       next += STEP;
@@ -78,11 +72,6 @@ product(const u8* w0, const u8* w1, const u8* w2, const void* absmax0, const voi
   let_next_kernel_start();
 #pragma unroll
   for (int i = 0; i < DEPTH - 1; i++) fetch();
-  for (int i = 0, tile = next; i < AHEAD && tile < tiles; i++, tile += STEP) {   // a line a lane
-    const int r = lane / SECT % R, at = piece * CB + lane % SECT * LINE, row = tile * TILE_ROWS + r % TILE_ROWS - row_of;
-    const u8* a = GATED && r >= TILE_ROWS ? p1 : PARTS && tile >= tile2 ? p2 : PARTS && tile >= tile1 ? p1 : p0;
-    if (lane < 16 && at < ROW_BYTES) send_for(a + (i64)row * ROW_BYTES + at - (take0 ? column : 0));
-  }
   Input x;
   x.prepare(gain, norm_bias, outer_gain, outer_bias, shares);
   build_table(table, THREADS);
@@ -99,7 +88,7 @@ product(const u8* w0, const u8* w1, const u8* w2, const void* absmax0, const voi
   wait_before_reading_x();
 
   if (SINK == 1 && threadIdx.x < rows) rest = fresh((const float*)out + r0 + threadIdx.x);
-  const int own = piece * KB + g % SECT * 256, turn = SECT > 1 ? g & 1 : 0;   // see place_of in decode_step_input.cu
+  const int own = piece * KB + g % SECT * 256, turn = g & 1;   // see place_of in decode_step_input.cu
   uint4 held[8]; float own_unscale = 1.f;
   if (DIRECT) {
 #pragma unroll
@@ -156,17 +145,9 @@ product(const u8* w0, const u8* w1, const u8* w2, const void* absmax0, const voi
     }
     if (DIRECT && TO_FP16) { acc[0] *= own_unscale; acc[1] *= own_unscale; acc[2] *= own_unscale; acc[3] *= own_unscale; }
     // Operand row m holds section m / R of row m % R; its sum is in column m / R.
-    if (SECT == 2) { if (t == 0) sums[g] = acc[0] + acc[3]; }
-    else if (SECT == 4) {
-      float v = t & 1 ? (g < 4 ? acc[2] : acc[3]) : (g < 4 ? acc[0] : acc[1]);
-      v += of_other_lane(v, 1); v += of_other_lane(v, 16);
-      if (lane < 16 && t == 0) sums[g] = v;
-    } else {
-      const int odd = g >> 1 & 1;
-      float v = t == g >> 2 ? (odd ? acc[1] : acc[0]) : t == 2 + (g >> 2) ? (odd ? acc[3] : acc[2]) : 0.f;
-      v += of_other_lane(v, 1); v += of_other_lane(v, 2); v += of_other_lane(v, 8); v += of_other_lane(v, 16);
-      if (lane < 8 && t == 0) sums[g] = v;
-    }
+    float v = t & 1 ? (g < 4 ? acc[2] : acc[3]) : (g < 4 ? acc[0] : acc[1]);
+    v += of_other_lane(v, 1); v += of_other_lane(v, 16);
+    if (lane < 16 && t == 0) sums[g] = v;
     __syncwarp();
   }
   __syncthreads();

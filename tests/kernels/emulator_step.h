@@ -8,7 +8,6 @@ inline long long fresh_i64(const long long* p) { return *p; }
 inline float exp2_(float x) { return exp2f(x); }
 inline float reciprocal(float x) { return 1.f / x; }
 inline float rsqrtf(float x) { return 1.f / sqrtf(x); }
-inline uint2 make_uint2(uint32_t a, uint32_t b) { return {a, b}; }
 inline float shuffle_xor(float v, int o) {
   Warp& w = warp_(); int lane = now->thread % 32;
   w.v[lane] = __float_as_uint(v); __syncwarp();

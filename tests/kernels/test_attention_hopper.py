@@ -53,8 +53,8 @@ def test_serves_nothing_elsewhere() -> None:
 def test_short_sequences_are_dealt_out() -> None:
     from onegpu.kernels.attention_hopper import _dense
 
-    def dense(*given: Any) -> Any:
-        return _dense(*given, 132)
+    def dense(*given: Any, memory_bound: bool = False) -> Any:
+        return _dense(*given, 132, memory_bound)
 
     dealt = {"DRAW": False}
     assert dense(64, True, True, 2, 512) == (dealt | {"ROTATE": 1}, 66)
@@ -62,6 +62,7 @@ def test_short_sequences_are_dealt_out() -> None:
     for whole in (True, False):  # more than 256 and up to 512 queries
         for wide, n_m in ((64, 4), (128, 4), (128, 3)):
             assert dense(wide, True, whole, n_m, 512) == (dealt | {"ROTATE": 1}, 16)
+            assert dense(wide, True, whole, n_m, 512, memory_bound=True) == ({}, 16)
     assert dense(128, True, True, 1, 512) == (dealt | {"ROTATE": 0}, 512)
     assert dense(64, False, True, 4, 64) == (dealt | {"ROTATE": 0}, 64)
     assert dense(128, True, True, 8, 64) == ({}, 16)
@@ -135,7 +136,7 @@ def test_as_many_heads_at_once_as_have_their_keys_in_the_cache(
 
 
 def constants_of(
-    monkeypatch: pytest.MonkeyPatch, s_q: int, s_k: int, heads: int, d: int, *sides: int
+    monkeypatch: pytest.MonkeyPatch, s_q: int, s_k: int, heads: int, d: int, *sides: int, wide_memory: bool = False
 ) -> dict[str, Any]:
     """What a dense forward is compiled for, with as many multiprocessors as an H100 has, and which kernel it is."""
     from onegpu.kernels import attention_hopper as hopper
@@ -148,6 +149,7 @@ def constants_of(
 
     monkeypatch.setattr(hopper, "triton_bind", bind)
     monkeypatch.setattr(hopper, "processors", lambda device: 132)
+    monkeypatch.setattr(hopper, "_wide_memory", lambda device: wide_memory)
     monkeypatch.setattr(hopper, "_counter", lambda device: torch.zeros(1, dtype=torch.int32))
     q, k = torch.zeros(1, s_q, heads, d).bfloat16(), torch.zeros(1, s_k, heads, d).bfloat16()
     hopper.forward(q, k, k, 0.1, *sides, None, None, None, None, s_q)
@@ -192,11 +194,18 @@ def test_who_sees_half_of_the_block_on_the_diagonal(
 
 
 @needs_triton
-@pytest.mark.parametrize(("queries", "keys", "draws"), [(512, 512, False), (500, 500, False), (512, 576, True)])
+@pytest.mark.parametrize(
+    ("queries", "keys", "head_dim", "wide", "draws"),
+    [
+        *((512, 512, 72, False, False), (500, 500, 72, False, False), (512, 576, 72, False, True)),
+        *((512, 512, 128, False, True), (512, 512, 128, True, False)),
+    ],
+)
 def test_tiles_of_up_to_512_queries_are_dealt_out(
-    queries: int, keys: int, draws: bool, monkeypatch: pytest.MonkeyPatch
+    queries: int, keys: int, head_dim: int, wide: bool, draws: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = constants_of(monkeypatch, queries, keys, 200, 72, -1, 0)
+    """But where an H100's memory is what they wait for."""
+    made = constants_of(monkeypatch, queries, keys, 200, head_dim, -1, 0, wide_memory=wide)
     assert (made["DRAW"], made["ROTATE"]) == (draws, int(not draws)) and made["HALF"]
 
 

@@ -290,10 +290,11 @@ def test_no_registers_spill_over_many_rows(form: str) -> None:
 @needs_nvrtc
 @pytest.mark.usefixtures("made")
 def test_no_registers_spill_over_one_row_of_four_bits() -> None:
-    """Llama-2-7B's products, and one behind two LayerNorms."""
+    """Llama-2-7B's products, one behind two LayerNorms, 15 and 16 warps."""
     heads = ops.Attended(torch.empty(1, 32, 4, 128, dtype=torch.bfloat16), torch.empty(1, 32, 4, 2))
     cases = [(4096, (12288,), "rms", "store"), (4096, (11008, 11008), "rms", "gated"), (4096, (4096,), heads, "add"),
-             (11008, (4096,), "x", "add"), (3584, (14336, 14336), "added", "gated")]  # fmt: skip
+             (11008, (4096,), "x", "add"), (3584, (14336, 14336), "added", "gated"),
+             (5120, (13824, 13824), "rms", "gated"), (16384, (4096,), "x", "add")]  # fmt: skip
     for columns, sizes, what, sink in cases:
         m = moved(matrix("nf4", (8,) * len(sizes), columns, torch.bfloat16), "meta")
         m = m._replace(parts=tuple(part._replace(rows=n) for part, n in zip(m.parts, sizes, strict=True)))
@@ -304,7 +305,7 @@ def test_no_registers_spill_over_one_row_of_four_bits() -> None:
         assert "SECT" in dict(constants)
         assert machine_code.stack_bytes(code) == 0, constants
         assert machine_code.copies_with_a_uniform_base(code) == 0
-        assert machine_code.static_shared(code) <= 2048  # of two blocks that fill an SM, the system's share too
+        assert machine_code.static_shared(code) - 1024 <= 232448 - WHOLE  # 1 KiB is the system's
 
 
 def test_weights_stored_by_columns_that_do_not_fit() -> None:

@@ -98,20 +98,18 @@ def test_one_row_of_four_bits_goes_to_warps_that_share_its_pieces_evenly() -> No
     wide, down = layouts.single(4096, (11008, 11008), 132), layouts.single(11008, (4096, 8192), 132)
     assert wide is not None
     assert down is not None
-    assert (wide.warps, wide.blocks, wide.pieces(4096)) == (16, 1, 4)
-    assert (down.warps, down.blocks, down.pieces(11008)) == (11, 1, 11)
-    small = layouts.single(4096, (4096,), 132)
-    assert small is not None
-    assert small.blocks == 2
-    for columns in (2048, 3584, 5120, 8192, 14336, 28672):
+    assert wide == layouts.single(4096, (4096,), 132) == Single(16)
+    assert down == Single(11)
+    for columns, pieces in ((2048, 2), (3584, 4), (5120, 5), (8192, 8), (10240, 10), (14336, 14), (16384, 16)):
         found = layouts.single(columns, (4096, 1024), 132)
         assert found is not None, columns
-        assert found.warps % found.pieces(columns) == 0
-        assert found.shared(columns, 5120, 132) <= (layouts.HALF if found.blocks == 2 else layouts.WHOLE)
+        assert found.warps % pieces == 0
+        assert 9 <= found.warps <= 16
+        assert found.shared(columns, 5120, 132) <= layouts.WHOLE
 
 
 def test_what_does_not_share_evenly_has_no_layout_of_its_own() -> None:
     assert layouts.single(4544, (4096,), 132) is None  # scales of 256 columns
-    assert layouts.single(18944, (18944,), 132) is None  # warps
-    assert layouts.single(4096, (4096, 1025), 132) is None  # whole tiles of a matrix
-    assert not Single(16, 4, 6).serves(4096, (4096,), 132)  # shared memory
+    assert layouts.single(18944, (18944,), 132) is None  # 19 pieces, 16 warps
+    assert layouts.single(4096, (4096, 1026), 132) is None  # whole tiles of a matrix
+    assert not Single(16, 6).serves(4096, (4096,), 132)  # shared memory
