@@ -8,7 +8,7 @@
 // waits for another. Each piece has a place of its own for its R sums, which meet once, at the end, in the order of the pieces.
 // Filled in: WARPS, DEPTH (pieces in the ring of each), SECT (2 or 4), BLOCKS and EARLY (as in few_rows_direct.cu). With quantised
 // scales NESTED is 2.
-constexpr int THREADS = WARPS * 32, CB = 128, R = 16 / SECT, KB = 256 * SECT, PIECE = 2048, SLOT = PIECE + (PACKED ? 128 : 256);
+constexpr int THREADS = WARPS * 32, CB = 128, R = 16 / SECT, KB = 256 * SECT, PIECE = 2048, SLOT = PIECE + 256;
 constexpr int UNITS = 8 * SECT, AT_ONCE = 32 / UNITS;                  // of 16 bytes in a row of a piece; rows that a warp copies at once
 // Pieces that a warp has left when the next kernel may start. Sooner, that one's table and what it sends for compete with the
 // copies here; so late, they come when memory falls idle.
@@ -20,12 +20,14 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
          const void* __restrict__ absmax, const float* __restrict__ nested, const float* __restrict__ map,
          const float* __restrict__ offset, int m, int n, int k, int shift, int nested_shift) {
   SHARED(smem);
+  SHARED_ARRAY(int, row0, 1);                                            // for the end; in the loop it spares a register
   const int lane = threadIdx.x & 31, warp = of_warp(threadIdx.x >> 5), g = lane >> 2, t = lane & 3;
   const int share = n / (int)gridDim.x, more = n % (int)gridDim.x, block = blockIdx.x;   // the first `more` blocks have a row more
   const int r0 = block * share + min(block, more), rows = share + (block < more ? 1 : 0);
   const int tiles = (rows + R - 1) / R, pieces = (k + KB - 1) / KB, row_bytes = k / 2, nb = k / 64;
   const int first = warp / pieces, piece = warp % pieces, step = WARPS / pieces;   // of a warp: its first tile, its columns, tiles to the next
   u8* table = smem;
+  if (threadIdx.x == 0) row0[0] = r0;
   float* map_ = (float*)(smem + TABLE);
   u8* ring = smem + TABLE + (NESTED ? 1024 : 0) + warp * DEPTH * SLOT;
   // [tiles, pieces, R], in the 128 of every 256 bytes that the table leaves free
@@ -39,13 +41,19 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   const Shared base = shared(ring + to_row * CB + swizzled<CB>(to_row, unit % 8) * 16), slot_end = base + (DEPTH - 1) * SLOT;
   const u8* w0 = w + (i64)(r0 + row_of) * row_bytes + at_byte;
   const int rows_left = at_byte < row_bytes ? rows - row_of : 0;
-  // And of scales: a word of codes or their scale; or one, with another some rows on.
-  constexpr int OF_BLOCKS = PACKED ? 4 : 1, IN_ROW = 4 * SECT;
-  const int scale_row = PACKED ? lane % R : lane / IN_ROW % R, in_piece = (PACKED ? lane / R % SECT : lane % IN_ROW) * OF_BLOCKS;
+  // And of scales two: one, with another some rows on; of quantised ones two side by side.
+  constexpr int IN_ROW = 4 * SECT;
+  const int scale_row = PACKED ? lane / 2 % R : lane / IN_ROW % R, in_piece = PACKED ? lane / 2 / R * 4 + lane % 2 * 2 : lane % IN_ROW;
   const int block0 = (r0 + scale_row) * nb + piece * 4 * SECT + in_piece, scales_left = piece * 4 * SECT + in_piece < nb ? rows - scale_row : 0;
-  const Shared scales_base = shared(ring + PIECE + (PACKED ? lane : (in_piece / 4 * R + scale_row) * 4 + in_piece % 4) * 4);
-  Shared slot = base; int ahead = first * R;                             // rows
-  auto fetch = [&]() {
+  const Shared scales_base = shared(ring + PIECE + ((in_piece / 4 * R + scale_row) * 4 + in_piece % 4) * 4);
+  Shared slot = base; const int stride = step * R;
+  // Codes come to registers, a piece ahead of the weights; before the products of the piece in front each lane makes its two scales
+  // and puts them where plain ones are copied to. Columns past the end have the offset, and meet zeros of x.
+  TwoScales next = {0, 0.f}, filled[DEPTH - 1];
+  auto read_scales = [&](int ahead) {
+    if (PACKED && scales_left > ahead) next = scales.read_two(block0 + ahead * nb);
+  };
+  auto fetch = [&](int ahead) {                                          // from that row on
     if (ahead < rows) {
       const u8* from = w0 + (u32)(ahead * row_bytes);
 #pragma unroll
@@ -53,23 +61,21 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
         const int down = j * AT_ONCE, take = rows_left - ahead > down ? 16 : 0;
         copy16((Shared)((u64)slot ^ (u64)((down & 3) << 5)) + down * CB, take ? from + (i64)down * row_bytes : w, take, policy);
       }
-      const Shared behind = scales_base + (int)(slot - base);
-      const bool inside = scales_left > ahead; const u32 b = inside ? block0 + ahead * nb : 0;
-      if (PACKED) {
-        copy4(behind, lane < 16 ? scales.word_of(b) : scales.outer_of(b), inside ? 4 : 0);
-      } else {
+      if (!PACKED) {
+        const Shared behind = scales_base + (int)(slot - base);
+        const bool inside = scales_left > ahead; const u32 b = inside ? block0 + ahead * nb : 0;
         constexpr int DOWN = 8 / SECT; const bool too = scales_left - DOWN > ahead;
         copy4(behind, (const float*)absmax + (b >> shift), inside ? 4 : 0);
         copy4(behind + DOWN * 16, (const float*)absmax + (too ? b + DOWN * nb >> shift : 0), too ? 4 : 0);
       }
-      ahead += step * R;
     }
     slot = slot == slot_end ? base : slot + SLOT;
     commit();
   };
   auto fill = [&]() {
+    read_scales(first * R);
 #pragma unroll
-    for (int i = 0; i < DEPTH - 1; i++) fetch();
+    for (int i = 0; i < DEPTH - 1; i++) { filled[i] = next; fetch(first * R + i * stride); read_scales(first * R + (i + 1) * stride); }
   };
 
   out.send_for_rows(r0, r0 + rows);
@@ -100,27 +106,30 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
     for (int i = 0; i < 8; i++) held[i] = to_fp16(held[i], x_scale(most));
   }
   const float unscale = BF16 ? x_unscale(most) : 1.f;
-  if (NESTED) { values.put(map_); __syncthreads(); }
+  if (NESTED) {
+    values.put(map_);
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < DEPTH - 1; i++) ((float2*)(ring + i * SLOT + PIECE))[lane] = scales.decode_two(filled[i], plus, map_);
+  }
 
   // lane * 4, of which the compiler cannot know: one instruction less a look-up.
   const u32 lane4 = (u32)(shared(smem + lane * 4) - shared(smem));
-  int place = warp * R, left = tiles > first ? (tiles - first + step - 1) / step : 0;
-  if (left <= LATE) let_next_kernel_start();
-  for (; left > 0; left--) {
-    if (left == LATE) let_next_kernel_start();
-    fetch();
+  int place = warp * R;
+  if (first * R >= rows) let_next_kernel_start();
+  for (int row = first * R; row < rows; row += stride) {
+    if (row + LATE * stride >= rows) let_next_kernel_start();
+    u8* filling = ring + (int)(slot - base);
+    fetch(row + (DEPTH - 1) * stride);
     copies_left<DEPTH - 1>();
     __syncwarp();
     const u8* at = ring + (int)(slot - base);                            // the next to be filled is the next to be read
-    float s0[4], s1[4];
-    if (PACKED) {
-      const float* of = (const float*)(at + PIECE); const u32 word0 = __float_as_uint(of[g]), word1 = __float_as_uint(of[g + 8]);
-#pragma unroll
-      for (int b = 0; b < 4; b++) { s0[b] = scales.decode_of_word(word0, of[g + 16], plus, b, map_); s1[b] = scales.decode_of_word(word1, of[g + 24], plus, b, map_); }
-    } else {
-      const float4 p = ((const float4*)(at + PIECE))[g], q = ((const float4*)(at + PIECE))[g + 8];
-      s0[0] = p.x; s0[1] = p.y; s0[2] = p.z; s0[3] = p.w; s1[0] = q.x; s1[1] = q.y; s1[2] = q.z; s1[3] = q.w;
-    }
+    // Not ahead of the copies, which would then wait for codes.
+    const float2 made = PACKED ? scales.decode_two(next, plus, map_) : make_float2(0.f, 0.f);
+    read_scales(row + DEPTH * stride);
+    const float4 p = ((const float4*)(at + PIECE))[g], q = ((const float4*)(at + PIECE))[g + 8];
+    const float s0[4] = {p.x, p.y, p.z, p.w}, s1[4] = {q.x, q.y, q.z, q.w};
+    if (PACKED) ((float2*)(filling + PIECE))[lane] = made;
     float acc[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
     for (int b = 0; b < 4; b++) {
@@ -153,7 +162,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   for (int i = threadIdx.x; i < rows; i += THREADS) {
     const int at = i / R * pieces * R + i % R; float sum = 0.f;
     for (int j = 0; j < pieces; j++) sum += *sum_at(at + j * R);
-    out.put(0, r0 + i, sum);
+    out.put(0, row0[0] + i, sum);
   }
   copies_left<0>();
 }

@@ -67,7 +67,7 @@ class Single:
 
     def shared(self, fmt: str, nested: int, n: int, k: int, clusters: int, half: bool) -> int:
         """Bytes of shared memory: the table, the values of quantised scales, and the rings."""
-        return (1 << 16) + 1024 * (nested > 0) + self.warps * self.slots * (2048 + (128 if nested else 256))
+        return (1 << 16) + 1024 * (nested > 0) + self.warps * self.slots * (2048 + 256)
 
     def constants(self, half: bool) -> dict[str, int]:
         names = {"WARPS": self.warps, "DEPTH": self.slots, "SECT": self.sections, "BLOCKS": self.blocks}

@@ -72,6 +72,7 @@ FOUR_BIT = [
     (Single(5, 2, 2), "nf4", False, 64, 1, 150, 2304, torch.bfloat16),
     (Single(4, 2, 2), "nf4", True, 64, 1, 71, 768, torch.bfloat16),
     (Single(3, 2, 4), "fp4", True, 64, 1, 50, 2304, torch.float16),
+    (Single(3, 3, 2, early=0), "nf4", True, 64, 1, 150, 1280, torch.bfloat16),
     (Single(3, 2, 4), "fp4", False, 4096, 1, 50, 2112, torch.float16),
     (Single(4, 2, 2), "nf4", False, 128, 1, 9, 960, torch.bfloat16),
     (Direct(1, 4, 2, 3, 2, early=2), "nf4", False, 64, 1, 71, 704, torch.bfloat16),
