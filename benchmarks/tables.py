@@ -213,8 +213,9 @@ def few_rows(rows: list[Row]) -> str:
     for row in rows:
         cell = f"{row['ours']['us']['median']:.1f} ({row['ratio']['median']:.2f})"
         lines.setdefault(row["case"].rpartition(" M=")[0], {})[row["shape"]["m"]] = cell
-    head = ["µs (ratio to the peer)", *(f"M = {m}" for m in _ROWS)]
-    table = markdown(head, ([name, *(cells.get(m, "–") for m in _ROWS)] for name, cells in lines.items()))
+    shown = [m for m in _ROWS if any(m in cells for cells in lines.values())]
+    head = ["µs (ratio to the peer)", *(f"M = {m}" for m in shown)]
+    table = markdown(head, ([name, *(cells.get(m, "–") for m in shown)] for name, cells in lines.items()))
     peers = dict.fromkeys(row["peer"] for row in rows)
     return f"{table}\nPeer: {', '.join(peers)}. {_ceilings(rows)}. {measured_on(rows)}"
 
