@@ -46,3 +46,11 @@ def check_implementation(implementation: str) -> None:
     """Raises ArgumentError unless it is "auto" or "portable"."""
     if implementation not in ("auto", "portable"):
         raise bad_argument("implementation", implementation, "is not known", 'Use "auto" or "portable"')
+
+
+def check_columns(x: torch.Tensor, columns: int) -> None:
+    """Raises ArgumentError unless x is ``[..., columns]``: kernels take the matrix's length of a row for x's."""
+    if x.dim() == 0 or x.shape[-1] != columns:
+        raise bad_argument(
+            "x", list(x.shape), "has no rows as long as those of the matrix", f"Pass an x of {columns} columns"
+        )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from onegpu.kernels import few_rows
-from onegpu.kernels.library import define
+from onegpu.kernels.library import check_columns, define
 from onegpu.kernels.warmup import register
 
 
@@ -55,9 +55,13 @@ def linear_16bit(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 
     Returns:
         ``[..., N]``. Where a gradient is needed this is `torch.nn.functional.linear`, whose gradients are cuBLAS's.
+
+    Raises:
+        ArgumentError: x has another K.
     """
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return torch.nn.functional.linear(x, weight, bias)
+    check_columns(x, weight.shape[1])
     return torch.ops.onegpu.linear_16bit(x, weight, bias)  # type: ignore[no-any-return]
 
 

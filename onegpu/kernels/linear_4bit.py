@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from onegpu.kernels import few_rows
 from onegpu.kernels.autocast import autocast_input
 from onegpu.kernels.codebooks import dynamic_map
-from onegpu.kernels.library import check_implementation, define, has_triton
+from onegpu.kernels.library import check_columns, check_implementation, define, has_triton
 from onegpu.kernels.warmup import register
 
 from . import quant_4bit, quant_blockwise  # noqa: F401  (the ops that the definition calls)
@@ -153,9 +153,10 @@ def linear_4bit(
         ``[..., N]`` in the dtype of x (of autocast, where it is on). Gradients flow to x and to the bias.
 
     Raises:
-        ArgumentError: the implementation has another name.
+        ArgumentError: the implementation has another name, or x another K.
     """
     check_implementation(implementation)
+    check_columns(x, packed.shape[1])
     x = autocast_input(x)
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)

@@ -20,7 +20,7 @@ import torch
 
 from onegpu.kernels import few_rows
 from onegpu.kernels.autocast import autocast_input
-from onegpu.kernels.library import check_implementation, define, has_triton
+from onegpu.kernels.library import check_columns, check_implementation, define, has_triton
 from onegpu.kernels.quant_int8 import dequantize_rows
 from onegpu.kernels.warmup import register
 
@@ -208,9 +208,10 @@ def linear_int8(
         ``[..., N]`` in the dtype of x (of autocast, where it is on). Gradients flow to x, bias and ``source``.
 
     Raises:
-        ArgumentError: the implementation has another name.
+        ArgumentError: the implementation has another name, or x another K.
     """
     check_implementation(implementation)
+    check_columns(x, weight.shape[1])
     x = autocast_input(x)
     if exact is None:
         exact = x.device.type == "cpu"

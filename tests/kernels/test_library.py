@@ -8,8 +8,12 @@ import pytest
 import torch
 
 from onegpu import functional, kernels  # noqa: F401  (functional defines every op of bitsandbytes' functions)
+from onegpu.errors import ArgumentError
 from onegpu.kernels import decode_attention, gated_mlp, layer_norm, rms_norm, rotary  # noqa: F401
 from onegpu.kernels.library import define
+from onegpu.kernels.linear_4bit import Packed4bit, linear_4bit
+from onegpu.kernels.linear_16bit import linear_16bit
+from onegpu.kernels.linear_int8 import linear_int8
 
 
 @functools.cache
@@ -51,3 +55,18 @@ def test_every_op_of_the_table_exists_for_cpu_and_cuda() -> None:
         assert implementation
         for key in ("CPU", "CUDA", "Meta"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"onegpu::{name}", key), f"{name} lacks {key}"
+
+
+@pytest.mark.parametrize("shape", [(1, 128), (4, 32), (2, 3, 65), ()])
+def test_a_product_refuses_rows_of_another_length(shape: tuple[int, ...], device: str) -> None:
+    """Also where they make whole rows of the matrix's length when taken one after the other."""
+    x, scales = torch.zeros(shape, dtype=torch.bfloat16, device=device), torch.ones(64, device=device)
+    packed = Packed4bit(torch.zeros(2048, 1, dtype=torch.uint8, device=device), scales, 64, "nf4", (64, 64))
+    weight = torch.zeros(64, 64, dtype=torch.int8, device=device)
+    for product in (
+        lambda: linear_4bit(x, packed),
+        lambda: linear_int8(x, weight, scales),
+        lambda: linear_16bit(x, weight.to(x.dtype)),
+    ):
+        with pytest.raises(ArgumentError, match=r"x=\[.*\] has no rows as long as those of the matrix.*64 columns"):
+            product()
