@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from onegpu.kernels.library import define, has_triton
+from onegpu.kernels.library import check_columns, define, has_triton
 from onegpu.kernels.rms_norm import MAX_BACKWARD_WIDTH, MAX_WIDTH
 from onegpu.kernels.warmup import register
 
@@ -160,7 +160,13 @@ def layer_norm(
 
     Returns:
         y, or with a residual ``(y, x + residual)``; contiguous, in the dtype of x. Gradients flow to all tensors.
+
+    Raises:
+        ArgumentError: weight or bias has another N.
     """
+    for one in (weight, bias):
+        if one is not None:
+            check_columns(x, one.shape[0])
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, weight, bias)):
         return _LayerNorm.apply(x, residual, weight, bias, eps)
     if residual is None:

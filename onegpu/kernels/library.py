@@ -49,8 +49,8 @@ def check_implementation(implementation: str) -> None:
 
 
 def check_columns(x: torch.Tensor, columns: int) -> None:
-    """Raises ArgumentError unless x is ``[..., columns]``: kernels take the matrix's length of a row for x's."""
+    """Raises ArgumentError unless x is ``[..., columns]``: kernels take the weight's length of a row for x's."""
     if x.dim() == 0 or x.shape[-1] != columns:
         raise bad_argument(
-            "x", list(x.shape), "has no rows as long as those of the matrix", f"Pass an x of {columns} columns"
+            "x", list(x.shape), "has rows of another length than the weight", f"Pass an x of {columns} columns"
         )

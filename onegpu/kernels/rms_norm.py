@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from onegpu.errors import bad_argument
-from onegpu.kernels.library import define, has_triton
+from onegpu.kernels.library import check_columns, define, has_triton
 from onegpu.kernels.warmup import register
 
 STYLES = ("llama", "t5", "gemma", "olmo2")
@@ -162,10 +162,11 @@ def rms_norm(
         y, or with a residual ``(y, x + residual)``; contiguous. Gradients flow to x, residual and weight.
 
     Raises:
-        ArgumentError: an unknown style.
+        ArgumentError: an unknown style, or a weight of another N.
     """
     if style not in STYLES:
         raise bad_argument("style", style, "is no way of rounding", f"use one of {', '.join(STYLES)}")
+    check_columns(x, weight.shape[0])
     offset = 1.0 if style == "gemma" else 0.0
     if style == "llama":
         middle, out = x.dtype, torch.promote_types(weight.dtype, x.dtype)

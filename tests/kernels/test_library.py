@@ -58,7 +58,7 @@ def test_every_op_of_the_table_exists_for_cpu_and_cuda() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 128), (4, 32), (2, 3, 65), ()])
-def test_a_product_refuses_rows_of_another_length(shape: tuple[int, ...], device: str) -> None:
+def test_products_and_norms_refuse_rows_of_another_length(shape: tuple[int, ...], device: str) -> None:
     """Also where they make whole rows of the matrix's length when taken one after the other."""
     x, scales = torch.zeros(shape, dtype=torch.bfloat16, device=device), torch.ones(64, device=device)
     packed = Packed4bit(torch.zeros(2048, 1, dtype=torch.uint8, device=device), scales, 64, "nf4", (64, 64))
@@ -67,6 +67,9 @@ def test_a_product_refuses_rows_of_another_length(shape: tuple[int, ...], device
         lambda: linear_4bit(x, packed),
         lambda: linear_int8(x, weight, scales),
         lambda: linear_16bit(x, weight.to(x.dtype)),
+        lambda: rms_norm.rms_norm(x, scales, 1e-6),
+        lambda: layer_norm.layer_norm(x, scales, None, 1e-5),
+        lambda: layer_norm.layer_norm(x, None, scales, 1e-5),
     ):
-        with pytest.raises(ArgumentError, match=r"x=\[.*\] has no rows as long as those of the matrix.*64 columns"):
+        with pytest.raises(ArgumentError, match=r"x=\[.*\] has rows of another length than the weight.*64 columns"):
             product()
