@@ -52,8 +52,9 @@ _WITHOUT = "ordinary launches"
 def cases() -> Iterator[Case]:
     """Formats, most wanted first; a format's cases share its weights. Of Llama-2-7B unless a name says another."""
     wanted = {
-        "nf4": [(1, 512), (1, 4096), (4, 512), (8, 512), (16, 128), (16, 512)],
-        "int8": [(1, 512), (1, 4096), (16, 128)],
+        "nf4": [(1, 128), (1, 512), (1, 4096), (4, 512), (8, 512), (16, 128), (16, 512)],
+        "fp4": [(1, 128), (1, 512), (1, 4096), (16, 128)],
+        "int8": [(1, 128), (1, 512), (1, 4096), (16, 128)],
         "16bit": [(1, 128), (1, 512), (1, 4096), (16, 128), (16, 512)],
     }
     for form, sizes in wanted.items():
