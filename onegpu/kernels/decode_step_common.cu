@@ -14,7 +14,6 @@ DEVICE void transposed(u32 (&b)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3]) : "r"(saddr(row)) : "memory");
 }
 // A barrier in shared memory, of 8 bytes: a phase ends when all have arrived and all bytes that were expected have come.
-DEVICE void arrive_after_copies(void* b) { asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" :: "r"(saddr(b)) : "memory"); }
 DEVICE void bulk_copy(void* to, const void* from, int bytes, void* b, u64 policy) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" :: "r"(saddr(to)), "l"(from), "r"(bytes), "r"(saddr(b)), "l"(policy) : "memory");
 }
@@ -29,7 +28,6 @@ DEVICE void wait_for_blocks(void* b, int parity) {
   asm volatile("{ .reg .pred p;\nagain:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n@!p bra again;\n}" :: "r"(saddr(b)), "r"(parity) : "memory");
 }
 template <int THREADS_> DEVICE void meet_threads() { asm volatile("bar.sync 1, %0;" :: "n"(THREADS_) : "memory"); }
-DEVICE Shared shared_of_lane(void* p) { return saddr(p); }             // for copies without a cache hint
 #endif
 
 constexpr float LOG2E = 1.4426950408889634f;

@@ -16,7 +16,7 @@ import torch
 
 from onegpu.kernels import ahead
 from onegpu.kernels.few_rows_single import Single
-from onegpu.kernels.few_rows_table import CONFIGURATIONS, Config, Wide, ceil_div, resident_clusters
+from onegpu.kernels.few_rows_table import CONFIGURATIONS, Config, Stream, Wide, ceil_div, resident_clusters
 from onegpu.kernels.guard import architecture
 from onegpu.kernels.launch import CudaKernel, source_text
 from onegpu.kernels.tensor_map import byte_map, words_map
@@ -50,13 +50,15 @@ def fits(
     nested: 0 plain scales, 1 quantised, 2 so that a piece of a row has its codes in one word. half: scales for 32
     columns. sms, limit: multiprocessors, and bytes of shared memory that a block may have.
     """
-    if m > config.rows or (half and not isinstance(config, Wide)):
+    if m > config.rows or (half and not isinstance(config, (Wide, Stream))):
         return None
     pieces = ceil_div(k, config.piece(fmt))
     if (config.cluster - 1) * ceil_div(pieces, config.cluster) >= pieces:
         return None  # a block would have no columns
     clusters = min(resident_clusters(sms, config.cluster), n)
     if isinstance(config, Single) and not config.serves(nested, n, k, clusters):
+        return None
+    if isinstance(config, Stream) and not config.serves(fmt, nested, n, clusters, half):
         return None
     shared = config.shared(fmt, nested, n, k, clusters, half)
     if config.blocks == 1:
@@ -115,7 +117,7 @@ def plan(fmt: str, m: int, n: int, k: int, bf16: bool, fp4: bool, nested: int, h
 
 def boxes_of(config: Config, fmt: str, n: int, clusters: int) -> tuple[int, int, int] | None:
     """What a bulk copy moves: rows of x, of 64 columns each; rows of W, and bytes of each. None: there is none."""
-    if not isinstance(config, Wide) or not config.bulk:
+    if not (isinstance(config, Stream) or (isinstance(config, Wide) and config.bulk)):
         return None
     return config.rows, config.box(n, clusters), min(config.columns // (1 if fmt == "int8" else 2), 128)
 
@@ -129,7 +131,7 @@ def _kernel(source: str, bulk: bool) -> CudaKernel:
 def kernel(config: Config, fmt: str, bf16: bool, fp4: bool, nested: int, half: bool) -> CudaKernel:
     """The kernel of a configuration, not yet compiled."""
     constants = {"FMT": FORMATS[fmt], "BF16": int(bf16), "FP4": int(fp4), "NESTED": min(int(nested), config.packs)}
-    return _kernel(config.source, getattr(config, "bulk", False)).variant(None, **constants, **config.constants(half))
+    return _kernel(config.source, isinstance(config, Stream) or getattr(config, "bulk", False)).variant(None, **constants, **config.constants(half))
 
 
 @lru_cache(maxsize=4096)

@@ -25,6 +25,7 @@ DEVICE u32 saddr(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 // base register; with a cache hint it encodes those as an illegal instruction.
 typedef u32 Shared;
 DEVICE Shared shared(const void* p) { return __shfl_sync(~0u, saddr(p), threadIdx.x & 31); }
+DEVICE Shared shared_of_lane(void* p) { return saddr(p); }             // for copies without a cache hint
 DEVICE u64 evict_first() { u64 v; asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(v)); return v; }
 // Asynchronous copies; `bytes` past the first `take` are zeros.
 DEVICE void copy16(Shared dst, const void* src, int take, u64 policy) {
@@ -150,6 +151,8 @@ DEVICE void barrier_init(void* b, int arrivals) { asm volatile("mbarrier.init.sh
 DEVICE void barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }   // bulk copies see them
 DEVICE void arrive(void* b) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(saddr(b)) : "memory"); }
 DEVICE void arrive_and_expect(void* b, int bytes) { asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(saddr(b)), "r"(bytes) : "memory"); }
+// Arrives when the copies that this thread has begun have come.
+DEVICE void arrive_after_copies(void* b) { asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" :: "r"(saddr(b)) : "memory"); }
 DEVICE void wait_for_pushes(void* b) {
   asm volatile("{ .reg .pred p;\nagain:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], 0;\n@!p bra again;\n}" :: "r"(saddr(b)) : "memory");
 }

@@ -24,6 +24,18 @@ def resident_clusters(multiprocessors: int, cluster: int) -> int:
     return max(1, usable // cluster)
 
 
+def most_rows(n: int, clusters: int) -> int:
+    """Of the cluster with the most, as the wide kernels share out rows of W."""
+    four = 4 if n >= 4 * clusters else 1
+    return ceil_div(ceil_div(n, four), clusters) * four
+
+
+def box_rows(n: int, clusters: int, tile: int) -> int:
+    """Rows of W in a bulk copy: those of a cluster in tiles of one size, in eights."""
+    most = most_rows(n, clusters)
+    return ceil_div(ceil_div(most, ceil_div(most, tile)), 8) * 8
+
+
 @dataclass(frozen=True)
 class Narrow:
     """Configuration of few_rows_narrow.cu.
@@ -168,9 +180,7 @@ class Wide:
 
     def box(self, n: int, clusters: int) -> int:
         """Rows of W in a bulk copy: those of a cluster in tiles of one size, in eights."""
-        four = 4 if n >= 4 * clusters else 1  # as the kernel shares them out
-        most = ceil_div(ceil_div(n, four), clusters) * four
-        return ceil_div(ceil_div(most, ceil_div(most, self.tile)), 8) * 8
+        return box_rows(n, clusters, self.tile)
 
     def constants(self, half: bool) -> dict[str, int]:
         names = {"NT": self.eights, "RT": self.row_tiles, "WN": self.warps_n, "WK": self.warps_k, "KC": self.columns}
@@ -294,7 +304,79 @@ class Direct:
         return {**names, "BLOCKS": self.blocks, "CL": 1, "TABLE_SHIFT": 8, "EARLY": self.early}
 
 
-Config = Single | Narrow | Wide | Resident | Direct
+@dataclass(frozen=True)
+class Stream:
+    """Configuration of few_rows_stream.cu (Hopper): a tile is 16 * warps_n rows of W, a stage has `columns` of it.
+
+    eights: rows of x, in eights (1, 2, 4, 8). warps_n x warps_k warps share the rows and the columns; one more brings
+    x and W. stages: of the ring. held: rows of W that a stage has room for, where those of a tile are more; 0: all.
+    early: as Narrow's, in stages. price, nested, share: as Narrow's.
+    """
+
+    eights: int
+    warps_n: int
+    warps_k: int
+    columns: int
+    stages: int
+    cluster: int = 1
+    held: int = 0
+    early: int = 2
+    price: float = 1.0
+    nested: float = 1.0
+    share: tuple[int, int] = ANY
+
+    source: ClassVar[str] = "few_rows_stream.cu"
+    wgmma: ClassVar[bool] = True
+    packs: ClassVar[int] = 2
+    blocks: ClassVar[int] = 1
+
+    @property
+    def rows(self) -> int:
+        return 8 * self.eights
+
+    @property
+    def tile(self) -> int:
+        """Rows of W that are multiplied at once."""
+        return self.held or 16 * self.warps_n
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps_n * self.warps_k + 32
+
+    @property
+    def depth(self) -> int:
+        """Of the ring."""
+        return self.stages
+
+    def shorter(self) -> Stream:
+        """With a ring shorter by one."""
+        return replace(self, stages=self.stages - 1)
+
+    def piece(self, fmt: str) -> int:
+        return self.columns
+
+    def serves(self, fmt: str, nested: int, n: int, clusters: int, half: bool) -> bool:
+        """One tile where sums meet; scales in what the look-up table leaves free."""
+        scales = 8 if nested == 2 else self.columns // (32 if half else 64) * 4 * (1 + nested)
+        room = fmt != "4bit" or self.stages * self.tile * scales <= 32768
+        return room and (self.cluster * self.warps_k == 1 or most_rows(n, clusters) <= self.tile)
+
+    def shared(self, fmt: str, nested: int, n: int, k: int, clusters: int, half: bool) -> int:
+        stage = self.tile * self.columns // (2 if fmt == "4bit" else 1) + self.rows * self.columns * 2
+        table = (65536 + 1024 * (nested > 0)) if fmt == "4bit" else 0
+        return table + self.stages * (ceil_div(stage, 1024) * 1024 + 16) + 8
+
+    def box(self, n: int, clusters: int) -> int:
+        """Rows of W in a bulk copy: as Wide's."""
+        return box_rows(n, clusters, self.tile)
+
+    def constants(self, half: bool) -> dict[str, int]:
+        names = {"NT": self.eights, "WN": self.warps_n, "WK": self.warps_k, "KC": self.columns, "STAGES": self.stages}
+        return {**names, "CL": self.cluster, "TABLE_SHIFT": 8, "HALF_BLOCK": int(half), "WGMMA": 1, "XT": 1,
+                "HELD": self.held, "EARLY": self.early}  # fmt: skip
+
+
+Config = Single | Narrow | Wide | Resident | Direct | Stream
 
 
 def _bulk(

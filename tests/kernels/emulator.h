@@ -63,6 +63,7 @@ inline uint32_t sub_h(uint32_t a, uint32_t b) { return pack_h(h2f(a) - h2f(b), h
 inline uint32_t add_b(uint32_t a, uint32_t b) { return pack_b(bf16_to_float(a) + bf16_to_float(b), bf16_to_float(a >> 16) + bf16_to_float(b >> 16)); }
 typedef uint8_t* Shared;
 inline Shared shared(const void* p) { return (Shared)p; }
+inline Shared shared_of_lane(void* p) { return (Shared)p; }
 inline uint64_t evict_first() { return 0; }
 inline void copy(void* dst, const void* src, int size, int take) {
   if ((uint64_t)dst % size || (uint64_t)src % size) abort();

@@ -31,7 +31,6 @@ template <int THREADS_> void meet_threads() {
   static Meeting meetings[64]; meetings[now->block].expected = THREADS_;
   meet(meetings[now->block]);
 }
-inline Shared shared_of_lane(void* p) { return (Shared)p; }
 inline uint32_t turned(uint32_t a) {
   Warp& w = warp_(); int g = now->thread % 32 / 4, t = now->thread % 4;
   w.v[now->thread % 32] = a; __syncwarp();
