@@ -309,6 +309,17 @@ template <int H> DEVICE u32 int8_pair(u32 w) {
   return add_b(v & 0x007f007fu | 0x43004300u, v & 0x00800080u | 0xc300c300u);
 }
 
+// The same with the constants in registers: an instruction takes one as it is, not two. m: not negative, which the compiler does not know.
+struct Int8Pairs {
+  u32 low, high;
+  DEVICE Int8Pairs(int m) { const u32 none = (u32)m >> 31; low = (BF16 ? 0x43004300u : 0x64646464u) + none; high = (BF16 ? 0xc300c300u : 0x64806480u) + none; }
+  template <int H> DEVICE u32 of(u32 w) const {
+    if (!BF16) return sub_h(__byte_perm(w ^ 0x80808080u, low, H ? 0x4342 : 0x4140), high);
+    const u32 v = __byte_perm(w, 0, H ? 0x3322 : 0x1100);
+    return add_b(v & 0x007f007fu | low, v & 0x00800080u | high);
+  }
+};
+
 // Units of 16 bytes of a row of `width` bytes change places so that the eight rows of a fragment spread over the banks:
 // 4-bit fragments are 8 bytes a lane (32 a row), others 16 (64 a row).
 template <int WIDTH> DEVICE int swizzled(int row, int unit) {

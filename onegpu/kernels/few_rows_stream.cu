@@ -5,42 +5,34 @@
 // empty. WN x WK warps multiply: WN along the rows of a tile (16 each, four to a wgmma), WK along the columns of a stage. They wait for
 // what comes, not for one another: while some look up weights, the products of others run. Weights are expanded to the type
 // of x, as the definition does (one rounding of value times scale), and are the register operand.
-// Scales of 4 bits lie where the look-up table leaves 128 of every 256 bytes free.
+// Scales of 4 bits lie where the look-up table leaves 128 of every 256 bytes free (TABLE_SHIFT 8), or behind the ring.
 // Filled in: NT, WN, WK, KC, STAGES, HALF_BLOCK (a scale for 32 columns), HELD (rows of W that a stage has room for, where those of a
-// tile are more; 0: all), EARLY (stages that are sent for into L2 before the kernel in front has ended).
+// tile are more; 0: all), EARLY (stages that are sent for into L2 before the kernel in front has ended), BLOCKS (that share a
+// multiprocessor, so that the next kernel gets ready while this one runs).
 constexpr int WORKERS = WN * WK * 32, THREADS = WORKERS + 32, BN = WN * 16, ROWS = 8 * NT, TILE = HELD ? HELD : BN;
 constexpr int CB = FMT == 1 ? KC : KC / 2, GROUPS = KC / 64 / WK, BOX = CB < 128 ? CB : 128, BOXES = CB / BOX;   // BOX: bytes of a row in a box of W
 constexpr int SPAN = HALF_BLOCK ? 32 : 64, SCALES = FMT == 2 ? KC / SPAN : 0, PER_ROW = PACKED ? 8 : SCALES * 4 * (1 + NESTED);   // bytes
 constexpr int W_BYTES = TILE * CB, X_BYTES = ROWS * KC * 2, STAGE = (W_BYTES + X_BYTES + 1023) / 1024 * 1024;
 constexpr int E_PITCH = TILE + 4, DIRECT = WK == 1 && CL == 1;          // DIRECT: no sums meet, tiles may be several
-constexpr int ONE = NT == 8 && WN * WK >= 16;                           // set of operands for products: two would spill
+constexpr int ONE = NT == 8 && BLOCKS * WN * WK >= 16 || BLOCKS * WN * WK >= 24;                          // set of operands for products: two would spill
 static_assert(WN % 4 == 0 && GROUPS * WK * 64 == KC && (CB == 64 || CB == 128 || CB == 256), "a warpgroup multiplies 64 rows, a warp whole groups of columns");
 static_assert(TILE * BOX % 1024 == 0 && (BN - TILE) * BOX <= X_BYTES, "boxes begin where their swizzle does; warps without rows read what follows");
-static_assert(FMT != 2 || TABLE_SHIFT == 8 && STAGES * TILE * PER_ROW <= 32768, "the table has room for the scales");
+constexpr int GAPS = FMT == 2 && TABLE_SHIFT == 8, IN_TABLE = GAPS && STAGES <= 7;   // the table has them; barriers lie there
+static_assert(!GAPS || STAGES * TILE * PER_ROW + IN_TABLE * 128 <= 32768, "the table has room for scales and barriers");
 static_assert((WK * E_PITCH + (CL > 1) * TILE) * ROWS * 4 <= STAGES * STAGE, "the sums have room in the ring");
 static_assert(CL == 1 || TILE % (4 * CL) == 0, "each block of a cluster ends a part of the rows");
 
 // The pair of weights in the lane's byte of w (`pick` chooses it and the lane's column of the table), scaled, in the type of x.
 DEVICE u32 own_weights(const u8* table, u32 w, u32 lane4, u32 pick, float scale) {
-  const u32 v = *(const u32*)(table + __byte_perm(w, lane4, pick));
+  const u32 at = TABLE_SHIFT == 8 ? __byte_perm(w, lane4, pick) : __byte_perm(w, lane4 * 2, pick) >> 1, v = *(const u32*)(table + at);
   return pack(h2f(v & 0xffffu) * scale, h2f(v >> 16) * scale);
 }
-// int8_pair of two bytes, with its constants in registers: an instruction takes one as it is, not two.
-struct Int8Pairs {
-  u32 low, high;
-  DEVICE Int8Pairs(int m) : low(BF16 ? 0x43004300u : 0x64646464u), high(BF16 ? 0xc300c300u : 0x64806480u) { low += (u32)m >> 31; high += (u32)m >> 31; }   // m: not negative, what the compiler does not know
-  DEVICE u32 of(u32 w) const {
-    if (!BF16) return sub_h(__byte_perm(w ^ 0x8080u, low, 0x4140), high);
-    const u32 v = __byte_perm(w, 0, 0x1100);
-    return add_b(v & 0x007f007fu | low, v & 0x00800080u | high);
-  }
-};
 // Where a unit of 16 bytes of a row is, from the row's begin in the first box on.
 DEVICE int place_of(int row, int unit) {
   return BOX == 64 ? (unit ^ row >> 1 & 3) * 16 : (unit >> 3) * TILE * 128 + ((unit ^ row) & 7) * 16;
 }
 
-ENTRY __global__ void __launch_bounds__(THREADS, 1)
+ENTRY __global__ void __launch_bounds__(THREADS, BLOCKS)
 few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ y, const u16* __restrict__ bias,
          const void* __restrict__ absmax, const float* __restrict__ nested, const float* __restrict__ map,
          const float* __restrict__ offset, int m, int n, int k, int shift, int nested_shift, const __grid_constant__ XMap x_map,
@@ -57,12 +49,12 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   u8* table = smem;
   float* map_ = (float*)(smem + TABLE);
   u8* ring = smem + TABLE + (NESTED ? 1024 : 0);
-  u8 *full = ring + STAGES * STAGE, *empty = full + 8 * STAGES, *pushes = empty + 8 * STAGES;   // barriers
+  u8 *full = IN_TABLE ? table + TABLE - 128 : ring + STAGES * (STAGE + (GAPS ? 0 : TILE * PER_ROW)), *empty = full + 8 * STAGES, *pushes = empty + 8 * STAGES;   // barriers
   const Scales scales = {absmax, nested, map, offset, shift, nested_shift};
   const Output out = {y, bias, (const float*)absmax, n};
   auto scales_at = [&](int stage, int row) {
     const int at = (stage * TILE + row) * PER_ROW;
-    return table + (at >> 7) * 256 + 128 + (at & 127);
+    return GAPS ? table + (at >> 7) * 256 + 128 + (at & 127) : ring + STAGES * STAGE + at;
   };
   struct Cursor {
     int row0, piece, stage, turn;                                        // `turn`: the parity of the ring's
@@ -167,7 +159,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
 #pragma unroll
         for (int s = 0; s < 4; s++) {
           const u16* q = (const u16*)(p + place_of(g, group * 4 + s)) + t;
-          a[4 * s] = pairs.of(q[0]); a[4 * s + 1] = pairs.of(q[4 * BOX]); a[4 * s + 2] = pairs.of(q[4]); a[4 * s + 3] = pairs.of(q[4 * BOX + 4]);
+          a[4 * s] = pairs.of<0>(q[0]); a[4 * s + 1] = pairs.of<0>(q[4 * BOX]); a[4 * s + 2] = pairs.of<0>(q[4]); a[4 * s + 3] = pairs.of<0>(q[4 * BOX + 4]);
         }
       }
       before_products();

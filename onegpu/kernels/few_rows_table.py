@@ -310,7 +310,7 @@ class Stream:
 
     eights: rows of x, in eights (1, 2, 4, 8). warps_n x warps_k warps share the rows and the columns; one more brings
     x and W. stages: of the ring. held: rows of W that a stage has room for, where those of a tile are more; 0: all.
-    early: as Narrow's, in stages. price, nested, share: as Narrow's.
+    early: as Narrow's, in stages. blocks: as Direct's. table_shift: as Narrow's. price, nested, share: as Narrow's.
     """
 
     eights: int
@@ -321,6 +321,8 @@ class Stream:
     cluster: int = 1
     held: int = 0
     early: int = 2
+    blocks: int = 1
+    table_shift: int = 8
     price: float = 1.0
     nested: float = 1.0
     share: tuple[int, int] = ANY
@@ -328,7 +330,6 @@ class Stream:
     source: ClassVar[str] = "few_rows_stream.cu"
     wgmma: ClassVar[bool] = True
     packs: ClassVar[int] = 2
-    blocks: ClassVar[int] = 1
 
     @property
     def rows(self) -> int:
@@ -356,15 +357,32 @@ class Stream:
         return self.columns
 
     def serves(self, fmt: str, nested: int, n: int, clusters: int, half: bool) -> bool:
-        """One tile where sums meet; scales in what the look-up table leaves free."""
-        scales = 8 if nested == 2 else self.columns // (32 if half else 64) * 4 * (1 + nested)
-        room = fmt != "4bit" or self.stages * self.tile * scales <= 32768
+        """One tile where sums meet, with room in the ring for them; scales in what the look-up table leaves free."""
+        room = not self._gaps(fmt) or self.stages * self.tile * self._scales(nested, half) <= 32640
+        sums = (self.warps_k * (self.tile + 4) + (self.cluster > 1) * self.tile) * self.rows * 4
+        room = room and sums <= self._ring(fmt)
         return room and (self.cluster * self.warps_k == 1 or most_rows(n, clusters) <= self.tile)
 
     def shared(self, fmt: str, nested: int, n: int, k: int, clusters: int, half: bool) -> int:
+        total, four = self._ring(fmt), fmt == "4bit"
+        if four:
+            total += (256 << self.table_shift) + 1024 * (nested > 0)
+        if four and not self._gaps(fmt):
+            total += self.stages * self.tile * self._scales(nested, half)
+        return total + (0 if self._gaps(fmt) and self.stages <= 7 else 16 * self.stages + 8)
+
+    def _ring(self, fmt: str) -> int:
+        """Bytes of x and W in all stages."""
         stage = self.tile * self.columns // (2 if fmt == "4bit" else 1) + self.rows * self.columns * 2
-        table = (65536 + 1024 * (nested > 0)) if fmt == "4bit" else 0
-        return table + self.stages * (ceil_div(stage, 1024) * 1024 + 16) + 8
+        return self.stages * ceil_div(stage, 1024) * 1024
+
+    def _gaps(self, fmt: str) -> bool:
+        """Whether scales lie within the look-up table."""
+        return fmt == "4bit" and self.table_shift == 8
+
+    def _scales(self, nested: int, half: bool) -> int:
+        """Bytes of those of a row in a stage."""
+        return 8 if nested == 2 else self.columns // (32 if half else 64) * 4 * (1 + nested)
 
     def box(self, n: int, clusters: int) -> int:
         """Rows of W in a bulk copy: as Wide's."""
@@ -372,8 +390,8 @@ class Stream:
 
     def constants(self, half: bool) -> dict[str, int]:
         names = {"NT": self.eights, "WN": self.warps_n, "WK": self.warps_k, "KC": self.columns, "STAGES": self.stages}
-        return {**names, "CL": self.cluster, "TABLE_SHIFT": 8, "HALF_BLOCK": int(half), "WGMMA": 1, "XT": 1,
-                "HELD": self.held, "EARLY": self.early}  # fmt: skip
+        return {**names, "CL": self.cluster, "TABLE_SHIFT": self.table_shift, "HALF_BLOCK": int(half), "WGMMA": 1, "XT": 1,
+                "HELD": self.held, "EARLY": self.early, "BLOCKS": self.blocks}  # fmt: skip
 
 
 Config = Single | Narrow | Wide | Resident | Direct | Stream
