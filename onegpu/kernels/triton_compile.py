@@ -8,11 +8,13 @@ before Triton's compiler is asked anything. Compiling needs no GPU.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import os
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -190,24 +192,65 @@ def _key(what: Form) -> tuple[object, ...] | None:
 
         backend = triton.compiler.make_backend(what.target)
         constants = sorted((place, _text(value)) for place, value in source.constants.items())
-        # A constant that only its address tells from others is another one in the next process.
-        if " at 0x" in repr(constants) or getattr(backend, "instrumentation", None) is not None:
+        sources, named = _sources(source.fn)
+        # What only its address tells from others is something else in the next process.
+        if " at 0x" in repr((constants, named)) or getattr(backend, "instrumentation", None) is not None:
             return None
         return (
             "triton", triton.__version__, _build(), list(_settings()), driver.driver_version(), what.target,
             sorted(get_cache_invalidating_env_vars().items()),
             sorted(vars(backend.parse_options(dict(what.options))).items()),
-            source.language, source.fn.cache_key, list(source.signature.items()), sorted(source.attrs.items()),
-            constants,
+            source.language, sources, named, list(source.signature.items()), sorted(source.attrs.items()), constants,
         )  # fmt: skip
     except _OTHER:
         return None
 
 
+def _sources(function: Any) -> tuple[list[Any], list[Any]]:
+    """The source of a function and of all that it calls, and the values that those name: globals, closures, defaults.
+
+    Triton's `cache_key` lacks some of these values, and is another one if what it calls was asked for its own before.
+    """
+    from triton.runtime.jit import JITCallable
+
+    sources, named, seen = [], [], set()
+    queue: list[tuple[str, Any]] = [("", function)]
+    for name, value in queue:
+        compiled = isinstance(value, JITCallable)
+        plain: Any = value.fn if compiled else value
+        if getattr(plain, "__triton_aggregate__", False):
+            queue += [(name, method) for method in plain.hash_attrs]
+        elif not isinstance(plain, (type, ModuleType, FunctionType, BuiltinFunctionType)):
+            named.append((name, _text(plain)))
+        elif isinstance(plain, FunctionType) and plain not in seen and not plain.__module__.startswith("triton."):
+            seen.add(plain)
+            told = (value.raw_src, value.starting_line_number) if compiled else inspect.getsourcelines(plain)
+            sources.append((name, *told))
+            queue += _named(plain)
+    return sources, named
+
+
+def _named(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    """What the code of a function may look up outside of it."""
+    codes = [function.__code__]
+    for code in codes:
+        codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    names = dict.fromkeys(name for code in codes for name in code.co_names)
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    scope = function.__globals__ | {name: cell.cell_contents for name, cell in cells}
+    for name in filter(scope.__contains__, (*names, *function.__code__.co_freevars)):
+        value = scope[name]
+        yield name, value
+        if isinstance(value, ModuleType) and not value.__name__.startswith("triton."):
+            yield from ((f"{name}.{field}", getattr(value, field)) for field in names if hasattr(value, field))
+    yield from (("", value) for value in (function.__defaults__ or ()))
+    yield from (function.__kwdefaults__ or {}).items()
+
+
 def _text(value: Any) -> Any:
     """A constant as the same text in every process."""
-    if hasattr(value, "cache_key"):  # a function: its source and that of all that it calls
-        return value.cache_key
+    if hasattr(value, "cache_key"):  # a function
+        return _sources(value)
     if isinstance(value, (tuple, list)):
         return type(value).__name__, [_text(one) for one in value]
     return type(value).__qualname__, repr(value)

@@ -189,33 +189,40 @@ def test_i_a_build_of_triton_is_told_by_its_files(monkeypatch: pytest.MonkeyPatc
     assert len({repr(one) for one in builds}) == 5
 
 
-def test_i_the_source_of_what_it_calls_is_in_the_key(tmp_path: Path) -> None:
+def test_i_the_source_of_what_it_calls_and_names_is_in_the_key(tmp_path: Path) -> None:
     text = """
 import triton
 import triton.language as tl
 {constant}
+ORDER = {order}
+@triton.constexpr_function
+def picked():
+    return ORDER[0]
 @triton.jit
 def called(x):
     return x {sign} 1
 
 @triton.jit
 def kernel(p_x):
-    tl.store(p_x, called(tl.load(p_x)) + FACTOR)
+    tl.store(p_x, called(tl.load(p_x)) + FACTOR + picked())
 """
 
-    def key(folder: str, sign: str, constant: str) -> Any:
+    def key(folder: str, sign: str, constant: str, order: tuple[int, ...] = (1, 2), asked: bool = False) -> Any:
         path = tmp_path / folder / "of_a_test.py"
         path.parent.mkdir()
-        path.write_text(text.format(sign=sign, constant=constant))
+        path.write_text(text.format(sign=sign, constant=constant, order=order))
         spec = importlib.util.spec_from_file_location("of_a_test", path)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+        if asked:
+            assert module.called.cache_key
         return triton_compile._key(triton_compile.form(module.kernel, 90, (torch.zeros(4),), {}, "op")[0])
 
     two = "FACTOR: tl.constexpr = tl.constexpr(2)"
-    keys = [key("a", "+", two), key("b", "-", two), key("c", "+", two.replace("2", "3"))]
-    assert key("d", "+", two) == keys[0] and len({repr(one) for one in keys}) == 3 and None not in keys
+    keys = [key("a", "+", two), key("b", "-", two), key("c", "+", two.replace("2", "3")), key("d", "+", two, (2, 1))]
+    assert key("e", "+", two) == key("f", "+", two, asked=True) == keys[0] and None not in keys
+    assert len({repr(one) for one in keys}) == 4
 
 
 def test_a_constant_that_only_its_address_tells_from_others_is_not_kept(
