@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -170,6 +171,23 @@ def test_i_the_key_holds_all_that_matters(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert len({repr(one) for one in keys}) == len(keys) and key(scale()) == keys[0]
 
 
+def test_i_every_kernel_of_ours_has_a_text_of_its_own() -> None:
+    from triton.runtime.jit import JITFunction
+
+    import onegpu.kernels
+
+    found = set()
+    for path in Path(onegpu.kernels.__file__).parent.glob("*.py"):
+        if "triton.jit" in (text := path.read_text(encoding="utf-8")) or "gluon.jit" in text:
+            module = importlib.import_module(f"onegpu.kernels.{path.stem}")
+            for function in vars(module).values():
+                if isinstance(function, JITFunction) and function.fn.__module__.startswith("onegpu."):
+                    sources, named = triton_compile._sources(function)
+                    assert sources and " at 0x" not in repr(named), (function, named)
+                    found.add(repr((sources, named)))
+    assert len(found) > 50
+
+
 def test_i_a_build_of_triton_is_told_by_its_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import triton
     from triton._C import libtriton
@@ -273,6 +291,32 @@ def test_a_triton_of_another_interface_compiles_its_own_way(
         changed.setattr(triton_compile, "by_triton", by_triton)
         found = triton_compile.compiled(scale(), None)
     assert found.numbers == ours.numbers and found.name == ours.name and found.code[:4] == b"\x7fELF"
+
+
+@pytest.mark.gpu
+def test_gpu_a_kernel_from_disk_runs(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from onegpu.kernels import launch
+    from tests.kernels import hopper_kernels, launch_kernels
+
+    x, block, seen = torch.randn(16, 64, device="cuda"), {"ROWS": 16, "COLUMNS": 64}, []
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    for _ in range(2):
+        monkeypatch.setattr(launch, "_TRITON", {})
+        made = [torch.full((16, 64), float("nan"), device="cuda") for _ in range(3)]
+        launch.triton_launch(launch_kernels.scale, (8,), x, made[0], None, 1024, 2.0, 1, BIAS=False)
+        assert torch.equal(made[0], 2 * x)
+        if hopper:
+            described = TensorDescriptor.from_tensor(x, [16, 64])
+            launch.triton_launch(launch_kernels.through_descriptor, (1,), described, made[1], **block)
+            launch.triton_launch(launch_kernels.device_descriptor, (1,), x, made[2], 16, **block)
+            assert torch.equal(made[1], x) and torch.equal(made[2], x)
+            half = torch.ones(64, 128, dtype=torch.float16, device="cuda")
+            launch.triton_launch(hopper_kernels.cleared, (1,), half, cleared := half + 1, 37, num_warps=4)
+            seen.append(cleared)
+        monkeypatch.setattr(triton_compile, "compiled", None)  # nothing compiles any more
+    assert len(list(folder.iterdir())) == (4 if hopper else 1) and all(torch.equal(one, seen[0]) for one in seen)
 
 
 def test_an_error_of_the_front_end_is_tritons(folder: Path) -> None:
