@@ -193,8 +193,9 @@ def _key(what: Form) -> tuple[object, ...] | None:
         backend = triton.compiler.make_backend(what.target)
         constants = sorted((place, _text(value)) for place, value in source.constants.items())
         sources, named = _sources(source.fn)
-        # What only its address tells from others is something else in the next process.
-        if " at 0x" in repr((constants, named)) or getattr(backend, "instrumentation", None) is not None:
+        # What only its address tells from others is something else in the next process; a function's name is no source.
+        values = repr((constants, named))
+        if " at 0x" in values or "JITFunction(" in values or getattr(backend, "instrumentation", None) is not None:
             return None
         return (
             "triton", triton.__version__, _build(), list(_settings()), driver.driver_version(), what.target,
@@ -216,15 +217,15 @@ def _sources(function: Any) -> tuple[list[Any], list[Any]]:
     sources, named, seen = [], [], set()
     queue: list[tuple[str, Any]] = [("", function)]
     for name, value in queue:
-        compiled = isinstance(value, JITCallable)
-        plain: Any = value.fn if compiled else value
+        jitted = isinstance(value, JITCallable)
+        plain: Any = value.fn if jitted else value
         if getattr(plain, "__triton_aggregate__", False):
             queue += [(name, method) for method in plain.hash_attrs]
         elif not isinstance(plain, (type, ModuleType, FunctionType, BuiltinFunctionType)):
             named.append((name, _text(plain)))
         elif isinstance(plain, FunctionType) and plain not in seen and not plain.__module__.startswith("triton."):
             seen.add(plain)
-            told = (value.raw_src, value.starting_line_number) if compiled else inspect.getsourcelines(plain)
+            told = (value.raw_src, value.starting_line_number) if jitted else inspect.getsourcelines(plain)
             sources.append((name, *told))
             queue += _named(plain)
     return sources, named
