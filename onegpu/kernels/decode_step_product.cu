@@ -193,6 +193,7 @@ product(const u8* w0, const u8* w1, const u8* w2, const void* absmax0, const voi
     return;
   }
   const u32 lane4 = lane * 4;
+  const Int8Pairs pairs(n0);
   const u8* x_lane = xs + t * (GROUP / 2);
   float acc[EIGHTS][4] = {};
   int i = 0, at = warp, slot_no = 0;
@@ -246,7 +247,7 @@ product(const u8* w0, const u8* w1, const u8* w2, const void* absmax0, const voi
         for (int s = 0; s < (FMT == 0 ? 2 : 4); s++) {
           u32 a0, a1, a2, a3;
           if (FMT == 0) { a0 = a[2 * s]; a1 = d[2 * s]; a2 = a[2 * s + 1]; a3 = d[2 * s + 1]; }
-          else { a0 = int8_pair<0>(a[s]); a1 = int8_pair<0>(d[s]); a2 = int8_pair<1>(a[s]); a3 = int8_pair<1>(d[s]); }
+          else { a0 = pairs.of<0>(a[s]); a1 = pairs.of<0>(d[s]); a2 = pairs.of<1>(a[s]); a3 = pairs.of<1>(d[s]); }
 #pragma unroll
           for (int e = 0; e < EIGHTS; e++) mma<MMA_BF16>(acc[e], a0, a1, a2, a3, xv[e][2 * s], xv[e][2 * s + 1]);
         }

@@ -1,9 +1,9 @@
 """Launches the few-row products of few_rows_*.cu: ``y[M, N] = x[M, K] @ W[N, K].T + bias``.
 
 W is read once, as it is stored (4-bit, int8 or 16-bit), so the bound is its bytes. `direct`, `narrow` and `resident`
-hold x in shared memory and serve up to 8, 16 and 16 rows, `single` one row in registers, `wide` streams it and serves
-up to 128. All want whole groups of columns and 16-byte alignment: where a product has them not, `supports` says so, and
-the op takes its portable kernel or the dequantised product.
+hold x in shared memory and serve up to 8, 8 and 16 rows, `single` one row in registers; `stream` (Hopper) and `wide`
+stream it and serve up to 64 and 128. All want whole groups of columns and 16-byte alignment: where a product has them
+not, `supports` says so, and the op takes its portable kernel or the dequantised product.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch
 
 from onegpu.kernels import ahead
 from onegpu.kernels.few_rows_single import Single
-from onegpu.kernels.few_rows_table import CONFIGURATIONS, Config, Stream, Wide, ceil_div, resident_clusters
+from onegpu.kernels.few_rows_stream import Stream
+from onegpu.kernels.few_rows_table import CONFIGURATIONS, Config, Wide, ceil_div, resident_clusters
 from onegpu.kernels.guard import architecture
 from onegpu.kernels.launch import CudaKernel, source_text
 from onegpu.kernels.tensor_map import byte_map, words_map
@@ -117,7 +118,7 @@ def plan(fmt: str, m: int, n: int, k: int, bf16: bool, fp4: bool, nested: int, h
 
 def boxes_of(config: Config, fmt: str, n: int, clusters: int) -> tuple[int, int, int] | None:
     """What a bulk copy moves: rows of x, of 64 columns each; rows of W, and bytes of each. None: there is none."""
-    if not (isinstance(config, Stream) or (isinstance(config, Wide) and config.bulk)):
+    if not isinstance(config, Stream):
         return None
     return config.rows, config.box(n, clusters), min(config.columns // (1 if fmt == "int8" else 2), 128)
 
@@ -131,7 +132,7 @@ def _kernel(source: str, bulk: bool) -> CudaKernel:
 def kernel(config: Config, fmt: str, bf16: bool, fp4: bool, nested: int, half: bool) -> CudaKernel:
     """The kernel of a configuration, not yet compiled."""
     constants = {"FMT": FORMATS[fmt], "BF16": int(bf16), "FP4": int(fp4), "NESTED": min(int(nested), config.packs)}
-    return _kernel(config.source, isinstance(config, Stream) or getattr(config, "bulk", False)).variant(None, **constants, **config.constants(half))
+    return _kernel(config.source, isinstance(config, Stream)).variant(None, **constants, **config.constants(half))
 
 
 @lru_cache(maxsize=4096)

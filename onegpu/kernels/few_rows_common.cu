@@ -302,14 +302,8 @@ template <int B> DEVICE u32 look_up(const u8* table, u32 w, u32 lane4) {
   return *(const u32*)(table + (at & 0x7f80u | lane4));
 }
 // Two of four int8 as a pair of 16-bit floats, exactly. fp16: byte + 128 under the exponent of 1024. bf16: the low seven
-// bits under that of 128, and the sign bit as -128 or -256 to add.
-template <int H> DEVICE u32 int8_pair(u32 w) {
-  if (!BF16) return sub_h(__byte_perm(w ^ 0x80808080u, 0x64646464u, H ? 0x4342 : 0x4140), 0x64806480u);
-  u32 v = __byte_perm(w, 0, H ? 0x3322 : 0x1100);
-  return add_b(v & 0x007f007fu | 0x43004300u, v & 0x00800080u | 0xc300c300u);
-}
-
-// The same with the constants in registers: an instruction takes one as it is, not two. m: not negative, which the compiler does not know.
+// bits under that of 128, and the sign bit as -128 or -256 to add. The constants lie in registers: an instruction takes one as it
+// is, not two. m: not negative, which the compiler does not know.
 struct Int8Pairs {
   u32 low, high;
   DEVICE Int8Pairs(int m) { const u32 none = (u32)m >> 31; low = (BF16 ? 0x43004300u : 0x64646464u) + none; high = (BF16 ? 0xc300c300u : 0x64806480u) + none; }

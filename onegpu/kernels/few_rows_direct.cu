@@ -102,6 +102,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   if (NESTED) { values.put(map_); __syncthreads(); }
 
   const u32 lane4 = lane * 4;
+  const Int8Pairs pairs(m);
   const bool takes = FMT != 2 || ((g >> 1) < SUB * MP && (g & 1) == t >> 1);
   const int x_step = takes ? KB * 2 : 0, x_turn = takes ? SUB * GROUP * 2 : 0;
   const u8* x_lane = !takes ? zeros : FMT == 2 ? xs + (g >> 1) % MP * pitch + (g >> 1) / MP * GROUP * 2 + t * (GROUP / 2) : xs + g % MP * pitch + t * (GROUP / 2);
@@ -172,7 +173,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
 #pragma unroll
           for (int h = 0; h < (FMT == 0 ? 2 : 4); h++) {
             if (FMT == 0) mma<MMA_BF16>(acc, up[2 * h], low[2 * h], up[2 * h + 1], low[2 * h + 1], xa[2 * h], xa[2 * h + 1]);
-            else mma<MMA_BF16>(acc, int8_pair<0>(up[h]), int8_pair<0>(low[h]), int8_pair<1>(up[h]), int8_pair<1>(low[h]), xa[2 * h], xa[2 * h + 1]);
+            else mma<MMA_BF16>(acc, pairs.of<0>(up[h]), pairs.of<0>(low[h]), pairs.of<1>(up[h]), pairs.of<1>(low[h]), xa[2 * h], xa[2 * h + 1]);
           }
         }
       }

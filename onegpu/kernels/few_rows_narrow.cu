@@ -55,6 +55,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   if (NESTED) { values.put(map_); __syncthreads(); }
 
   const u32 lane4 = lane * 4;
+  const Int8Pairs pairs(m);
   const u8* x_lane[NT];
 #pragma unroll
   for (int i = 0; i < NT; i++) x_lane[i] = xs + (MP >= 8 ? g + 8 * i : g % MP) * pitch + t * (GROUP / 2);
@@ -130,7 +131,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
 #pragma unroll
             for (int i = 0; i < NT; i++) {
               if (FMT == 0) mma<MMA_BF16>(acc[i], a[2 * s], d[2 * s], a[2 * s + 1], d[2 * s + 1], xa[i][2 * s], xa[i][2 * s + 1]);
-              else mma<MMA_BF16>(acc[i], int8_pair<0>(a[s]), int8_pair<0>(d[s]), int8_pair<1>(a[s]), int8_pair<1>(d[s]), xa[i][2 * s], xa[i][2 * s + 1]);
+              else mma<MMA_BF16>(acc[i], pairs.of<0>(a[s]), pairs.of<0>(d[s]), pairs.of<1>(a[s]), pairs.of<1>(d[s]), xa[i][2 * s], xa[i][2 * s + 1]);
             }
         }
       }

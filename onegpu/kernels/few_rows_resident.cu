@@ -12,9 +12,7 @@ constexpr int E_PITCH = BN + 4, DIRECT = WK == 1 && CL == 1;           // DIRECT
 constexpr int IN_TABLE = FMT == 2 && ROWS * E_PITCH <= 8192;  // the sums, in what the table leaves free
 // Tiles between two meetings of the blocks of a cluster: as many as the table has room for; else two, where x leaves room.
 constexpr int MEET = IN_TABLE ? 8192 / (ROWS * E_PITCH) : ROWS <= 16 && CL >= 4 ? 2 : 1;
-constexpr int PARTS = APART && WK > MEET ? WK : MEET, PUSHED = APART && CL > 1 ? ROWS * BN : 0;  // APART: of WK, where a block has one tile
-constexpr int SUMS = DIRECT || IN_TABLE ? 0 : (PARTS * ROWS * E_PITCH + PUSHED + 31) / 32 * 32;
-static_assert(!APART || !IN_TABLE || WK * ROWS * E_PITCH + PUSHED <= 8192, "the table has room for the parts of the sums");
+constexpr int SUMS = DIRECT || IN_TABLE ? 0 : (MEET * ROWS * E_PITCH + 31) / 32 * 32;
 constexpr int TO_FP16 = FMT == 2 && BF16, MMA_BF16 = BF16 && FMT != 2;
 static_assert(FMT != 0 && GROUPS % 2 == 0, "products alternate between two sets of registers");
 
@@ -48,11 +46,9 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   let_next_kernel_start();
   out.send_for_rows(r0, r1);
   if (EARLY) stream.begin_early(); else stream.fill();
-  if (threadIdx.x < (PUSHED ? 48 : 64)) top[threadIdx.x] = 0;
+  if (threadIdx.x < 64) top[threadIdx.x] = 0;
   if (FMT == 2) build_plain_table(table, THREADS);
-  if (PUSHED) expect_pushes(top + 48, threadIdx.x == 0, tiles == 1 ? m * (BN / CL) * (CL - 1) : 0);
   wait_before_reading_x();
-  if (PUSHED) cluster_wait();
   Values<THREADS> values; values.fetch(map);
   const float plus = NESTED ? *offset : 0.f;
 
@@ -99,6 +95,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   __syncthreads();
 
   const u32 lane4 = lane * 4;
+  const Int8Pairs pairs(m);
   float acc[NT][4], c[2][NT][4], before0 = 0.f, before1 = 0.f;           // before: the scales of the products under way
 #pragma unroll
   for (int i = 0; i < NT; i++)
@@ -155,7 +152,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
             const uint4 e = *(const uint4*)(p + g * CB), d = *(const uint4*)(p + (g + 8) * CB);
             const u32 up[4] = {e.x, e.y, e.z, e.w}, low[4] = {d.x, d.y, d.z, d.w};
 #pragma unroll
-            for (int s = 0; s < 4; s++) { a[4 * s] = int8_pair<0>(up[s]); a[4 * s + 1] = int8_pair<0>(low[s]); a[4 * s + 2] = int8_pair<1>(up[s]); a[4 * s + 3] = int8_pair<1>(low[s]); }
+            for (int s = 0; s < 4; s++) { a[4 * s] = pairs.of<0>(up[s]); a[4 * s + 1] = pairs.of<0>(low[s]); a[4 * s + 2] = pairs.of<1>(up[s]); a[4 * s + 3] = pairs.of<1>(low[s]); }
             before_products();
 #pragma unroll
             for (int s = 0; s < 4; s++) wgmma<MMA_BF16>(acc, a[4 * s], a[4 * s + 1], a[4 * s + 2], a[4 * s + 3], x_group, s);
@@ -186,15 +183,6 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
           acc[i][j] = 0.f;
         }
       continue;
-    }
-    if (APART && tiles == 1) {
-#pragma unroll
-      for (int i = 0; i < NT; i++)
-#pragma unroll
-        for (int j = 0; j < 4; j++) *sum_at((wk * ROWS + 8 * i + 2 * t + (j & 1)) * E_PITCH + mine + g + 8 * (j >> 1)) = acc[i][j];
-      if (PUSHED) push_tile<BN, E_PITCH, ROWS, THREADS, WK>(out, sum_at, [&](int i) { return sum_at(WK * ROWS * E_PITCH + i); }, top + 48, m, rank, row0, r1);
-      else put_tiles<BN, E_PITCH, ROWS, THREADS, WK>(out, sum_at, m, rank, row0, r1, 1, true);
-      break;
     }
     const int before = tile % MEET; const bool meet = before == MEET - 1 || tile + 1 == tiles;
     for (int turn = 0; turn < WK; turn++) {                              // in this order, whoever is first

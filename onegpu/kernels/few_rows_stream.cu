@@ -5,7 +5,7 @@
 // empty. WN x WK warps multiply: WN along the rows of a tile (16 each, four to a wgmma), WK along the columns of a stage. They wait for
 // what comes, not for one another: while some look up weights, the products of others run. Weights are expanded to the type
 // of x, as the definition does (one rounding of value times scale), and are the register operand.
-// Scales of 4 bits lie where the look-up table leaves 128 of every 256 bytes free (TABLE_SHIFT 8), or behind the ring.
+// Scales of 4 bits, and then the barriers, lie where the look-up table leaves 128 of every 256 bytes free.
 // Filled in: NT, WN, WK, KC, STAGES, HALF_BLOCK (a scale for 32 columns), HELD (rows of W that a stage has room for, where those of a
 // tile are more; 0: all), EARLY (stages that are sent for into L2 before the kernel in front has ended), BLOCKS (that share a
 // multiprocessor, so that the next kernel gets ready while this one runs).
@@ -17,14 +17,13 @@ constexpr int E_PITCH = TILE + 4, DIRECT = WK == 1 && CL == 1;          // DIREC
 constexpr int ONE = NT == 8 && BLOCKS * WN * WK >= 16 || BLOCKS * WN * WK >= 24;                          // set of operands for products: two would spill
 static_assert(WN % 4 == 0 && GROUPS * WK * 64 == KC && (CB == 64 || CB == 128 || CB == 256), "a warpgroup multiplies 64 rows, a warp whole groups of columns");
 static_assert(TILE * BOX % 1024 == 0 && (BN - TILE) * BOX <= X_BYTES, "boxes begin where their swizzle does; warps without rows read what follows");
-constexpr int GAPS = FMT == 2 && TABLE_SHIFT == 8, IN_TABLE = GAPS && STAGES <= 7;   // the table has them; barriers lie there
-static_assert(!GAPS || STAGES * TILE * PER_ROW + IN_TABLE * 128 <= 32768, "the table has room for scales and barriers");
+static_assert(FMT != 2 || TABLE_SHIFT == 8 && STAGES <= 7 && STAGES * TILE * PER_ROW + 128 <= 32768, "the table has room for scales and barriers");
 static_assert((WK * E_PITCH + (CL > 1) * TILE) * ROWS * 4 <= STAGES * STAGE, "the sums have room in the ring");
 static_assert(CL == 1 || TILE % (4 * CL) == 0, "each block of a cluster ends a part of the rows");
 
 // The pair of weights in the lane's byte of w (`pick` chooses it and the lane's column of the table), scaled, in the type of x.
 DEVICE u32 own_weights(const u8* table, u32 w, u32 lane4, u32 pick, float scale) {
-  const u32 at = TABLE_SHIFT == 8 ? __byte_perm(w, lane4, pick) : __byte_perm(w, lane4 * 2, pick) >> 1, v = *(const u32*)(table + at);
+  const u32 v = *(const u32*)(table + __byte_perm(w, lane4, pick));
   return pack(h2f(v & 0xffffu) * scale, h2f(v >> 16) * scale);
 }
 // Where a unit of 16 bytes of a row is, from the row's begin in the first box on.
@@ -49,13 +48,10 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   u8* table = smem;
   float* map_ = (float*)(smem + TABLE);
   u8* ring = smem + TABLE + (NESTED ? 1024 : 0);
-  u8 *full = IN_TABLE ? table + TABLE - 128 : ring + STAGES * (STAGE + (GAPS ? 0 : TILE * PER_ROW)), *empty = full + 8 * STAGES, *pushes = empty + 8 * STAGES;   // barriers
+  u8 *full = FMT == 2 ? table + TABLE - 128 : ring + STAGES * STAGE, *empty = full + 8 * STAGES, *pushes = empty + 8 * STAGES;   // barriers
   const Scales scales = {absmax, nested, map, offset, shift, nested_shift};
   const Output out = {y, bias, (const float*)absmax, n};
-  auto scales_at = [&](int stage, int row) {
-    const int at = (stage * TILE + row) * PER_ROW;
-    return GAPS ? table + (at >> 7) * 256 + 128 + (at & 127) : ring + STAGES * STAGE + at;
-  };
+  auto scales_at = [&](int stage, int row) { const int at = (stage * TILE + row) * PER_ROW; return table + (at >> 7) * 256 + 128 + (at & 127); };
   struct Cursor {
     int row0, piece, stage, turn;                                        // `turn`: the parity of the ring's
     DEVICE void next(int pieces, int box) { if (++stage == STAGES) { stage = 0; turn ^= 1; } if (++piece == pieces) { piece = 0; row0 += box; } }

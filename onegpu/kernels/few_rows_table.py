@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from onegpu.kernels.few_rows_single import Single
+from onegpu.kernels.few_rows_stream import Stream
 
 # Weights of a block: where they are few, what a kernel takes to start, or a cluster to meet, counts most.
 FEW, MANY, ANY = (0, 1 << 18), ((1 << 18) + 1, 1 << 62), (0, 1 << 62)
@@ -22,18 +23,6 @@ def resident_clusters(multiprocessors: int, cluster: int) -> int:
     """
     usable = multiprocessors if cluster <= 2 else multiprocessors - multiprocessors // 11
     return max(1, usable // cluster)
-
-
-def most_rows(n: int, clusters: int) -> int:
-    """Of the cluster with the most, as the wide kernels share out rows of W."""
-    four = 4 if n >= 4 * clusters else 1
-    return ceil_div(ceil_div(n, four), clusters) * four
-
-
-def box_rows(n: int, clusters: int, tile: int) -> int:
-    """Rows of W in a bulk copy: those of a cluster in tiles of one size, in eights."""
-    most = most_rows(n, clusters)
-    return ceil_div(ceil_div(most, ceil_div(most, tile)), 8) * 8
 
 
 @dataclass(frozen=True)
@@ -106,11 +95,7 @@ class Wide:
     """Configuration of few_rows_wide.cu: a tile is 16 * row_tiles * warps_n rows of W, a stage has `columns` of it.
 
     eights: rows of x, in eights. warps_n x warps_k warps share the rows and the columns. stages: of the ring.
-    wgmma: Hopper only. bulk: its engine for bulk copies brings x and the weights. held: rows of W that a stage has room
-    for (with bulk), where those of a tile are more; 0: all. early: as Narrow's, in stages. price,
-    nested, share: as Narrow's. lag: products run while the next stage's weights are expanded, which takes a stage of
-    the ring. apart: where a block has one tile, the sums of warps_k meet once, not one after the other, and the
-    blocks of a cluster send each other theirs. Both: with wgmma.
+    wgmma: Hopper only. price, nested, share: as Narrow's.
     """
 
     eights: int
@@ -123,21 +108,22 @@ class Wide:
     table_shift: int = 8
     wgmma: bool = False
     price: float = 1.0
-    bulk: bool = False
-    early: int = 0
     nested: float = 1.0
     share: tuple[int, int] = ANY
-    lag: bool = False
-    apart: bool = False
-    held: int = 0
 
     source: ClassVar[str] = "few_rows_wide.cu"
     packs: ClassVar[int] = 2
     blocks: ClassVar[int] = 1
+    early: ClassVar[int] = 0
 
     @property
     def rows(self) -> int:
         return 8 * self.eights
+
+    @property
+    def tile(self) -> int:
+        """Rows of W that are multiplied at once."""
+        return 16 * self.row_tiles * self.warps_n
 
     @property
     def threads(self) -> int:
@@ -146,7 +132,7 @@ class Wide:
     @property
     def depth(self) -> int:
         """Of the ring."""
-        return self.stages - self.lag
+        return self.stages
 
     def shorter(self) -> Wide:
         """With a ring shorter by one."""
@@ -159,34 +145,16 @@ class Wide:
         tile, four = self.tile, fmt == "4bit"
         scales = 8 if nested == 2 else self.columns // (32 if half else 64) * 4 * (1 + nested)
         gap, unit = (0, 1024) if self.wgmma else (16, 16)
-        stage = (
-            tile * self.columns // (2 if four else 1)
-            + self.rows * (self.columns * 2 + gap)
-            + self._rows * scales * four
-        )
+        stage = tile * self.columns // (2 if four else 1) + self.rows * (self.columns * 2 + gap) + tile * scales * four
         total = (256 << self.table_shift) + 1024 * (nested > 0) if four else 0
         if not (self.wgmma and self.warps_k == self.cluster == 1):
             total += ceil_div(self.rows * (tile + 4) * 4, unit) * unit
-        return total + self.stages * ceil_div(stage, unit) * unit + 8 * self.stages * self.bulk + 8 * self.apart
-
-    @property
-    def tile(self) -> int:
-        """Rows of W that are multiplied at once."""
-        return self.held or self._rows
-
-    @property
-    def _rows(self) -> int:
-        return 16 * self.row_tiles * self.warps_n
-
-    def box(self, n: int, clusters: int) -> int:
-        """Rows of W in a bulk copy: those of a cluster in tiles of one size, in eights."""
-        return box_rows(n, clusters, self.tile)
+        return total + self.stages * ceil_div(stage, unit) * unit
 
     def constants(self, half: bool) -> dict[str, int]:
         names = {"NT": self.eights, "RT": self.row_tiles, "WN": self.warps_n, "WK": self.warps_k, "KC": self.columns}
         return {**names, "STAGES": self.stages, "CL": self.cluster, "TABLE_SHIFT": self.table_shift,
-                "HALF_BLOCK": int(half), "WGMMA": int(self.wgmma), "XT": int(self.bulk),
-                "HELD": self.held, "EARLY": self.early, "LAG": int(self.lag), "APART": int(self.apart)}  # fmt: skip
+                "HALF_BLOCK": int(half), "WGMMA": int(self.wgmma)}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -194,7 +162,7 @@ class Resident:
     """Configuration of few_rows_resident.cu (Hopper): as Wide with wgmma, but x stays in shared memory.
 
     eights: rows of x, in eights (1, 2, 4, 8). warps_n x warps_k groups of four warps share the rows and the columns.
-    width, slots, early, price, nested, share: as Narrow's. apart: as Wide's.
+    width, slots, early, price, nested, share: as Narrow's.
     """
 
     eights: int
@@ -207,7 +175,6 @@ class Resident:
     price: float = 1.0
     nested: float = 1.0
     share: tuple[int, int] = ANY
-    apart: bool = False
 
     source: ClassVar[str] = "few_rows_resident.cu"
     wgmma: ClassVar[bool] = True
@@ -246,15 +213,13 @@ class Resident:
         sums, meets = self.rows * (self.tile + 4), self.warps_k * self.cluster > 1
         if meets and not (four and sums <= 8192):
             tiles = 2 if self.rows <= 16 and self.cluster >= 4 else 1
-            sent = self.rows * self.tile * (self.apart and self.cluster > 1)
-            total += ceil_div(sums * max(tiles, self.warps_k * self.apart) + sent, 32) * 128
+            total += ceil_div(sums * tiles, 32) * 128
         scales = 128 if nested == 2 else columns * (1 + nested)
         return total + warps * self.slots * (16 * self.width + scales * four)
 
     def constants(self, half: bool) -> dict[str, int]:
         names = {"NT": self.eights, "WN": self.warps_n, "WK": self.warps_k, "CB": self.width, "SLOTS": self.slots}
-        return {**names, "CL": self.cluster, "TABLE_SHIFT": 8, "WGMMA": 1, "EARLY": self.early,
-                "APART": int(self.apart)}  # fmt: skip
+        return {**names, "CL": self.cluster, "TABLE_SHIFT": 8, "WGMMA": 1, "EARLY": self.early}
 
 
 @dataclass(frozen=True)
@@ -304,111 +269,22 @@ class Direct:
         return {**names, "BLOCKS": self.blocks, "CL": 1, "TABLE_SHIFT": 8, "EARLY": self.early}
 
 
-@dataclass(frozen=True)
-class Stream:
-    """Configuration of few_rows_stream.cu (Hopper): a tile is 16 * warps_n rows of W, a stage has `columns` of it.
-
-    eights: rows of x, in eights (1, 2, 4, 8). warps_n x warps_k warps share the rows and the columns; one more brings
-    x and W. stages: of the ring. held: rows of W that a stage has room for, where those of a tile are more; 0: all.
-    early: as Narrow's, in stages. blocks: as Direct's. table_shift: as Narrow's. price, nested, share: as Narrow's.
-    """
-
-    eights: int
-    warps_n: int
-    warps_k: int
-    columns: int
-    stages: int
-    cluster: int = 1
-    held: int = 0
-    early: int = 2
-    blocks: int = 1
-    table_shift: int = 8
-    price: float = 1.0
-    nested: float = 1.0
-    share: tuple[int, int] = ANY
-
-    source: ClassVar[str] = "few_rows_stream.cu"
-    wgmma: ClassVar[bool] = True
-    packs: ClassVar[int] = 2
-
-    @property
-    def rows(self) -> int:
-        return 8 * self.eights
-
-    @property
-    def tile(self) -> int:
-        """Rows of W that are multiplied at once."""
-        return self.held or 16 * self.warps_n
-
-    @property
-    def threads(self) -> int:
-        return 32 * self.warps_n * self.warps_k + 32
-
-    @property
-    def depth(self) -> int:
-        """Of the ring."""
-        return self.stages
-
-    def shorter(self) -> Stream:
-        """With a ring shorter by one."""
-        return replace(self, stages=self.stages - 1)
-
-    def piece(self, fmt: str) -> int:
-        return self.columns
-
-    def serves(self, fmt: str, nested: int, n: int, clusters: int, half: bool) -> bool:
-        """One tile where sums meet, with room in the ring for them; scales in what the look-up table leaves free."""
-        room = not self._gaps(fmt) or self.stages * self.tile * self._scales(nested, half) <= 32640
-        sums = (self.warps_k * (self.tile + 4) + (self.cluster > 1) * self.tile) * self.rows * 4
-        room = room and sums <= self._ring(fmt)
-        return room and (self.cluster * self.warps_k == 1 or most_rows(n, clusters) <= self.tile)
-
-    def shared(self, fmt: str, nested: int, n: int, k: int, clusters: int, half: bool) -> int:
-        total, four = self._ring(fmt), fmt == "4bit"
-        if four:
-            total += (256 << self.table_shift) + 1024 * (nested > 0)
-        if four and not self._gaps(fmt):
-            total += self.stages * self.tile * self._scales(nested, half)
-        return total + (0 if self._gaps(fmt) and self.stages <= 7 else 16 * self.stages + 8)
-
-    def _ring(self, fmt: str) -> int:
-        """Bytes of x and W in all stages."""
-        stage = self.tile * self.columns // (2 if fmt == "4bit" else 1) + self.rows * self.columns * 2
-        return self.stages * ceil_div(stage, 1024) * 1024
-
-    def _gaps(self, fmt: str) -> bool:
-        """Whether scales lie within the look-up table."""
-        return fmt == "4bit" and self.table_shift == 8
-
-    def _scales(self, nested: int, half: bool) -> int:
-        """Bytes of those of a row in a stage."""
-        return 8 if nested == 2 else self.columns // (32 if half else 64) * 4 * (1 + nested)
-
-    def box(self, n: int, clusters: int) -> int:
-        """Rows of W in a bulk copy: as Wide's."""
-        return box_rows(n, clusters, self.tile)
-
-    def constants(self, half: bool) -> dict[str, int]:
-        names = {"NT": self.eights, "WN": self.warps_n, "WK": self.warps_k, "KC": self.columns, "STAGES": self.stages}
-        return {**names, "CL": self.cluster, "TABLE_SHIFT": self.table_shift, "HALF_BLOCK": int(half), "WGMMA": 1, "XT": 1,
-                "HELD": self.held, "EARLY": self.early, "BLOCKS": self.blocks}  # fmt: skip
-
-
 Config = Single | Narrow | Wide | Resident | Direct | Stream
-
-
-def _bulk(
-    eights: int, warps_n: int, warps_k: int, columns: int, stages: int, cluster: int, price: float,
-    share: tuple[int, int] = ANY, lag: bool = False, apart: bool = False, held: int = 0, early: int = 2,
-) -> Wide:  # fmt: skip
-    """What won as Wide on Hopper."""
-    bulk = Wide(eights, 1, warps_n, warps_k, columns, stages, cluster, wgmma=True, bulk=True, early=early)
-    return replace(bulk, price=price, share=share, lag=lag, apart=apart, held=held)
 
 
 # By format. Of those that fit, by memory and by `share`, and have the fewest rows the cheapest is taken: by price (with
 # quantised scales times `nested`) times rows of W with padding over the cluster.
 # What a sweep on an H100 found fastest (docs/worklog.md); those of price 9 are for GPUs before it.
+_STREAM = (
+    Stream(2, 12, 1, 256, 3, price=1.04), Stream(2, 12, 1, 256, 3, 2, price=0.95), Stream(2, 16, 1, 256, 4, price=0.99),
+    Stream(2, 8, 1, 256, 6, 2, price=1.3), Stream(2, 4, 2, 256, 4, 2, blocks=2, price=1.5, share=FEW),
+    Stream(2, 4, 2, 256, 8, 2, price=1.25, share=MANY),
+    Stream(4, 12, 1, 256, 3), Stream(4, 12, 1, 256, 3, 2, price=1.2), Stream(4, 16, 1, 256, 3, price=0.85),
+    Stream(4, 8, 1, 256, 5, 2, price=1.3), Stream(4, 4, 2, 256, 4, 2, price=1.5),
+    Stream(8, 12, 1, 256, 3, held=168), Stream(8, 16, 1, 256, 2, price=0.85), Stream(8, 8, 1, 256, 3, 2, price=1.15),
+    Stream(8, 12, 1, 256, 3, 4, held=160, price=1.74), Stream(8, 4, 2, 256, 4, 2, price=1.4),
+    Stream(8, 4, 2, 128, 6, 8, price=4.2),
+)  # fmt: skip
 CONFIGURATIONS: dict[str, tuple[Config, ...]] = {
     "16bit": (
         Direct(1, 16, 4, 2, 12, early=2), Direct(2, 16, 4, 2, 8, early=2), Direct(4, 16, 4, 2, 4, early=2),
@@ -423,23 +299,8 @@ CONFIGURATIONS: dict[str, tuple[Config, ...]] = {
         Narrow(8, 16, 3, 128, 4, cluster=2, early=4, price=1.93), Resident(1, 3, 1, 128, 4, early=4),
         Resident(1, 4, 1, 128, 3, cluster=4, early=4, price=1.36),
         Wide(1, 1, 4, 2, 128, 5, cluster=2, price=3.06), Wide(1, 1, 4, 2, 128, 3, price=9),
-        Narrow(16, 16, 2, 64, 2, early=4, price=1.66),
-        Resident(2, 3, 1, 128, 2, early=4, price=0.6, share=FEW),
-        Resident(2, 3, 1, 128, 3, early=4), Resident(2, 3, 1, 128, 4, cluster=2, early=4, price=1.33),
-        Resident(2, 1, 4, 128, 2, cluster=2, early=4, price=1.6, share=FEW, apart=True),
-        Resident(2, 1, 3, 128, 2, cluster=2, early=4, price=2.04),
-        Resident(2, 3, 1, 128, 2, cluster=4, early=4, price=1.53), _bulk(2, 12, 1, 256, 3, 2, 1.4),
-        _bulk(2, 8, 2, 256, 5, 4, 1.79),
-        Wide(2, 1, 4, 2, 128, 5, cluster=2, price=3.26), Wide(2, 1, 4, 2, 128, 3, price=9),
-        _bulk(4, 12, 1, 256, 3, 1, 1.0), _bulk(4, 12, 1, 256, 3, 2, 1.23), _bulk(4, 8, 2, 256, 4, 2, 1.41),
-        _bulk(4, 4, 2, 256, 6, 2, 2.28, apart=True), _bulk(4, 8, 2, 256, 4, 4, 1.79),
-        Wide(4, 1, 4, 2, 128, 5, cluster=2, price=3.1), Wide(4, 1, 4, 2, 128, 3, price=9),
-        _bulk(8, 12, 1, 256, 2, 1, 1.12, held=168),
-        _bulk(8, 12, 1, 256, 2, 2, 1.313, apart=True), _bulk(8, 12, 1, 256, 2, 4, 1.936),
-        _bulk(8, 8, 1, 256, 3, 2, 1.6, apart=True),
-        _bulk(8, 12, 1, 128, 4, 2, 1.5, FEW, apart=True, held=152, early=4),
-        _bulk(8, 4, 2, 256, 4, 2, 2.669, lag=True, apart=True), _bulk(8, 4, 2, 128, 6, 8, 4.184),
-        Wide(8, 1, 4, 1, 64, 3, price=9),
+        *_STREAM, Stream(8, 12, 1, 128, 4, 2, price=1.085), Stream(8, 12, 1, 128, 4, 2, held=152, share=FEW),
+        Wide(2, 1, 4, 2, 128, 3, price=9), Wide(4, 1, 4, 2, 128, 3, price=9), Wide(8, 1, 4, 1, 64, 3, price=9),
         Wide(16, 1, 12, 1, 128, 2, cluster=2, wgmma=True, price=1.47),
         Wide(16, 1, 12, 1, 128, 4, wgmma=True, price=1.25),
         Wide(16, 1, 12, 1, 128, 2, cluster=4, wgmma=True, price=1.85), Wide(16, 1, 4, 1, 64, 2, price=9),
@@ -460,23 +321,13 @@ CONFIGURATIONS: dict[str, tuple[Config, ...]] = {
         Resident(1, 4, 1, 128, 2, cluster=4, early=4, price=1.371), Resident(1, 1, 4, 64, 3, cluster=2, price=2.227),
         Wide(1, 1, 12, 1, 256, 5, wgmma=True, price=1.54), Wide(1, 1, 12, 1, 256, 4, cluster=2, wgmma=True, price=1.81),
         Wide(1, 2, 2, 4, 256, 3, cluster=2, price=3.2), Wide(1, 1, 4, 2, 128, 3, table_shift=7, price=9),
-        Resident(2, 3, 1, 64, 2, early=4, price=0.6, share=FEW), Resident(2, 3, 1, 64, 2, early=4, nested=1.1),
-        Resident(2, 3, 1, 128, 2, cluster=2, early=4, price=1.215, nested=0.85),
-        Resident(2, 1, 4, 128, 2, cluster=2, early=4, price=2.0, share=FEW, apart=True),
+        Resident(2, 3, 1, 64, 2, early=4, price=0.45, share=FEW), Resident(2, 3, 1, 128, 3, cluster=2, early=2),
         Resident(2, 3, 1, 64, 3, cluster=4, early=4, price=1.396),
+        Resident(2, 4, 1, 64, 3, cluster=4, early=4, price=1.203),
         Resident(2, 3, 1, 128, 2, cluster=8, early=4, price=1.38, share=MANY),
         Resident(2, 1, 4, 64, 2, cluster=8, early=4, price=2.9),
-        Resident(2, 4, 1, 64, 3, cluster=4, early=4, price=1.203), _bulk(2, 12, 1, 256, 4, 1, 1.1),
-        _bulk(2, 12, 1, 256, 4, 2, 1.37), _bulk(2, 4, 4, 256, 6, 2, 2.57),
-        Wide(2, 1, 4, 2, 128, 3, table_shift=7, price=9),
-        _bulk(4, 12, 1, 256, 3, 1, 1.0), _bulk(4, 12, 1, 256, 3, 2, 1.228),
-        _bulk(4, 4, 4, 256, 6, 2, 2.356, apart=True), _bulk(4, 8, 2, 256, 4, 4, 1.82),
-        Wide(4, 1, 4, 2, 128, 2, table_shift=7, price=9),
-        _bulk(8, 12, 1, 256, 2, 1, 1.0), _bulk(8, 12, 1, 128, 3, 2, 1.527, apart=True),
-        _bulk(8, 12, 1, 128, 3, 4, 2.101), _bulk(8, 12, 1, 128, 3, 8, 2.666),
-        _bulk(8, 8, 1, 256, 2, 2, 1.918, apart=True),
-        _bulk(8, 4, 4, 256, 3, 2, 2.797, lag=True, apart=True), _bulk(8, 4, 2, 128, 6, 8, 4.21),
-        _bulk(8, 8, 1, 256, 3, 1, 1.25), _bulk(8, 12, 1, 256, 2, 2, 1.5, FEW, apart=True, held=152),
+        *_STREAM, Stream(8, 12, 1, 256, 2, 2, price=1.085), Stream(8, 12, 1, 256, 3, 2, held=152, share=FEW),
+        Wide(2, 1, 4, 2, 128, 3, table_shift=7, price=9), Wide(4, 1, 4, 2, 128, 2, table_shift=7, price=9),
         Wide(8, 1, 2, 2, 128, 2, table_shift=7, price=9),
         Wide(16, 1, 12, 1, 128, 2, cluster=2, table_shift=7, wgmma=True, price=1.47),
         Wide(16, 1, 12, 1, 256, 2, table_shift=7, wgmma=True),

@@ -6,33 +6,22 @@
 // the 16-row operand; x is read from shared memory in the order in which the stored bytes give the columns.
 // WGMMA (Hopper): four warps in a row of WN multiply together, x read from shared memory once for their 64 rows; columns stay in
 // their order, so a lane picks its byte of every word. The products run while the next weights are expanded.
-// XT (with WGMMA): the bulk engine brings x and the weights, in boxes of 64 columns of x and of 128 bytes of `box` rows of W.
-// HELD (with XT): rows of W that a stage has room for, where those of the tile are more; 0: all.
-// Filled in: NT, RT, WN, WK, KC, STAGES, WGMMA, HALF_BLOCK (a scale for 32 columns), XT, HELD,
-// EARLY (stages that are sent for into L2 before the kernel in front has ended; 0: weights may be read at once).
-constexpr int THREADS = WN * WK * 32, BN = WN * RT * 16, ROWS = 8 * NT, TILE = HELD ? HELD : BN;
+// Filled in: NT, RT, WN, WK, KC, STAGES, WGMMA, HALF_BLOCK (a scale for 32 columns).
+constexpr int THREADS = WN * WK * 32, BN = WN * RT * 16, ROWS = 8 * NT;
 constexpr int CB = FMT == 1 ? KC : KC / 2, GROUPS = KC / 64 / WK;
 constexpr int SPAN = HALF_BLOCK ? 32 : 64, SCALES = FMT == 2 ? KC / SPAN : 0, PER_ROW = SCALES ? SCALES : 1;
-constexpr int X_PITCH = WGMMA ? KC * 2 : KC * 2 + 16, W_BYTES = TILE * CB, X_BYTES = ROWS * X_PITCH;
+constexpr int X_PITCH = WGMMA ? KC * 2 : KC * 2 + 16, W_BYTES = BN * CB, X_BYTES = ROWS * X_PITCH;
 constexpr int ALIGN = WGMMA ? 1024 : 16, STAGE = (W_BYTES + X_BYTES + BN * (PACKED ? 8 : SCALES * 4 * (1 + NESTED)) + ALIGN - 1) / ALIGN * ALIGN;
-constexpr int E_PITCH = TILE + 4, DIRECT = WGMMA && WK == 1 && CL == 1;    // DIRECT: no sums meet
-constexpr int BOX = CB < 128 ? CB : 128, BOXES = CB / BOX, W_PITCH = XT ? BOX : CB;   // bytes of a row in a box of W
+constexpr int E_PITCH = BN + 4, DIRECT = WGMMA && WK == 1 && CL == 1;    // DIRECT: no sums meet
 constexpr int SUMS = DIRECT ? 0 : (ROWS * E_PITCH * 4 + ALIGN - 1) / ALIGN * ALIGN;
-// LAG: the last products of a stage run while the next stage's weights are expanded, so its place in the ring is free one stage later.
-constexpr int PUSH = APART && CL > 1;
-constexpr int AHEAD = STAGES - 1 - LAG;
-static_assert(!HELD || (XT && HELD <= BN && (!PUSH || HELD % (4 * CL) == 0)), "what is held of a tile");
-static_assert((BN - TILE) * W_PITCH <= X_BYTES, "warps without rows read what follows");
-static_assert(!XT || (WGMMA && TILE * BOX % 1024 == 0), "boxes begin where their swizzle does");
-static_assert(AHEAD > 0 && (WGMMA || !LAG && !APART), "a stage on its way, one that is read, one that products read");
+constexpr int AHEAD = STAGES - 1;
+static_assert(AHEAD > 0, "a stage on its way, one that is read");
 static_assert(!WGMMA || (RT == 1 && WN % 4 == 0), "a warpgroup multiplies 64 rows");
-static_assert(!APART || WK * ROWS * E_PITCH * 4 <= STAGES * STAGE, "the parts of the sums have room in the ring");
 static_assert(GROUPS * WK * 64 == KC && (CB == 64 || CB == 128 || (WGMMA && CB == 256)), "a warp takes whole groups of 64 columns");
 
 // wgmma: units of 16 bytes of W change places so that eight rows, the same unit of each, spread over the banks.
 DEVICE int spread(int row, int unit) { return unit ^ (CB >= 128 ? row & 7 : row >> 1 & 3); }
-// Where a unit of a row is, from the row's begin (XT: in the first box) on.
-DEVICE int place_of(int row, int unit) { return XT && BOXES > 1 ? (unit >> 3) * TILE * 128 + ((unit ^ row) & 7) * 16 : spread(row, unit) * 16; }
+DEVICE int place_of(int row, int unit) { return spread(row, unit) * 16; }
 // The pair of weights in the lane's byte of w (`pick` chooses it and the lane's column of the table), scaled, in the type of x.
 DEVICE u32 own_weights(const u8* table, u32 w, u32 lane4, u32 pick, float scale) {
   u32 at = TABLE_SHIFT == 8 ? __byte_perm(w, lane4, pick) : __byte_perm(w, lane4 * 2, pick) >> 1, v = *(const u32*)(table + at);
@@ -47,21 +36,14 @@ template <int B> DEVICE u32 weights(const u8* table, u32 w, u32 lane, float scal
 ENTRY __global__ void __launch_bounds__(THREADS, 1)
 few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ y, const u16* __restrict__ bias,
          const void* __restrict__ absmax, const float* __restrict__ nested, const float* __restrict__ map,
-         const float* __restrict__ offset, int m, int n, int k, int shift, int nested_shift
-#if XT
-         , const __grid_constant__ XMap x_map, const __grid_constant__ XMap w_map, int box
-#endif
-         ) {
+         const float* __restrict__ offset, int m, int n, int k, int shift, int nested_shift) {
   SHARED(smem);
   const int lane = threadIdx.x & 31, warp = of_warp(threadIdx.x >> 5), g = lane >> 2, t = lane & 3, rank = cluster_rank();
   const int wn = warp % WN, wk = warp / WN, cluster = blockIdx.x / CL, clusters = gridDim.x / CL;
   const int four = n >= 4 * clusters ? 4 : 1;                            // rows of a block begin where four are stored at once
   auto begin_of = [&](int c) { return min((int)((u32)(four == 4 ? (n + 3) / 4 : n) * c / clusters) * four, n); };
-#if !XT
-  constexpr int box = TILE;
-#endif
   const int r0 = begin_of(cluster), r1 = begin_of(cluster + 1);
-  const int tiles = (r1 - r0 + box - 1) / box, all = (k + KC - 1) / KC, share = (all + CL - 1) / CL;
+  const int tiles = (r1 - r0 + BN - 1) / BN, all = (k + KC - 1) / KC, share = (all + CL - 1) / CL;
   const int p0 = rank * share, pieces = max(min(share, all - p0), 0), items = tiles * pieces;
   const int nb = k / SPAN, row_bytes = FMT == 1 ? k : k / 2;
   u8* table = smem;
@@ -74,12 +56,12 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
 
   struct Cursor {
     int row0, piece, stage; Shared to;                                   // `to`: the stage, for copies
-    DEVICE void next(int pieces, int box) { to += STAGE; if (++stage == STAGES) { stage = 0; to -= STAGES * STAGE; } if (++piece == pieces) { piece = 0; row0 += box; } }
+    DEVICE void next(int pieces) { to += STAGE; if (++stage == STAGES) { stage = 0; to -= STAGES * STAGE; } if (++piece == pieces) { piece = 0; row0 += BN; } }
   };
   auto fetch_w = [&](const Cursor& at) {
     const int piece = p0 + at.piece;
 #pragma unroll
-    for (int u = threadIdx.x; u < (XT ? 0 : W_BYTES / 16); u += THREADS) {
+    for (int u = threadIdx.x; u < W_BYTES / 16; u += THREADS) {
       int row = u / (CB / 16), unit = u % (CB / 16), byte = piece * CB + unit * 16;
       if (at.row0 + row < r1) copy16(at.to + row * CB + (WGMMA ? spread(row, unit) : swizzled<CB>(row, unit)) * 16, w + (i64)(at.row0 + row) * row_bytes + (byte < row_bytes ? byte : 0), byte < row_bytes ? 16 : 0, policy);
     }
@@ -97,20 +79,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
       scales.fetch_both(at.to + W_BYTES + X_BYTES + e * 4, BN * SCALES * 4, row * nb + b, row < r1 && b < nb);
     }
   };
-  u8* bars = ring + STAGES * STAGE;                                      // XT: of each stage, that its x and weights are there
-  u8* pushes = bars + 8 * STAGES * XT;                                   // PUSH: a barrier
   auto fetch_x = [&](const Cursor& at) {
-#if XT
-    if (threadIdx.x == 0) {
-      u8 *to = ring + at.stage * STAGE, *bar = bars + at.stage * 8; const int piece = p0 + at.piece;
-      arrive_and_expect(bar, X_BYTES + box * CB);
-#pragma unroll
-      for (int b = 0; b < BOXES; b++) copy_w(to + b * TILE * BOX, &w_map, piece * CB + b * BOX, at.row0, bar, policy);
-#pragma unroll
-      for (int b = 0; b < KC / 64; b++) copy_x(to + W_BYTES + b * ROWS * 128, &x_map, piece * KC + b * 64, bar);
-    }
-    return;
-#endif
 #pragma unroll
     for (int u = threadIdx.x; u < ROWS * KC / 8; u += THREADS) {
       int row = u / (KC / 8), unit = u % (KC / 8), col = (p0 + at.piece) * KC + unit * 8;
@@ -124,38 +93,15 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   out.send_for_rows(r0, r1);
   Cursor f = {r0, 0, 0, shared(ring)}, c = f;
 #pragma unroll
-  for (int i = 0; i < AHEAD; i++) { if (i < items && !EARLY) fetch_w(f); f.next(pieces, box); }
-  if (EARLY) {
-    f = c;
-#if XT
-    if (threadIdx.x == 0)
-      for (int i = 0; i < EARLY && i < items; i++, f.next(pieces, box))
-#pragma unroll
-        for (int b = 0; b < BOXES; b++) send_for_w(&w_map, (p0 + f.piece) * CB + b * BOX, f.row0);
-#else
-    for (int i = 0; i < EARLY && i < items; i++, f.next(pieces, box))
-      for (int r = threadIdx.x; r < TILE; r += THREADS)
-        if (f.row0 + r < r1 && (p0 + f.piece) * CB < row_bytes)
-          send_for(w + (i64)(f.row0 + r) * row_bytes + (p0 + f.piece) * CB);
-#endif
-  }
-#if XT
-  if (threadIdx.x == 0) {
-    send_for_map(&x_map); send_for_map(&w_map);
-    for (int i = 0; i < STAGES; i++) barrier_init(bars + 8 * i, 1);
-    barriers_ready();
-  }
-#endif
+  for (int i = 0; i < AHEAD; i++) { if (i < items) fetch_w(f); f.next(pieces); }
   if (FMT == 2) {
     if (WGMMA) build_plain_table(table, THREADS);
     else build_table(table, THREADS);
   }
-  if (PUSH) expect_pushes(pushes, threadIdx.x == 0, tiles == 1 ? m * (TILE / CL) * (CL - 1) : 0);
   wait_before_reading_x();
-  if (PUSH) cluster_wait();
   f = c;
 #pragma unroll
-  for (int i = 0; i < AHEAD; i++) { if (i < items) { if (EARLY) fetch_w(f); fetch_x(f); } f.next(pieces, box); commit(); }
+  for (int i = 0; i < AHEAD; i++) { if (i < items) fetch_x(f); f.next(pieces); commit(); }
   Values<THREADS> values; values.fetch(map);
   const float plus = NESTED ? *offset : 0.f;
   values.put(map_);                                                      // seen when the warps meet at the first stage
@@ -167,31 +113,17 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
     for (int i = 0; i < NT; i++) acc[r][i][0] = acc[r][i][1] = acc[r][i][2] = acc[r][i][3] = 0.f;
 
   auto finish = [&](int row0) {
-    const int end = XT ? min(r1, row0 + box) : r1;
     if (DIRECT) {
       const int first = row0 + wn * 16 + g;
-      const float2 v[2] = {out.of_row(max(min(first, end - 1), 0)), out.of_row(max(min(first + 8, end - 1), 0))};
+      const float2 v[2] = {out.of_row(max(min(first, r1 - 1), 0)), out.of_row(max(min(first + 8, r1 - 1), 0))};
 #pragma unroll
       for (int i = 0; i < NT; i++)
 #pragma unroll
         for (int j = 0; j < 4; j++) {
           const int row = first + 8 * (j >> 1), r = 8 * i + 2 * t + (j & 1);
-          if (row < end && r < m) out.put(r, row, acc[0][i][j], v[j >> 1]);
+          if (row < r1 && r < m) out.put(r, row, acc[0][i][j], v[j >> 1]);
           acc[0][i][j] = 0.f;
         }
-      return;
-    }
-    if (APART && tiles == 1) {                                         // the ring has been read: a part of the sums for each warp
-      __syncthreads();
-#pragma unroll
-      for (int i = 0; i < NT; i++) {
-        float *p = (float*)ring + (wk * ROWS + 8 * i + 2 * t) * E_PITCH + wn * 16 + g, (&s)[4] = acc[0][i];
-        if (TILE == BN || wn * 16 < TILE) { p[0] = s[0]; p[E_PITCH] = s[1]; }
-        if (TILE == BN || wn * 16 + 8 < TILE) { p[8] = s[2]; p[E_PITCH + 8] = s[3]; }
-      }
-      auto part = [&](int i) { return (float*)ring + i; };
-      if (PUSH) push_tile<TILE, E_PITCH, ROWS, THREADS, WK>(out, part, [&](int i) { return sums + i; }, pushes, m, rank, row0, end);
-      else put_tiles<TILE, E_PITCH, ROWS, THREADS, WK>(out, part, m, rank, row0, end, 1, true);
       return;
     }
     for (int turn = 0; turn < WK; turn++) {                              // in this order, whoever is first
@@ -201,33 +133,30 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
 #pragma unroll
           for (int i = 0; i < NT; i++) {
             float *p = sums + (8 * i + 2 * t) * E_PITCH + (wn * RT + r) * 16 + g, (&s)[4] = acc[r][i];
-            const bool low = TILE == BN || (wn * RT + r) * 16 < TILE, high = TILE == BN || (wn * RT + r) * 16 + 8 < TILE;
-            if (turn && low) { s[0] += p[0]; s[1] += p[E_PITCH]; }
-            if (turn && high) { s[2] += p[8]; s[3] += p[E_PITCH + 8]; }
-            if (low) { p[0] = s[0]; p[E_PITCH] = s[1]; }
-            if (high) { p[8] = s[2]; p[E_PITCH + 8] = s[3]; }
+            if (turn) { s[0] += p[0]; s[1] += p[E_PITCH]; s[2] += p[8]; s[3] += p[E_PITCH + 8]; }
+            p[0] = s[0]; p[E_PITCH] = s[1]; p[8] = s[2]; p[E_PITCH + 8] = s[3];
             s[0] = s[1] = s[2] = s[3] = 0.f;
           }
       }
       __syncthreads();
     }
-    put_tiles<TILE, E_PITCH, ROWS, THREADS>(out, [&](int i) { return sums + i; }, m, rank, row0, end, 1, true);
+    put_tiles<BN, E_PITCH, ROWS, THREADS>(out, [&](int i) { return sums + i; }, m, rank, row0, r1, 1, true);
   };
 
+  const Int8Pairs pairs(m);
   auto step = [&](int item, u32 (&even)[16], u32 (&odd)[16]) {            // wgmma: the operands of even and of odd groups
     copies_left<AHEAD - 1>();
-    if (WGMMA && !LAG) products_left<0>();
-    if (WGMMA && !XT) copies_seen_by_wgmma();
+    if (WGMMA) products_left<0>();
+    if (WGMMA) copies_seen_by_wgmma();
     __syncthreads();
-    if (item + AHEAD < items) { fetch_w(f); fetch_x(f); f.next(pieces, box); }
+    if (item + AHEAD < items) { fetch_w(f); fetch_x(f); f.next(pieces); }
     commit();
     const u8* stage = ring + c.stage * STAGE;
-    if (XT) wait_for(bars + c.stage * 8, item / STAGES & 1);
-    if (WGMMA && (wn >> 2) * 64 < min(box, r1 - c.row0)) {               // for whole warpgroups
+    if (WGMMA && (wn >> 2) * 64 < r1 - c.row0) {               // for whole warpgroups
 #pragma unroll
       for (int b = 0; b < GROUPS; b++) {
         const int group = wk * GROUPS + b, row = wn * 16 + g;
-        const u8* p = stage + row * W_PITCH;
+        const u8* p = stage + row * CB;
         const u8* xs = stage + W_BYTES + group * ROWS * 128;
         u32 (&a)[16] = b & 1 ? odd : even;
         if (FMT == 2) {
@@ -244,7 +173,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
 #pragma unroll
           for (int h = 0; h < 2; h++) {
             const int unit = place_of(g, group * 2 + h);
-            const uint4 e = *(const uint4*)(p + unit), d = *(const uint4*)(p + 8 * W_PITCH + unit);
+            const uint4 e = *(const uint4*)(p + unit), d = *(const uint4*)(p + 8 * CB + unit);
             const u32 q[8] = {e.x, d.x, e.y, d.y, e.z, d.z, e.w, d.w};
 #pragma unroll
             for (int i = 0; i < 8; i++) a[8 * h + i] = own_weights(table, q[i], lane * 4, 0x5504 | t << 4, s[2 * h + (i & 1)]);
@@ -253,7 +182,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
 #pragma unroll
           for (int s = 0; s < 4; s++) {
             const u16* q = (const u16*)(p + place_of(g, group * 4 + s)) + t;
-            a[4 * s] = int8_pair<0>(q[0]); a[4 * s + 1] = int8_pair<0>(q[4 * W_PITCH]); a[4 * s + 2] = int8_pair<0>(q[4]); a[4 * s + 3] = int8_pair<0>(q[4 * W_PITCH + 4]);
+            a[4 * s] = pairs.of<0>(q[0]); a[4 * s + 1] = pairs.of<0>(q[4 * CB]); a[4 * s + 2] = pairs.of<0>(q[4]); a[4 * s + 3] = pairs.of<0>(q[4 * CB + 4]);
           }
         }
         before_products();
@@ -298,7 +227,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
           const uint4 u = *(const uint4*)(p + unit), v = *(const uint4*)(p + 8 * CB + unit);
           const u32 e[4] = {u.x, u.y, u.z, u.w}, d[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-          for (int s = 0; s < 4; s++) { a[r][4 * s] = int8_pair<0>(e[s]); a[r][4 * s + 1] = int8_pair<0>(d[s]); a[r][4 * s + 2] = int8_pair<1>(e[s]); a[r][4 * s + 3] = int8_pair<1>(d[s]); }
+          for (int s = 0; s < 4; s++) { a[r][4 * s] = pairs.of<0>(e[s]); a[r][4 * s + 1] = pairs.of<0>(d[s]); a[r][4 * s + 2] = pairs.of<1>(e[s]); a[r][4 * s + 3] = pairs.of<1>(d[s]); }
         }
       }
       const u8* xp = stage + W_BYTES + g * X_PITCH + (group * 64 + t * 16) * 2;
@@ -313,11 +242,8 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
       }
     }
     if (c.piece == pieces - 1) { if (WGMMA) sums_ready<0>(acc[0]); finish(c.row0); }
-    c.next(pieces, box);
+    c.next(pieces);
   };
   u32 a0[16], a1[16];
-  if (LAG && GROUPS % 2)
-    for (int item = 0; item < items; item += 2) { step(item, a0, a1); if (item + 1 < items) step(item + 1, a1, a0); }
-  else
-    for (int item = 0; item < items; item++) step(item, a0, a1);
+  for (int item = 0; item < items; item++) step(item, a0, a1);
 }

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from onegpu.kernels import few_rows
+from onegpu.kernels.few_rows_stream import Stream
 from onegpu.kernels.few_rows_table import Config
 from onegpu.kernels.launch import source_text
 
@@ -34,7 +35,7 @@ def _library(source: str, constants: tuple[tuple[str, int], ...]) -> ctypes.CDLL
     text += "".join(map(source_text, ("few_rows_common.cu", "few_rows_parts.cu", source)))
     folder = Path(tempfile.mkdtemp())
     w_map = "XMap{(const u16*)w, box, n, FMT == 1 ? k : k / 2, BOX}"
-    x_map = f", XMap{{x, ROWS, m, k}}, {w_map}, box" if dict(constants).get("XT") else ""
+    x_map = f", XMap{{x, ROWS, m, k}}, {w_map}, box" if source == Stream.source else ""
     (folder / "kernel.cpp").write_text(text + _CALL.replace(" X_MAP", x_map))
     command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-o", "kernel.so", "kernel.cpp"]
     subprocess.run(command, check=True, cwd=folder)

@@ -45,7 +45,6 @@ def compare(y: torch.Tensor, x: torch.Tensor, w: torch.Tensor, bias: torch.Tenso
     assert_close(y, reference, reordered if bias is None else reordered + bias, what=what)
 
 
-SENT = {"wgmma": True, "bulk": True, "lag": True, "apart": True}
 # (configuration, quant_type, nested, block size, M, N, K, dtype)
 FOUR_BIT = [
     (Narrow(1, 4, 3, 128, 3), "nf4", False, 64, 1, 70, 704, torch.bfloat16),
@@ -55,16 +54,15 @@ FOUR_BIT = [
     (Wide(1, 1, 2, 2, 128, 3, cluster=2, table_shift=7), "fp4", True, 32, 5, 70, 704, torch.float16),
     (Wide(2, 1, 4, 1, 128, 3, wgmma=True), "nf4", True, 64, 13, 150, 704, torch.bfloat16),
     (Wide(1, 1, 4, 2, 128, 3, cluster=2, wgmma=True), "fp4", True, 32, 5, 70, 704, torch.float16),
-    (Wide(2, 1, 4, 2, 128, 3, cluster=2, wgmma=True, bulk=True, early=2), "nf4", True, 64, 13, 75, 704, torch.float16),
     (Narrow(16, 4, 3, 64, 1, cluster=2, early=2), "nf4", True, 64, 11, 70, 704, torch.bfloat16),
     (Resident(2, 1, 2, 128, 3, early=2), "nf4", False, 64, 13, 150, 704, torch.bfloat16),
     (Resident(4, 1, 1, 64, 2, cluster=2), "fp4", True, 128, 29, 70, 704, torch.float16),
     (Resident(1, 2, 1, 128, 2), "nf4", True, 64, 7, 150, 704, torch.bfloat16),
     (Resident(1, 1, 2, 128, 2, cluster=2), "nf4", True, 64, 7, 70, 1280, torch.bfloat16),  # words of codes from here
     (Resident(2, 2, 1, 64, 2), "fp4", True, 64, 9, 75, 768, torch.bfloat16),
-    (Wide(1, 1, 4, 2, 256, 2, wgmma=True, bulk=True), "nf4", True, 64, 8, 70, 768, torch.bfloat16),
-    (Wide(1, 1, 4, 2, 128, 2, cluster=2, wgmma=True, bulk=True), "nf4", True, 64, 3, 70, 768, torch.float16),
+    (Wide(1, 1, 4, 2, 256, 2, cluster=2, wgmma=True), "nf4", True, 64, 8, 70, 1280, torch.bfloat16),
     (Wide(1, 1, 2, 2, 128, 2), "nf4", True, 64, 3, 70, 768, torch.bfloat16),
+    (Resident(2, 1, 2, 64, 2, cluster=4), "nf4", False, 64, 13, 150, 2048, torch.bfloat16),
     (Narrow(1, 5, 2, 128, 3, table_shift=7, early=1), "nf4", True, 64, 1, 150, 1280, torch.bfloat16),
     (Narrow(4, 4, 3, 128, 2), "fp4", True, 64, 3, 70, 768, torch.float16),
     (Single(4, 2, 4), "nf4", False, 64, 1, 71, 704, torch.bfloat16),  # the last section is 192 columns short
@@ -82,11 +80,6 @@ FOUR_BIT = [
     (Direct(2, 4, 4, 2, 1), "fp4", True, 128, 2, 70, 704, torch.bfloat16),
     (Direct(2, 2, 2, 2, 2), "nf4", True, 4096, 2, 40, 704, torch.float16),
     (Direct(4, 4, 2, 2, 1), "nf4", True, 64, 3, 70, 704, torch.bfloat16),
-    (Wide(1, 1, 4, 4, 256, 4, 2, 7, **SENT), "nf4", True, 64, 8, 100, 1280, torch.bfloat16),
-    (Wide(1, 1, 4, 2, 256, 3, 2, 8, **SENT), "nf4", False, 64, 8, 150, 1280, torch.float16),
-    (Resident(2, 3, 1, 64, 2, cluster=4, apart=True), "nf4", False, 64, 13, 150, 2048, torch.bfloat16),
-    (Resident(2, 1, 4, 128, 2, apart=True), "nf4", False, 64, 13, 100, 2048, torch.bfloat16),
-    (Wide(2, 1, 8, 1, 128, 3, wgmma=True, bulk=True, held=80), "nf4", True, 64, 13, 300, 704, torch.bfloat16),
 ]
 
 
@@ -122,13 +115,8 @@ def test_4_bit_kernels_on_the_cpu(case: tuple) -> None:
         Direct(8, 2, 2, 2, 1),
         Wide(2, 1, 2, 1, 64, 3),
         Wide(2, 1, 4, 1, 128, 2, cluster=2, wgmma=True),
-        Wide(1, 1, 4, 2, 256, 2, wgmma=True, bulk=True),
         Resident(2, 1, 2, 128, 2, cluster=2),
         Resident(2, 1, 1, 128, 2, cluster=4),
-        Resident(2, 1, 3, 128, 2, cluster=2, apart=True),
-        Wide(1, 1, 4, 2, 128, 3, wgmma=True, bulk=True, lag=True, apart=True),
-        Wide(4, 1, 8, 1, 128, 3, wgmma=True, bulk=True, held=72),
-        Wide(2, 1, 4, 1, 256, 2, cluster=2, wgmma=True, bulk=True, apart=True, held=48),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -228,15 +216,9 @@ def test_products_that_start_early_read_what_the_one_before_wrote(fmt: str, nest
 @pytest.mark.parametrize(
     ("fmt", "config"),
     [
-        ("4bit", Wide(8, 1, 4, 4, 256, 3, 2, 8, early=2, **SENT)),
-        ("4bit", Wide(8, 1, 8, 2, 256, 2, 1, 8, True, bulk=True, early=2, apart=True)),
-        ("int8", Wide(8, 1, 4, 2, 256, 4, 2, 8, early=2, **SENT)),
-        ("int8", Wide(8, 1, 12, 1, 128, 4, 2, wgmma=True, bulk=True, early=4, apart=True, held=152)),
-        ("4bit", Wide(4, 1, 4, 4, 256, 6, 2, wgmma=True, bulk=True, early=2, apart=True)),
-        ("int8", Wide(2, 1, 4, 1, 256, 4, cluster=2, wgmma=True, bulk=True, early=2, apart=True)),
-        ("4bit", Resident(2, 3, 1, 64, 3, cluster=4, early=4, apart=True)),
-        ("4bit", Resident(2, 1, 4, 128, 2, cluster=2, early=4, apart=True)),
-        ("int8", Resident(2, 1, 4, 128, 2, cluster=2, early=4, apart=True)),
+        ("4bit", Resident(2, 3, 1, 64, 3, cluster=4, early=4)),
+        ("4bit", Resident(2, 3, 1, 128, 3, cluster=2, early=2)),
+        ("int8", Resident(1, 3, 1, 128, 4, early=4)),
     ],
 )
 def test_products_that_overlap_and_sums_that_are_sent_on_a_gpu(
