@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from onegpu.errors import bad_argument
+from onegpu.kernels import decode_step_stream
 from onegpu.kernels.codebooks import dynamic_map
 from onegpu.kernels.decode_step import ACTIVATIONS, Attended, Heads, Matrix, Norm, Part, Places, Stream
 from onegpu.kernels.decode_step_layouts import FORMATS, WHOLE, Shape, Single, blocks, shape, single
@@ -60,9 +61,14 @@ def product(
     pdl: bool = True,
     fixed: Shape | Single | None = None,
 ) -> None:
-    """One launch of decode_step_product.cu, whose head says what the sinks are."""
+    """One launch of decode_step_product.cu, whose head says what the sinks are, or of one that serves in its place."""
     rows, columns = len(out), matrix.columns
     nested = matrix.parts[0].nested is not None
+    streamed = None if fixed else decode_step_stream.plan(x, matrix, sink, rows)
+    if streamed:
+        if not _collected(streamed.kernel):
+            decode_step_stream.launch(streamed, matrix, out, dynamic_map(out.device) if nested else None, pdl)
+        return
     found = fixed or (None if matrix.transposed else _single(matrix, out) or _shape(matrix, rows))
     if not (fits(matrix, rows) if matrix.transposed else found):
         raise bad_argument(

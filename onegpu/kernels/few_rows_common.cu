@@ -44,6 +44,7 @@ DEVICE uint4 read16(const void* p, bool inside, u64 policy) {
 // Not through the read-only path, whose loads the compiler may move in front of the wait.
 DEVICE uint4 read_x(const u16* p) { uint4 v; asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory"); return v; }
 DEVICE u32 read2(const void* p) { u32 v; asm volatile("ld.global.u16 %0, [%1];" : "=r"(v) : "l"(p) : "memory"); return v; }
+DEVICE float4 read16(const float* p) { float4 v; asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p) : "memory"); return v; }
 DEVICE float read4(const float* p) { float v; asm volatile("ld.global.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory"); return v; }
 DEVICE void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> DEVICE void copies_left() { asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory"); }
@@ -202,7 +203,10 @@ DEVICE uint4 to_fp16(uint4 q, float scale) {
                     pack_h(lo_b(q.z) * scale, hi_b(q.z) * scale), pack_h(lo_b(q.w) * scale, hi_b(q.w) * scale));
 }
 
-// What the epilogue adds: y = sum * row scale (int8: SCB / 127) + bias.
+// What the epilogue adds: y = sum * row scale (int8: SCB / 127) + bias. ADDS: y is float32, and it is added to what stands there.
+#ifndef ADDS
+#define ADDS 0
+#endif
 struct Output {
   u16* y; const u16* bias; const float* row_scale; int n;
   DEVICE float2 of_row(int row) const { return make_float2(FMT == 1 ? row_scale[row] * (1.f / 127.f) : 1.f, bias ? value(bias[row]) : 0.f); }
@@ -211,11 +215,21 @@ struct Output {
     if (bias) sum += v.y;
     return sum;
   }
-  DEVICE void put(int m, int row, float sum, float2 v) const { y[(i64)m * n + row] = (u16)pack(ended(sum, v), 0.f); }
+  DEVICE void put(int m, int row, float sum, float2 v) const {
+    if (ADDS) { float* h = (float*)y + (i64)m * n + row; *h = ended(sum, v) + read4(h); }
+    else y[(i64)m * n + row] = (u16)pack(ended(sum, v), 0.f);
+  }
   DEVICE void put(int m, int row, float sum) const { put(m, row, sum, of_row(row)); }
   // Four rows of W, of those below r1. `v`: of_row of each.
   DEVICE void put4(int m, int row, int r1, float4 sum, const float2 (&v)[4]) const {
     const float s[4] = {ended(sum.x, v[0]), ended(sum.y, v[1]), ended(sum.z, v[2]), ended(sum.w, v[3])};
+    if (ADDS) {
+      float* h = (float*)y + (i64)m * n + row;
+      if (row + 4 <= r1 && ((row | n) & 3) == 0) { const float4 a = read16(h); *(float4*)h = make_float4(s[0] + a.x, s[1] + a.y, s[2] + a.z, s[3] + a.w); return; }
+#pragma unroll
+      for (int j = 0; j < 4; j++) if (row + j < r1) h[j] = s[j] + read4(h + j);
+      return;
+    }
     u16* to = y + (i64)m * n + row;
     if (row + 4 <= r1 && ((row | n) & 3) == 0) { *(uint2*)to = make_uint2(pack(s[0], s[1]), pack(s[2], s[3])); return; }
 #pragma unroll

@@ -7,8 +7,12 @@
 // of x, as the definition does (one rounding of value times scale), and are the register operand.
 // Scales of 4 bits, and then the barriers, lie where the look-up table leaves 128 of every 256 bytes free.
 // Filled in: NT, WN, WK, KC, STAGES, HALF_BLOCK (a scale for 32 columns), HELD (rows of W that a stage has room for, where those of a
-// tile are more; 0: all), EARLY (stages that are sent for into L2 before the kernel in front has ended), BLOCKS (that share a
+// tile are more; 0: all), EARLY (stages that are sent for into L2 before the kernel in front has ended; STAY: weights may be read then,
+// and fill the ring), BLOCKS (that share a
 // multiprocessor, so that the next kernel gets ready while this one runs).
+#ifndef STAY
+#define STAY 0
+#endif
 constexpr int WORKERS = WN * WK * 32, THREADS = WORKERS + 32, BN = WN * 16, ROWS = 8 * NT, TILE = HELD ? HELD : BN;
 constexpr int CB = FMT == 1 ? KC : KC / 2, GROUPS = KC / 64 / WK, BOX = CB < 128 ? CB : 128, BOXES = CB / BOX;   // BOX: bytes of a row in a box of W
 constexpr int SPAN = HALF_BLOCK ? 32 : 64, SCALES = FMT == 2 ? KC / SPAN : 0, PER_ROW = PACKED ? 8 : SCALES * 4 * (1 + NESTED);   // bytes
@@ -60,33 +64,35 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   const bool whole = !NESTED && shift == 0 && nb % (SCALES + !SCALES) == 0;         // the scales of a row in a stage lie side by side, aligned
   const u64 policy = evict_first();
 
-  auto fetch = [&]() {                                                   // by the last warp
-    const int piece = p0 + c.piece;
-    u8 *to = ring + c.stage * STAGE, *bar = full + 8 * c.stage;
+  auto fetch_w = [&](const Cursor& at) {                                 // by the last warp
+    const int piece = p0 + at.piece;
+    u8 *to = ring + at.stage * STAGE, *bar = full + 8 * at.stage;
     if (lane == 0) {
       arrive_and_expect(bar, X_BYTES + box * CB);
 #pragma unroll
-      for (int b = 0; b < BOXES; b++) copy_w(to + b * TILE * BOX, &w_map, piece * CB + b * BOX, c.row0, bar, policy);
-#pragma unroll
-      for (int b = 0; b < KC / 64; b++) copy_x(to + W_BYTES + b * ROWS * 128, &x_map, piece * KC + b * 64, bar);
+      for (int b = 0; b < BOXES; b++) copy_w(to + b * TILE * BOX, &w_map, piece * CB + b * BOX, at.row0, bar, policy);
     }
     if (FMT == 2) {
-      const u32 b0 = piece * SCALES; const int rows = min(box, r1 - c.row0);   // others have zeros of x, or are not stored
-      auto to_of = [&](int e) { return shared_of_lane(scales_at(c.stage, e)); };
+      const u32 b0 = piece * SCALES; const int rows = min(box, r1 - at.row0);   // others have zeros of x, or are not stored
+      auto to_of = [&](int e) { return shared_of_lane(scales_at(at.stage, e)); };
       if (SCALES >= 4 && whole)
         for (int e = lane; e < rows; e += 32)
 #pragma unroll
-          for (int i = 0; i < SCALES; i += 4) copy16(to_of(e) + 4 * i, (const float*)absmax + (c.row0 + e) * nb + b0 + i, 16);
+          for (int i = 0; i < SCALES; i += 4) copy16(to_of(e) + 4 * i, (const float*)absmax + (at.row0 + e) * nb + b0 + i, 16);
       else
         for (int e = lane; e < rows; e += 32) {
-          const u32 block = (c.row0 + e) * nb + b0; const Shared to = to_of(e);
+          const u32 block = (at.row0 + e) * nb + b0; const Shared to = to_of(e);
           if (PACKED) { copy4(to, scales.word_of(block), 4); copy4(to + 4, scales.outer_of(block), 4); }
 #pragma unroll
           for (int i = 0; i < (PACKED ? 0 : SCALES); i++) scales.fetch_both(to + 4 * i, SCALES * 4, block + i, b0 + i < nb);
         }
       arrive_after_copies(bar);
     }
-    c.next(pieces, box);
+  };
+  auto fetch_x = [&](const Cursor& at) {
+    if (lane != 0) return;
+#pragma unroll
+    for (int b = 0; b < KC / 64; b++) copy_x(ring + at.stage * STAGE + W_BYTES + b * ROWS * 128, &x_map, (p0 + at.piece) * KC + b * 64, full + 8 * at.stage);
   };
 
   let_next_kernel_start();
@@ -100,13 +106,17 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
       barriers_ready();
       if (CL > 1) arrive_and_expect(pushes, m * (TILE / CL) * (CL - 1) * 4);
       Cursor f = c;
-      for (int i = 0; i < EARLY && i < items; i++, f.next(pieces, box))
+      for (int i = 0; i < (STAY ? 0 : EARLY) && i < items; i++, f.next(pieces, box))
 #pragma unroll
         for (int b = 0; b < BOXES; b++) send_for_w(&w_map, (p0 + f.piece) * CB + b * BOX, f.row0);
     }
     __syncwarp();
+    if (STAY) {
+      Cursor f = c;
+      for (int i = 0; i < STAGES && i < items; i++, f.next(pieces, box)) fetch_w(f);
+    }
     wait_before_reading_x();
-    for (int i = 0; i < STAGES && i < items; i++) fetch();
+    for (int i = 0; i < STAGES && i < items; i++, c.next(pieces, box)) { if (!STAY) fetch_w(c); fetch_x(c); }
   } else {
     if (FMT == 2) build_plain_table(table, WORKERS);
     wait_before_reading_x();
@@ -166,7 +176,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
     }
   };
   if (warp == WN * WK) {
-    for (int item = STAGES; item < items; item++) { wait_for(empty + 8 * c.stage, c.turn ^ 1); __syncwarp(); fetch(); }
+    for (int item = STAGES; item < items; item++) { wait_for(empty + 8 * c.stage, c.turn ^ 1); __syncwarp(); fetch_w(c); fetch_x(c); c.next(pieces, box); }
   } else {
     u32 a0[16], a1[16];
     for (int tile = 0, item = 0; tile < tiles; tile++) {

@@ -56,15 +56,17 @@ def product(
     blocksize: int = 64,
     quant_type: str = "nf4",
     clusters: int = 2,
+    out: torch.Tensor | None = None,
+    more: dict[str, int] | None = None,
 ) -> torch.Tensor:
-    """As `few_rows.launch`, with the configuration given, on `clusters` clusters."""
+    """As `few_rows.launch`, with the configuration given, on `clusters` clusters. more: macros besides; out: for y."""
     (m, k), half = x.shape, blocksize == 32
     quantised = 0 if nested is None else 2 if blocksize == 64 and k % 256 == 0 else 1
     kernel = few_rows.kernel(config, fmt, x.dtype == torch.bfloat16, quant_type == "fp4", quantised, half)
     found = few_rows.fits(config, fmt, quantised, m, n, k, half, clusters * config.cluster, 227 * 1024)
     assert found is not None, "this configuration does not fit"
-    library = _library(config.source, tuple(kernel._constants.items()))
-    y = torch.full((m, n), float("nan"), dtype=x.dtype)
+    library = _library(config.source, tuple({**kernel._constants, **(more or {})}.items()))
+    y = torch.full((m, n), float("nan"), dtype=x.dtype) if out is None else out
     absmax, table, offset = nested or (None, None, None)
     tensors = (weight, x, y, bias, scales, absmax, table, offset)
     pointers = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]

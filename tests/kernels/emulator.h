@@ -77,6 +77,7 @@ inline uint4 read16(const void* p, bool inside, uint64_t) {
 }
 inline uint32_t read2(const void* p) { return *(const uint16_t*)p; }
 inline float read4(const float* p) { return *p; }
+inline float4 read16(const float* p) { if ((uint64_t)p % 16) abort(); float4 v; memcpy(&v, p, 16); return v; }
 inline uint4 read_x(const uint16_t* p) {
   if ((uint64_t)p % 16) abort();
   return *(const uint4*)p;
