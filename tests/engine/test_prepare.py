@@ -16,7 +16,7 @@ from onegpu.convert.quantized import find_targets
 from onegpu.engine import prepare
 from onegpu.engine.fused_step import FusedStep, plan
 from onegpu.formats.bitsandbytes import Settings
-from onegpu.kernels import ahead, few_rows, launch, nvrtc, warmup
+from onegpu.kernels import ahead, decode_step, decode_step_cuda, few_rows, launch, nvrtc, warmup
 from onegpu.kernels.triton_kernel import TritonKernel
 from tests.tiny import tiny_model
 
@@ -136,6 +136,28 @@ def test_the_step_is_foreseen_before_the_conversion(kind: str, quantize: str) ->
         assert isinstance(made, str)
         return
     assert isinstance(made, FusedStep) and _products(foreseen) == _products(made) != _products(plain)
+
+
+def test_the_kernels_are_those_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_step, "_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(decode_step_cuda, "multiprocessors", lambda device: 132)
+
+    def kernels(step: FusedStep | str) -> list[Any]:
+        assert isinstance(step, FusedStep)
+        cache = torch.empty(1, 2, 128, 64, dtype=torch.bfloat16)
+        return step.kernels(1, (cache, cache))
+
+    model, settings = (
+        _llama(num_attention_heads=4, num_key_value_heads=2, hidden_size=256),
+        settings_of("nf4", False, None),
+    )
+    plain = plan(model)
+    assert isinstance(plain, FusedStep) and settings is not None
+    linears = [model.get_submodule(target.name) for target in find_targets(model, settings)[0]]
+    unquantised, foreseen = kernels(plain), kernels(prepare.foreseen(plain, linears, settings))
+    assert {k.name for k in foreseen} == {"embed", "product", "attend"} and foreseen != unquantised
+    onegpu.optimize(model, quantize="nf4")
+    assert kernels(plan(model)) == foreseen  # the same objects, of which each compiles once
 
 
 def test_int8_is_foreseen_too() -> None:  # on a CPU such a model has no fused step, to compare with
