@@ -173,6 +173,7 @@ def _jobs(
     lengths = _QUERIES if prompt is None else (max(1, min(prompt, _MOST // batch)), 1)
     outside: list[ahead.Job] = []  # NVRTC's come first: it leaves Python's lock to the others
     found: list[ahead.Job] = []
+    tokens: list[ahead.Job] = []  # the choice of one, when all else of a prefill is done
     later: list[ahead.Job] = []
     step = plan(model)
     fused = isinstance(step, FusedStep) and step.serves(batch)
@@ -183,7 +184,7 @@ def _jobs(
             if batch > 1:
                 later += jobs(lengths, [(kind, sizes | {"padded": True})])
         elif not begun:
-            found += jobs((rows,), [(kind, sizes)])
+            tokens += jobs((rows,), [(kind, sizes)])
     if keys is None:  # products are not tried on memory of their size before the model is used
         unlike = {(k, *sorted(s.items())): (k, s) for k, s in _of_modules(model)}.values()
         found += jobs((1,), [(kind, sizes) for kind, sizes in unlike if kind not in _PRODUCTS])
@@ -198,7 +199,7 @@ def _jobs(
             found += jobs((batch,), [("decode_attention", sizes | {"keys": keys, "window": window})])
     if isinstance(step, FusedStep) and fused and not begun:
         outside += _step_jobs(step, batch)
-    return outside + found + later
+    return outside + found + tokens + later
 
 
 def ops(model: Any) -> list[warmup.Shape]:
