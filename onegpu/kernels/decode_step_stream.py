@@ -20,7 +20,7 @@ from onegpu.kernels.launch import CudaKernel
 ROWS = (9, 16)
 ALONE = 116736  # bytes of shared memory of a block beside which no second one fits, see decode_step_cuda.py
 # The first that serves is taken, with as long a ring as fits. Blocks of one tile: a cluster of two shares the columns.
-CONFIGURATIONS = (Stream(2, 4, 2, 256, 8, 2), Stream(2, 8, 1, 256, 6, 2), Stream(2, 12, 1, 256, 5, 2))
+CONFIGURATIONS = (Stream(2, 4, 2, 256, 4, 2), Stream(2, 12, 1, 256, 3, 2))
 
 
 class Plan(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 
 from onegpu.kernels import few_rows
 from onegpu.kernels.few_rows_stream import Stream
-from onegpu.kernels.few_rows_table import CONFIGURATIONS
+from onegpu.kernels.few_rows_table import CONFIGURATIONS, resident_clusters
 from tests.kernels import emulated, machine_code
 from tests.kernels.test_few_rows import compare, four_bit, nested_of, random_weights
 from tests.matrices import activations
@@ -129,8 +129,11 @@ def test_every_configuration_on_a_gpu(fmt: str, config: Stream, monkeypatch: pyt
     monkeypatch.setitem(few_rows.CONFIGURATIONS, fmt, (config,))
     few_rows.plan.cache_clear()
     try:
-        whole = 9000 if config.cluster * config.warps_k == 1 else 132 // config.cluster * config.tile - 131
-        for n in (1003, min(9000, whole)):
+        whole = 9000
+        if config.cluster * config.warps_k > 1:
+            sms = torch.cuda.get_device_properties("cuda").multi_processor_count
+            whole = resident_clusters(sms, config.cluster) * config.tile - 1
+        for n in (min(1003, whole - 64), min(9000, whole)):
             for nested in (False, True)[: 1 + (fmt == "4bit")]:
                 w, run = random_weights(fmt, n, 4096, nested, 1)
                 x = activations((config.rows - 1, 4096), torch.bfloat16, "cuda")

@@ -93,7 +93,7 @@ def test_wide_tiles_are_filled() -> None:
         ("4bit", 1, 1, 12288, 4096, Direct(1, 12, 2, 3, 12, early=2)),
         ("4bit", 0, 8, 4096, 4096, Narrow(8, 16, 2, 64, 2, early=4)),
         ("4bit", 0, 4, 4096, 4096, Narrow(4, 16, 2, 128, 6, early=2)),
-        ("4bit", 0, 16, 9728, 896, Resident(2, 3, 1, 64, 2, early=4)),
+        ("4bit", 0, 16, 9728, 896, Stream(2, 12, 1, 256, 3, 2)),
         ("4bit", 0, 16, 4544, 18176, Resident(2, 3, 1, 128, 2, cluster=8, early=4)),
         ("4bit", 0, 16, 896, 4864, Resident(2, 1, 4, 64, 2, cluster=8, early=4)),
         ("4bit", 0, 16, 4096, 4096, Stream(2, 4, 2, 256, 3, 2, blocks=2)),
@@ -111,8 +111,12 @@ def test_wide_tiles_are_filled() -> None:
         ("4bit", 0, 24, 4096, 11008, Stream(4, 4, 2, 256, 4, 2)),
         ("4bit", 0, 16, 12288, 4096, Stream(2, 12, 1, 256, 3, 2)),
         ("4bit", 0, 16, 4096, 11008, Stream(2, 4, 2, 256, 7, 2)),
-        ("4bit", 0, 16, 28672, 4096, Stream(2, 16, 1, 256, 4)),
-        ("4bit", 0, 16, 6144, 4096, Resident(2, 4, 1, 64, 3, cluster=4, early=4)),
+        ("4bit", 0, 16, 28672, 4096, Resident(2, 3, 1, 128, 3, cluster=2, early=2)),
+        ("int8", 0, 16, 28672, 4096, Stream(2, 16, 1, 256, 3)),
+        ("4bit", 0, 16, 6144, 4096, Stream(2, 12, 1, 256, 3, 2)),
+        ("int8", 0, 16, 4544, 4544, Stream(2, 12, 1, 256, 3, 2)),
+        ("4bit", 0, 24, 896, 4864, Stream(4, 4, 2, 128, 6, 8)),
+        ("int8", 0, 16, 896, 4864, Stream(2, 4, 2, 128, 6, 8)),
         ("4bit", 0, 16, 18176, 4544, Resident(2, 3, 1, 128, 3, cluster=2, early=2)),
         ("int8", 0, 16, 22016, 4096, Stream(2, 12, 1, 256, 3)),
         ("int8", 0, 16, 12288, 4096, Stream(2, 12, 1, 256, 3, 2)),
@@ -131,8 +135,8 @@ def test_the_winners_of_the_sweep_are_taken(
 
 
 def test_more_scales_take_a_stage_less_where_memory_is_short() -> None:
-    for half, stages in ((False, 4), (True, 3)):
-        assert few_rows.choose("4bit", 0, 16, 28672, 4096, half, 132, H100, 9)[0].stages == stages
+    for nested, half, stages in ((0, False, 3), (1, True, 2)):
+        assert few_rows.choose("4bit", nested, 16, 12288, 4096, half, 132, H100, 9)[0].stages == stages
 
 
 def test_every_configuration_serves_some_product_on_a_hopper_or_another_gpu() -> None:
