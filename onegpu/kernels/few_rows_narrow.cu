@@ -1,4 +1,4 @@
-// Few rows of x, held whole in shared memory: y = x W^T for up to MP (1, 2, 4, 8 or 16) rows.
+// Few rows of x, held whole in shared memory: y = x W^T for up to MP (1, 2, 4 or 8) rows.
 //
 // A cluster takes a range of whole rows of W, in tiles of 16; its CL blocks split the columns. Within a block, the pieces
 // (16 rows, CB bytes of each) of its tiles go round the warps. Each warp streams its own pieces through a ring of its
@@ -8,7 +8,7 @@
 // 4-bit: looked-up fp16 pairs are the operand, the sum over each 64 columns is scaled in float32. bf16 x becomes fp16,
 // exactly up to a factor: each row is scaled by a power of two (its largest value below 2^15; sums are float32).
 // Filled in: MP, WARPS, TG, and those of Ring.
-constexpr int NT = MP > 8 ? 2 : 1, THREADS = WARPS * 32;
+constexpr int THREADS = WARPS * 32;
 constexpr int SUMS = TG * WARPS * 16 * MP;                              // of the warps, in floats
 constexpr int IN_TABLE = FMT == 2 && TABLE_SHIFT == 8;                 // the table leaves 128 of every 256 bytes free: the sums go there
 static_assert(!IN_TABLE || SUMS <= 8192, "the sums have 32 KB in the table");
@@ -56,26 +56,19 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
 
   const u32 lane4 = lane * 4;
   const Int8Pairs pairs(m);
-  const u8* x_lane[NT];
-#pragma unroll
-  for (int i = 0; i < NT; i++) x_lane[i] = xs + (MP >= 8 ? g + 8 * i : g % MP) * pitch + t * (GROUP / 2);
-  float acc[NT][4];
-#pragma unroll
-  for (int i = 0; i < NT; i++) acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = 0.f;
+  const u8* x_lane = xs + g % MP * pitch + t * (GROUP / 2);
+  float acc[4] = {0.f, 0.f, 0.f, 0.f};
   for (int q0 = 0; q0 < tiles; q0 += TG) {
     const int q1 = min(q0 + TG, tiles); int done = q0;
     auto flush = [&](int upto) {
       for (; done < upto; done++) {
         const int first = ((done - q0) * WARPS + warp) * 16 * MP;
-#pragma unroll
-        for (int i = 0; i < NT; i++) {
-          if (MP == 1) { if (t == 0) { *sum_at(first + g) = acc[i][0]; *sum_at(first + g + 8) = acc[i][2]; } }
-          else if (2 * t < MP) {
-            *(float2*)sum_at(first + g * MP + 8 * i + 2 * t) = make_float2(acc[i][0], acc[i][1]);
-            *(float2*)sum_at(first + (g + 8) * MP + 8 * i + 2 * t) = make_float2(acc[i][2], acc[i][3]);
-          }
-          acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = 0.f;
+        if (MP == 1) { if (t == 0) { *sum_at(first + g) = acc[0]; *sum_at(first + g + 8) = acc[2]; } }
+        else if (2 * t < MP) {
+          *(float2*)sum_at(first + g * MP + 2 * t) = make_float2(acc[0], acc[1]);
+          *(float2*)sum_at(first + (g + 8) * MP + 2 * t) = make_float2(acc[2], acc[3]);
         }
+        acc[0] = acc[1] = acc[2] = acc[3] = 0.f;
       }
     };
     while (here.tile < q1) {
@@ -93,46 +86,32 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
       }
 #pragma unroll
       for (int b = 0; b < GROUPS; b++) {
-        u32 xa[NT][8];
-#pragma unroll
-        for (int i = 0; i < NT; i++) {
-          const uint4* p = (const uint4*)(x_lane[i] + (piece * KB + b * GROUP) * 2);
-          uint4 a = p[0]; xa[i][0] = a.x; xa[i][1] = a.y; xa[i][2] = a.z; xa[i][3] = a.w;
-          if (FMT != 0) { uint4 c = p[1]; xa[i][4] = c.x; xa[i][5] = c.y; xa[i][6] = c.z; xa[i][7] = c.w; }
-        }
+        const uint4* xp = (const uint4*)(x_lane + (piece * KB + b * GROUP) * 2);
+        const uint4 x0 = xp[0], x1 = FMT != 0 ? xp[1] : make_uint4(0, 0, 0, 0);
+        const u32 xa[8] = {x0.x, x0.y, x0.z, x0.w, x1.x, x1.y, x1.z, x1.w};
         if (FMT == 2) {
           const u8* p = slot + swizzled<CB>(g, b * 2 + (t >> 1)) * 16 + (t & 1) * 8;
           const uint2 u = *(const uint2*)(p + g * CB), v = *(const uint2*)(p + (g + 8) * CB);
-          float c[NT][4];
-#pragma unroll
-          for (int i = 0; i < NT; i++) c[i][0] = c[i][1] = c[i][2] = c[i][3] = 0.f;
+          float c[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
           for (int h = 0; h < 2; h++) {
             const u32 a = h ? u.y : u.x, d = h ? v.y : v.x;
             const u32 a0 = look_up<0>(table, a, lane4), a1 = look_up<1>(table, a, lane4), a2 = look_up<2>(table, a, lane4), a3 = look_up<3>(table, a, lane4);
             const u32 d0 = look_up<0>(table, d, lane4), d1 = look_up<1>(table, d, lane4), d2 = look_up<2>(table, d, lane4), d3 = look_up<3>(table, d, lane4);
-#pragma unroll
-            for (int i = 0; i < NT; i++) {
-              mma<0>(c[i], a0, d0, a1, d1, xa[i][4 * h], xa[i][4 * h + 1]);
-              mma<0>(c[i], a2, d2, a3, d3, xa[i][4 * h + 2], xa[i][4 * h + 3]);
-            }
+            mma<0>(c, a0, d0, a1, d1, xa[4 * h], xa[4 * h + 1]);
+            mma<0>(c, a2, d2, a3, d3, xa[4 * h + 2], xa[4 * h + 3]);
           }
-#pragma unroll
-          for (int i = 0; i < NT; i++) {
-            acc[i][0] = fmaf(c[i][0], s0[b], acc[i][0]); acc[i][1] = fmaf(c[i][1], s0[b], acc[i][1]);
-            acc[i][2] = fmaf(c[i][2], s1[b], acc[i][2]); acc[i][3] = fmaf(c[i][3], s1[b], acc[i][3]);
-          }
+          acc[0] = fmaf(c[0], s0[b], acc[0]); acc[1] = fmaf(c[1], s0[b], acc[1]);
+          acc[2] = fmaf(c[2], s1[b], acc[2]); acc[3] = fmaf(c[3], s1[b], acc[3]);
         } else {
           const u8* p = slot + swizzled<CB>(g, b * 4 + t) * 16;
           const uint4 u = *(const uint4*)(p + g * CB), v = *(const uint4*)(p + (g + 8) * CB);
           const u32 a[4] = {u.x, u.y, u.z, u.w}, d[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-          for (int s = 0; s < (FMT == 0 ? 2 : 4); s++)
-#pragma unroll
-            for (int i = 0; i < NT; i++) {
-              if (FMT == 0) mma<MMA_BF16>(acc[i], a[2 * s], d[2 * s], a[2 * s + 1], d[2 * s + 1], xa[i][2 * s], xa[i][2 * s + 1]);
-              else mma<MMA_BF16>(acc[i], pairs.of<0>(a[s]), pairs.of<0>(d[s]), pairs.of<1>(a[s]), pairs.of<1>(d[s]), xa[i][2 * s], xa[i][2 * s + 1]);
-            }
+          for (int s = 0; s < (FMT == 0 ? 2 : 4); s++) {
+            if (FMT == 0) mma<MMA_BF16>(acc, a[2 * s], d[2 * s], a[2 * s + 1], d[2 * s + 1], xa[2 * s], xa[2 * s + 1]);
+            else mma<MMA_BF16>(acc, pairs.of<0>(a[s]), pairs.of<0>(d[s]), pairs.of<1>(a[s]), pairs.of<1>(d[s]), xa[2 * s], xa[2 * s + 1]);
+          }
         }
       }
       __syncwarp();

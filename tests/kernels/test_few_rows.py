@@ -55,7 +55,7 @@ FOUR_BIT = [
     (Wide(1, 1, 2, 2, 128, 3, cluster=2, table_shift=7), "fp4", True, 32, 5, 70, 704, torch.float16),
     (Wide(2, 1, 4, 1, 128, 3, wgmma=True), "nf4", True, 64, 13, 150, 704, torch.bfloat16),
     (Wide(1, 1, 4, 2, 128, 3, cluster=2, wgmma=True), "fp4", True, 32, 5, 70, 704, torch.float16),
-    (Narrow(16, 4, 3, 64, 1, cluster=2, early=2), "nf4", True, 64, 11, 70, 704, torch.bfloat16),
+    (Narrow(8, 4, 3, 64, 1, cluster=2, early=2), "nf4", True, 64, 7, 70, 704, torch.bfloat16),
     (Resident(2, 1, 2, 128, 3, early=2), "nf4", False, 64, 13, 150, 704, torch.bfloat16),
     (Resident(4, 1, 1, 64, 2, cluster=2), "fp4", True, 128, 29, 70, 704, torch.float16),
     (Resident(1, 2, 1, 128, 2), "nf4", True, 64, 7, 150, 704, torch.bfloat16),
@@ -110,7 +110,7 @@ def test_4_bit_kernels_on_the_cpu(case: tuple) -> None:
     "config",
     [
         Narrow(4, 4, 3, 64, 2),
-        Narrow(16, 4, 2, 128, 1, cluster=2),
+        Narrow(8, 4, 2, 128, 1, cluster=2),
         Direct(1, 4, 2, 3, 2),
         Direct(2, 4, 4, 2, 1),
         Direct(8, 2, 2, 2, 1),
