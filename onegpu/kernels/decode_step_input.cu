@@ -10,7 +10,10 @@
 // `one` is added to gains.
 constexpr int THREADS = WARPS * 32;
 constexpr int KB = FMT == 0 ? CB / 2 : FMT == 1 ? CB : 2 * CB;         // columns of a piece
-constexpr int TO_FP16 = FMT == 2 && BF16;
+#ifndef HALF
+#define HALF 0
+#endif
+constexpr int TO_FP16 = (FMT == 2 || HALF) && BF16;
 constexpr int PITCH = (SHARE * 2 + 127) / 128 * 128 + (FMT == 0 ? 64 : 16);  // bytes of a row of x
 constexpr int VECTORS = SHARE / 4, PER = (VECTORS + THREADS - 1) / THREADS;  // four columns each, of a thread
 constexpr int LIVE = (OUTER == 2 ? 2 : OUTER || NORM == 2 ? 6 : 8) * (WARPS > 12 ? 1 : 2) / (SOURCE == 1 ? SPLITS : 1);  // vectors of x in a thread's registers, about
@@ -20,12 +23,15 @@ constexpr int SHARES = 5 * M * WARPS + WARPS + (CL > 1 ? 5 * M * CL : 0);  // fi
 constexpr int UNEVEN = K % SHARE != 0, COUNT = CL > 1 ? CL : WARPS;    // COUNT: values that make a sum
 static_assert((CL - 1) * SHARE < K, "each block has columns");
 
-// Where the columns 4 c.. stand in a row. decode_step_single.cu reads sections of 256 columns at once: in every other one, the halves of
-// 16 columns change places, so that two sections spread over all banks.
+// Where the columns 4 c.. stand in a row. decode_step_single.cu and decode_step_bulk.cu read sections of COLS columns at once: in every other one,
+// the halves of 16 columns change places, so that two sections spread over all banks.
 #ifndef SECT
 #define SECT 1
 #endif
-DEVICE int place_of(int c) { return SECT > 1 ? c ^ (c >> 5 & 2) : c; }
+#ifndef COLS
+#define COLS 256
+#endif
+DEVICE int place_of(int c) { return SECT > 1 ? c ^ (c / (COLS / 4) & 1) << 1 : c; }
 
 DEVICE int first_column() { return CL > 1 ? cluster_rank() * SHARE : 0; }
 DEVICE int own_columns() { return UNEVEN ? min(SHARE, K - first_column()) : SHARE; }

@@ -104,6 +104,45 @@ class Single(NamedTuple):
         return even and whole and self.shared(columns, sum(parts), multiprocessors) <= WHOLE
 
 
+class Bulk(NamedTuple):
+    """How decode_step_bulk.cu lays out the product of one row with an int8 or a 4-bit matrix.
+
+    A piece is 2 * pairs rows of W (SINK 2: pairs of gate, pairs of up) of 8 * section columns. warps: of a block, a
+    multiple of the pieces of a row. slots: in a warp's ring. section: 128 or 256 columns, 256 of 4 bits. half: bf16 x
+    becomes fp16 (of 4 bits always).
+    """
+
+    warps: int
+    slots: int
+    section: int = 256
+    pairs: int = 1
+    half: bool = False
+
+    def constants(self, form: str) -> dict[str, int]:
+        """Macros of the kernel."""
+        names = {"WARPS": self.warps, "DEPTH": self.slots, "SECT": 8, "COLS": self.section, "RP": self.pairs}
+        return {**names, "CB": self._width(form), "TABLE_SHIFT": _SHIFT, "HALF": int(self.half)}
+
+    def _width(self, form: str) -> int:
+        return 8 * self.section * _bits(form) // 8  # bytes of a row in a piece
+
+    def shared(self, form: str, columns: int, outputs: int, multiprocessors: int, direct: bool) -> int:
+        """Bytes of shared memory, as the kernel divides it: table, x, shares of the norm, barriers, rings, sums.
+
+        outputs: rows of W; of gate alone, where they alternate with those of up. direct: x is not normed, nor in parts.
+        """
+        four, width = FORMATS[form] == 2, self._width(form)
+        x = (0 if direct else -(-columns * 2 // 128) * 128 + 16) + 4 * (6 * self.warps + 1)
+        head = -(-(x + 15 + 8 * self.warps * self.slots) // 128) * 128
+        slot = 2 * self.pairs * (width + width // 8 * four)
+        rows = -(-outputs // multiprocessors) + 2 * self.pairs
+        return (256 << _SHIFT) * four + head + self.warps * self.slots * slot + 8 * rows * self.pieces(columns)
+
+    def pieces(self, columns: int) -> int:
+        """Of a row."""
+        return -(-columns // (8 * self.section))
+
+
 # Up to how many rows -> format -> layouts: the first that fits is taken. They measured best for Llama-2-7B's products
 # on an H100 (docs/worklog.md). Fewer slots will do, down to one a fetching warp.
 LAYOUTS: dict[int, dict[str, tuple[Shape, ...]]] = {
