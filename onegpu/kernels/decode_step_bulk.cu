@@ -6,7 +6,7 @@
 // m is section m % 8 of row m / 8, column j of the other has section j of x, and of the sums those count whose sections are one. A warp has the same columns of
 // every tile it takes, and holds their x in registers. Every piece has a place of its own for its R sums, which meet once, at the end, in
 // the order of the pieces.
-// SINK 2: rows of gate and up alternate. Filled in: WARPS (a multiple of the pieces of a row), DEPTH (pieces in a warp's ring), RP, COLS, HALF (int8: bf16 x
+// SINK 2: rows of gate and up alternate. share_, in place of shift: rows of a block. Filled in: WARPS (a multiple of the pieces of a row), DEPTH (pieces in a warp's ring), RP, COLS, HALF (int8: bf16 x
 // becomes fp16, exactly up to a power of two), and what decode_step_product.cu and decode_step_input.cu name.
 constexpr int R = 2 * RP, SECTION = CB / SECT, SCALES = FMT == 2 ? CB / 8 : 0, SLOT = R * (CB + SCALES);
 constexpr int PIECES = (K + KB - 1) / KB, STEP = WARPS / PIECES, CHUNKS = COLS / 64, CUT = K % KB != 0, CHUNK = SECTION / CHUNKS;
@@ -15,17 +15,28 @@ constexpr int GATED = SINK == 2, PARTS = SINK == 0 || SINK == 3, TILE_ROWS = GAT
 static_assert((FMT == 1 || FMT == 2) && !NESTED && M == 1 && CL == 1 && SECT == 8 && KB == 8 * COLS && K % (FMT == 2 ? 256 : 64) == 0, "one row, whole groups");
 static_assert(WARPS % PIECES == 0, "a warp has the same columns of each tile");
 
+// As int8_pair, but with the constants in registers: an instruction takes one immediate, and ptxas would move the other into place each time.
+struct Int8 {
+  u32 a, b;
+  DEVICE void prepare(const u8* p) { a = hidden(MMA_BF16 ? 0x43004300u : 0x64646464u, p); if (MMA_BF16) b = hidden(0xc300c300u, p); }
+  template <int H> DEVICE u32 pair(u32 w) const {
+    if (!MMA_BF16) return sub_h(__byte_perm(w ^ 0x80808080u, a, H ? 0x4342 : 0x4140), 0x64806480u);
+    const u32 v = __byte_perm(w, 0, H ? 0x3322 : 0x1100);
+    return add_b(v & 0x007f007fu | a, v & 0x00800080u | b);
+  }
+};
+
 __global__ void __launch_bounds__(THREADS, 1)
 product(const u8* w0, const u8* w1, const u8* w2, const void* absmax0, const void* absmax1, const void* absmax2,
         const float* nested0, const float* nested1, const float* nested2, const float* offset0, const float* offset1, const float* offset2,
         const u16* bias0, const u16* bias1, const u16* bias2, const float* map, const u16* gain, const u16* norm_bias, const u16* outer_gain,
         const u16* outer_bias, const void* in, const float2* ml, const float* added, float* stream, void* out, u16* also,
-        int n0, int n1, int n2, int shift,
+        int n0, int n1, int n2, int share_,
         float eps, float one, float outer_eps, float outer_one, float cap) {
   SHARED(smem);
   const int lane = threadIdx.x & 31, warp = of_warp(threadIdx.x >> 5), g = lane >> 2, t = lane & 3, piece = warp % PIECES;
-  const u32 n = GATED ? n0 : n0 + n1 + n2, per = n / (u32)gridDim.x, more = n % (u32)gridDim.x;   // the first `more` blocks have a row more
-  const int block = blockIdx.x, r0 = block * per + min(block, (int)more), rows = per + (block < (int)more ? 1 : 0);
+  const int more = (GATED ? n0 : n0 + n1 + n2) - share_ * (int)gridDim.x;   // the first blocks have a row more
+  const int block = blockIdx.x, r0 = block * share_ + min(block, more), rows = share_ + (block < more ? 1 : 0);
   const int tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
   u8 *table = smem, *xs = smem + TABLE;
   float* shares = (float*)(xs + (DIRECT ? 0 : PITCH));                   // of the warps, see decode_step_input.cu
@@ -123,6 +134,7 @@ product(const u8* w0, const u8* w1, const u8* w2, const void* absmax0, const voi
 
   // ---- rows of W times x
   const u32 lane4 = (u32)(shared(smem + lane * 4) - shared(smem));       // lane * 4, of which the compiler cannot know: one instruction less a look-up
+  Int8 int8; int8.prepare(smem);
   int slot = 0, parity = 0;
   float* sums = red + warp * R;
   for (int tile = warp / PIECES; tile < tiles; tile += STEP, sums += WARPS * R) {
@@ -140,7 +152,7 @@ product(const u8* w0, const u8* w1, const u8* w2, const void* absmax0, const voi
           const u32 u[4] = {p.x, p.y, p.z, p.w}, v[4] = {q.x, q.y, q.z, q.w};
 #pragma unroll
           for (int h = 0; h < 4; h++)
-            mma<MMA_BF16>(acc[c & 1], int8_pair<0, MMA_BF16>(u[h]), int8_pair<0, MMA_BF16>(v[h]), int8_pair<1, MMA_BF16>(u[h]), int8_pair<1, MMA_BF16>(v[h]), xa[2 * h], xa[2 * h + 1]);
+            mma<MMA_BF16>(acc[c & 1], int8.pair<0>(u[h]), int8.pair<0>(v[h]), int8.pair<1>(u[h]), int8.pair<1>(v[h]), xa[2 * h], xa[2 * h + 1]);
         } else {
           const uint2 u = *(const uint2*)w, v = *(const uint2*)(w + CB);
           const float* s = (const float*)(at + R * CB + 2 * sub * SCALES) + g * CHUNKS + (c ^ turn); const float s0 = s[0], s1 = s[SCALES / 4];

@@ -29,6 +29,8 @@ DEVICE void wait_for_blocks(void* b, int parity) {
   asm volatile("{ .reg .pred p;\nagain:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n@!p bra again;\n}" :: "r"(saddr(b)), "r"(parity) : "memory");
 }
 template <int THREADS_> DEVICE void meet_threads() { asm volatile("bar.sync 1, %0;" :: "n"(THREADS_) : "memory"); }
+// A constant that the compiler does not know, so that it stays in a register. p: in shared memory.
+DEVICE u32 hidden(u32 v, const void* p) { return __shfl_sync(~0u, saddr(p) + v, threadIdx.x & 31) - shared(p); }
 DEVICE Shared shared_of_lane(void* p) { return saddr(p); }             // for copies without a cache hint
 #endif
 

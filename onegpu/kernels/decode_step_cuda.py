@@ -18,7 +18,7 @@ import torch
 from onegpu.errors import bad_argument
 from onegpu.kernels.codebooks import dynamic_map
 from onegpu.kernels.decode_step import ACTIVATIONS, Attended, Heads, Matrix, Norm, Part, Places, Stream
-from onegpu.kernels.decode_step_layouts import FORMATS, WHOLE, Bulk, Shape, Single, blocks, shape, single
+from onegpu.kernels.decode_step_layouts import FORMATS, WHOLE, Bulk, Shape, Single, blocks, bulk, shape, single
 from onegpu.kernels.launch import CudaKernel, source_text
 
 MAX_ROWS, MAX_GROUP, MAX_SPLITS = 16, 8, 8
@@ -63,7 +63,7 @@ def product(
     """One launch of decode_step_product.cu, whose head says what the sinks are."""
     rows, columns = len(out), matrix.columns
     nested = matrix.parts[0].nested is not None
-    found = fixed or (None if matrix.transposed else _single(matrix, out) or _shape(matrix, rows))
+    found = fixed or (None if matrix.transposed else _single(matrix, out) or _bulk(matrix, x, sink, out) or _shape(matrix, rows))
     if not (fits(matrix, rows) if matrix.transposed else found):
         raise bad_argument(
             "rows", rows, f"is too many: x of {columns} columns does not fit into shared memory", "Use fewer rows"
@@ -82,17 +82,17 @@ def product(
         warps, cluster, grid, shared = found.warps, 1, sms, found.shared(columns, matrix.rows, sms)
     elif isinstance(found, Bulk):
         kernel = _kernel("bulk").variant(None, **constants | found.constants(matrix.format), SHARE=columns)
-        outputs, direct = matrix.parts[0].rows if sink == "gated" else matrix.rows, isinstance(x, torch.Tensor)
+        outputs = _outputs(matrix, sink)
         warps, cluster, grid = found.warps, 1, sms
-        shared = found.shared(matrix.format, columns, outputs, sms, direct)
+        shared = found.shared(matrix.format, columns, outputs, sms, isinstance(x, torch.Tensor))
     else:
-        bulk = FORMATS[matrix.format] == 2 and not nested and matrix.blocksize == 64 and columns % 256 == 0
-        bulk = bulk and not any(part.scales.data_ptr() % 16 for part in matrix.parts if part.scales is not None)
+        whole = FORMATS[matrix.format] == 2 and not nested and matrix.blocksize == 64 and columns % 256 == 0
+        whole = whole and not any(part.scales.data_ptr() % 16 for part in matrix.parts if part.scales is not None)
         kernel = _kernel("product").variant(
             None, **constants | {"CL": found.cluster, "TABLE_SHIFT": found.table_shift},
             SHARE=found.share(matrix.format, columns), WARPS=found.all_warps, FETCHERS=found.fetchers,
             SLOTS=found.slots, CB=found.width, TG=found.group(rows), OWN=int(found.own),
-            BULK=int(bulk and not found.own),
+            BULK=int(whole and not found.own),
         )  # fmt: skip
         warps, cluster, grid = found.all_warps, found.cluster, blocks(sms, found.cluster)
         shared = found.shared(matrix.format, rows, columns, nested)
@@ -110,6 +110,8 @@ def product(
     table = dynamic_map(out.device) if nested else None
     counts = [0 if part is None else part.rows for part in parts]
     shift = matrix.blocksize.bit_length() - 7  # log2 of how many 64 columns share a scale
+    if isinstance(found, Bulk):
+        shift = outputs // grid
     kernel(
         (grid,), 32 * warps, max(shared, _ALONE), *pointers, table, *read.tensors, out, also, *counts, shift,
         *read.numbers, cap, pdl=pdl, cluster=(cluster, 1, 1),
@@ -122,6 +124,18 @@ def _single(matrix: Matrix, out: torch.Tensor) -> Single | None:
     if not plain or any(part.scales is None or part.scales.data_ptr() % 16 for part in matrix.parts):
         return None
     return single(matrix.columns, tuple(part.rows for part in matrix.parts), multiprocessors(out.get_device()))
+
+
+def _outputs(matrix: Matrix, sink: str) -> int:
+    return matrix.parts[0].rows if sink == "gated" else matrix.rows
+
+
+def _bulk(matrix: Matrix, x: Stream | Attended | torch.Tensor, sink: str, out: torch.Tensor) -> Bulk | None:
+    """The layout of decode_step_bulk.cu, if it serves."""
+    if matrix.format != "int8" or len(out) > 1 or any(part.weight.data_ptr() % 16 for part in matrix.parts):
+        return None
+    device, direct = multiprocessors(out.get_device()), isinstance(x, torch.Tensor)
+    return bulk(matrix.columns, _outputs(matrix, sink), device, direct)
 
 
 def _transposed(

@@ -225,6 +225,19 @@ def single(columns: int, parts: tuple[int, ...], multiprocessors: int) -> Single
     return found if found.warps and found.serves(columns, parts, multiprocessors) else None
 
 
+@lru_cache(maxsize=1024)
+def bulk(columns: int, outputs: int, multiprocessors: int, direct: bool) -> Bulk | None:
+    """The layout for one row and an int8 matrix of these columns: as many of 16 warps as share a row's pieces evenly, and
+    as long a ring as fits. Arguments as of `Bulk.shared`. None where LAYOUTS has it."""
+    for section in (128, 256):
+        warps = 16 // Bulk(16, 1, section).pieces(columns) * Bulk(16, 1, section).pieces(columns)
+        tried = (Bulk(warps, slots, section, half=True) for slots in range(8, 2, -1))
+        if warps and columns % 64 == 0:
+            room = (one for one in tried if one.shared("int8", columns, outputs, multiprocessors, direct) <= WHOLE)
+            return next(room, None)
+    return None
+
+
 def blocks(multiprocessors: int, cluster: int) -> int:
     """Of a grid that fills the GPU, in clusters."""
     return resident_clusters(multiprocessors, cluster) * cluster

@@ -300,8 +300,8 @@ template <int B> DEVICE u32 look_up(const u8* table, u32 w, u32 lane4) {
 }
 // Two of four int8 as a pair of 16-bit floats, exactly. fp16: byte + 128 under the exponent of 1024. bf16: the low seven
 // bits under that of 128, and the sign bit as -128 or -256 to add.
-template <int H, int B = BF16> DEVICE u32 int8_pair(u32 w) {
-  if (!B) return sub_h(__byte_perm(w ^ 0x80808080u, 0x64646464u, H ? 0x4342 : 0x4140), 0x64806480u);
+template <int H> DEVICE u32 int8_pair(u32 w) {
+  if (!BF16) return sub_h(__byte_perm(w ^ 0x80808080u, 0x64646464u, H ? 0x4342 : 0x4140), 0x64806480u);
   u32 v = __byte_perm(w, 0, H ? 0x3322 : 0x1100);
   return add_b(v & 0x007f007fu | 0x43004300u, v & 0x00800080u | 0xc300c300u);
 }

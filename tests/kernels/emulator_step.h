@@ -31,6 +31,7 @@ template <int THREADS_> void meet_threads() {
   static Meeting meetings[64]; meetings[now->block].expected = THREADS_;
   meet(meetings[now->block]);
 }
+inline uint32_t hidden(uint32_t v, const void*) { return v; }
 inline Shared shared_of_lane(void* p) { return (Shared)p; }
 inline uint32_t turned(uint32_t a) {
   Warp& w = warp_(); int g = now->thread % 32 / 4, t = now->thread % 4;
