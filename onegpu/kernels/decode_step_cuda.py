@@ -1,4 +1,4 @@
-"""Launches decode_step_{input, product, single, transposed, attention, embed}.cu; the ops are in decode_step.py.
+"""Launches decode_step_{input, product, single, bulk, transposed, attention, embed}.cu; the ops are in decode_step.py.
 
 A block an SM, in every kernel of the chain, and more than half of an SM's shared memory for each: where two blocks fit,
 blocks of a kernel that starts early gather on the SMs that are free first, and the others idle (measured on an H100:
@@ -63,7 +63,7 @@ def product(
     """One launch of decode_step_product.cu, whose head says what the sinks are."""
     rows, columns = len(out), matrix.columns
     nested = matrix.parts[0].nested is not None
-    found = fixed or (None if matrix.transposed else _single(matrix, out) or _bulk(matrix, x, sink, out) or _shape(matrix, rows))
+    found = fixed or (None if matrix.transposed else _one_row(x, matrix, sink, out) or _shape(matrix, rows))
     if not (fits(matrix, rows) if matrix.transposed else found):
         raise bad_argument(
             "rows", rows, f"is too many: x of {columns} columns does not fit into shared memory", "Use fewer rows"
@@ -120,7 +120,7 @@ def product(
 
 def _single(matrix: Matrix, out: torch.Tensor) -> Single | None:
     """The layout of decode_step_single.cu, if it serves."""
-    plain = FORMATS[matrix.format] == 2 and matrix.parts[0].nested is None and matrix.blocksize == 64 and len(out) == 1
+    plain = FORMATS[matrix.format] == 2 and matrix.parts[0].nested is None and matrix.blocksize == 64
     if not plain or any(part.scales is None or part.scales.data_ptr() % 16 for part in matrix.parts):
         return None
     return single(matrix.columns, tuple(part.rows for part in matrix.parts), multiprocessors(out.get_device()))
@@ -130,9 +130,15 @@ def _outputs(matrix: Matrix, sink: str) -> int:
     return matrix.parts[0].rows if sink == "gated" else matrix.rows
 
 
-def _bulk(matrix: Matrix, x: Stream | Attended | torch.Tensor, sink: str, out: torch.Tensor) -> Bulk | None:
+def _one_row(x: Stream | Attended | torch.Tensor, matrix: Matrix, sink: str, out: torch.Tensor) -> Single | Bulk | None:
+    if len(out) > 1:
+        return None
+    return _bulk(x, matrix, sink, out) if matrix.format == "int8" else _single(matrix, out)
+
+
+def _bulk(x: Stream | Attended | torch.Tensor, matrix: Matrix, sink: str, out: torch.Tensor) -> Bulk | None:
     """The layout of decode_step_bulk.cu, if it serves."""
-    if matrix.format != "int8" or len(out) > 1 or any(part.weight.data_ptr() % 16 for part in matrix.parts):
+    if any(part.weight.data_ptr() % 16 for part in matrix.parts):
         return None
     device, direct = multiprocessors(out.get_device()), isinstance(x, torch.Tensor)
     return bulk(matrix.columns, _outputs(matrix, sink), device, direct)
@@ -307,7 +313,7 @@ _KERNELS = {
 
 def source(kind: str) -> str:
     """The whole text of a kernel of `_KERNELS`."""
-    files = ["decode_step_input.cu"] * (kind in ("product", "single", "bulk", "transposed")) + [f"decode_step_{kind}.cu"]
+    files = ["decode_step_input.cu"] * (kind not in ("attention", "embed")) + [f"decode_step_{kind}.cu"]
     return "".join(map(source_text, ["few_rows_common.cu", "decode_step_common.cu", *files]))
 
 

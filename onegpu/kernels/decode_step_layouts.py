@@ -227,8 +227,8 @@ def single(columns: int, parts: tuple[int, ...], multiprocessors: int) -> Single
 
 @lru_cache(maxsize=1024)
 def bulk(columns: int, outputs: int, multiprocessors: int, direct: bool) -> Bulk | None:
-    """The layout for one row and an int8 matrix of these columns: as many of 16 warps as share a row's pieces evenly, and
-    as long a ring as fits. Arguments as of `Bulk.shared`. None where LAYOUTS has it."""
+    """The layout for one row and an int8 matrix: as many of 16 warps as share a row's pieces evenly, and a ring as long
+    as fits. Arguments as of `Bulk.shared`. None where LAYOUTS has it."""
     for section in (128, 256):
         warps = 16 // Bulk(16, 1, section).pieces(columns) * Bulk(16, 1, section).pieces(columns)
         tried = (Bulk(warps, slots, section, half=True) for slots in range(8, 2, -1))
