@@ -63,7 +63,7 @@ def product(
     """One launch of decode_step_product.cu, whose head says what the sinks are."""
     rows, columns = len(out), matrix.columns
     nested = matrix.parts[0].nested is not None
-    found = fixed or (None if matrix.transposed else _one_row(x, matrix, sink, out) or _shape(matrix, rows))
+    found = fixed or (None if matrix.transposed else _one_row(x, matrix, out) or _shape(matrix, rows))
     if not (fits(matrix, rows) if matrix.transposed else found):
         raise bad_argument(
             "rows", rows, f"is too many: x of {columns} columns does not fit into shared memory", "Use fewer rows"
@@ -81,10 +81,9 @@ def product(
         kernel = _kernel("single").variant(None, **constants | found.constants, SHARE=columns)
         warps, cluster, grid, shared = found.warps, 1, sms, found.shared(columns, matrix.rows, sms)
     elif isinstance(found, Bulk):
-        kernel = _kernel("bulk").variant(None, **constants | found.constants(matrix.format), SHARE=columns)
-        outputs = _outputs(matrix, sink)
+        kernel = _kernel("bulk").variant(None, **constants | found.constants, SHARE=columns)
         warps, cluster, grid = found.warps, 1, sms
-        shared = found.shared(matrix.format, columns, outputs, sms, isinstance(x, torch.Tensor))
+        shared = found.shared(columns, matrix.rows, sms, isinstance(x, torch.Tensor))
     else:
         whole = FORMATS[matrix.format] == 2 and not nested and matrix.blocksize == 64 and columns % 256 == 0
         whole = whole and not any(part.scales.data_ptr() % 16 for part in matrix.parts if part.scales is not None)
@@ -111,7 +110,7 @@ def product(
     counts = [0 if part is None else part.rows for part in parts]
     shift = matrix.blocksize.bit_length() - 7  # log2 of how many 64 columns share a scale
     if isinstance(found, Bulk):
-        shift = outputs // grid
+        shift = (counts[0] if sink == "gated" else matrix.rows) // grid  # rows of a block, instead
     kernel(
         (grid,), 32 * warps, max(shared, _ALONE), *pointers, table, *read.tensors, out, also, *counts, shift,
         *read.numbers, cap, pdl=pdl, cluster=(cluster, 1, 1),
@@ -126,22 +125,17 @@ def _single(matrix: Matrix, out: torch.Tensor) -> Single | None:
     return single(matrix.columns, tuple(part.rows for part in matrix.parts), multiprocessors(out.get_device()))
 
 
-def _outputs(matrix: Matrix, sink: str) -> int:
-    return matrix.parts[0].rows if sink == "gated" else matrix.rows
-
-
-def _one_row(x: Stream | Attended | torch.Tensor, matrix: Matrix, sink: str, out: torch.Tensor) -> Single | Bulk | None:
+def _one_row(x: Stream | Attended | torch.Tensor, matrix: Matrix, out: torch.Tensor) -> Single | Bulk | None:
     if len(out) > 1:
         return None
-    return _bulk(x, matrix, sink, out) if matrix.format == "int8" else _single(matrix, out)
+    return _bulk(x, matrix, out) if matrix.format == "int8" else _single(matrix, out)
 
 
-def _bulk(x: Stream | Attended | torch.Tensor, matrix: Matrix, sink: str, out: torch.Tensor) -> Bulk | None:
+def _bulk(x: Stream | Attended | torch.Tensor, matrix: Matrix, out: torch.Tensor) -> Bulk | None:
     """The layout of decode_step_bulk.cu, if it serves."""
     if any(part.weight.data_ptr() % 16 for part in matrix.parts):
         return None
-    device, direct = multiprocessors(out.get_device()), isinstance(x, torch.Tensor)
-    return bulk(matrix.columns, _outputs(matrix, sink), device, direct)
+    return bulk(matrix.columns, matrix.rows, multiprocessors(out.get_device()), isinstance(x, torch.Tensor))
 
 
 def _transposed(

@@ -34,6 +34,8 @@ static_assert((CL - 1) * SHARE < K, "each block has columns");
 DEVICE int place_of(int c) { return SECT > 1 ? c ^ (c / (COLS / 4) & 1) << 1 : c; }
 
 DEVICE int first_column() { return CL > 1 ? cluster_rank() * SHARE : 0; }
+// Vector i of a thread. Not every block begins at the first: all want the same x at the same time, of which each piece lies in one place of L2.
+DEVICE int vector_of(int i) { return (int)(threadIdx.x + blockIdx.x / CL * 32) % THREADS + i * THREADS; }
 DEVICE int own_columns() { return UNEVEN ? min(SHARE, K - first_column()) : SHARE; }
 
 DEVICE float tanh_(float x) { return 1.f - 2.f / (exp2_(2.f * LOG2E * x) + 1.f); }
@@ -55,32 +57,59 @@ DEVICE float4 columns(const void* in, int m, int c) {
   if (SOURCE == 0) return fresh4((const float*)in + (i64)m * K + 4 * c);
   return four(fresh2((const u16*)in + (i64)m * K + 4 * c));
 }
-// The same in the parts of the attention, of which many are asked for before any are put together.
+// The same in the parts of the attention: many are asked for before any are put together. Every block needs the weight of every part, which are
+// few bytes: a block reads them once, LANES a head, and keeps the weights where x of the same row will stand.
+constexpr int LANES = SPLITS > 4 ? 8 : 4, ENTRIES = BATCH * (SHARE / HD + 2 * (CL > 1)) * LANES, EACH = (ENTRIES + THREADS - 1) / THREADS;
+static_assert(SOURCE != 1 || (SHARE / HD + 2 * (CL > 1)) * LANES * 4 <= PITCH, "weights have room");
 struct Parts {
-  float2 s[SPLITS], p[SPLITS];
-  DEVICE void ask(const void* in, const float2* ml, int m, int c) {
+  float2 p[SPLITS];
+  DEVICE void ask(const void* in, int m, int c) {
     const i64 first = ((i64)m * (K / HD) + 4 * c / HD) * SPLITS;
 #pragma unroll
-    for (int i = 0; i < SPLITS; i++) { s[i] = fresh2(ml + first + i); p[i] = fresh2((const u16*)in + (first + i) * HD + 4 * c % HD); }
+    for (int i = 0; i < SPLITS; i++) p[i] = fresh2((const u16*)in + (first + i) * HD + 4 * c % HD);
   }
-  DEVICE float4 together() const {
-    float top = s[0].x, total = 0.f; float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+  DEVICE float4 together(const u8* weights, int c) const {
+    const float4* w = (const float4*)weights + (4 * c / HD - first_column() / HD) * (LANES / 4); float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+    float e[LANES];
 #pragma unroll
-    for (int i = 1; i < SPLITS; i++) top = larger(top, s[i].x);
+    for (int i = 0; i < LANES; i += 4) { const float4 q = w[i / 4]; e[i] = q.x; e[i + 1] = q.y; e[i + 2] = q.z; e[i + 3] = q.w; }
 #pragma unroll
     for (int i = 0; i < SPLITS; i++) {
-      float e = (s[i].x == top ? 1.f : exp2_(s[i].x - top)) * s[i].y; float4 a = four(p[i]);
-      total += e;
-      v.x = fmaf(e, a.x, v.x); v.y = fmaf(e, a.y, v.y); v.z = fmaf(e, a.z, v.z); v.w = fmaf(e, a.w, v.w);
+      const float4 a = four(p[i]);
+      v.x = fmaf(e[i], a.x, v.x); v.y = fmaf(e[i], a.y, v.y); v.z = fmaf(e[i], a.z, v.z); v.w = fmaf(e[i], a.w, v.w);
     }
-    total = reciprocal(total);
-    return make_float4(v.x * total, v.y * total, v.z * total, v.w * total);
+    return v;
+  }
+};
+struct PartWeights {
+  float2 s[EACH];
+  DEVICE static int heads() { return (first_column() + own_columns() - 1) / HD + 1 - first_column() / HD; }
+  DEVICE void ask(const float2* ml, int m0) {
+#pragma unroll
+    for (int k = 0; k < EACH; k++) {
+      const int e = threadIdx.x + k * THREADS, of_row = heads() * LANES, m = m0 + e / of_row, i = e % LANES;
+      s[k] = make_float2(__uint_as_float(0xff800000u), 0.f);
+      if (e / of_row < BATCH && m < M && i < SPLITS) s[k] = fresh2(ml + ((i64)m * (K / HD) + first_column() / HD + e % of_row / LANES) * SPLITS + i);
+    }
+  }
+  DEVICE void keep(int m0, u8* xs) const {
+#pragma unroll
+    for (int k = 0; k < EACH; k++) {
+      const int e = threadIdx.x + k * THREADS, of_row = heads() * LANES, m = m0 + e / of_row; float top = s[k].x;
+#pragma unroll
+      for (int o = 1; o < LANES; o *= 2) top = larger(top, shuffle_xor(top, o));
+      const float w = (s[k].x == top ? 1.f : exp2_(s[k].x - top)) * s[k].y; float total = w;
+#pragma unroll
+      for (int o = 1; o < LANES; o *= 2) total += shuffle_xor(total, o);
+      if (e / of_row < BATCH && m < M) ((float*)(xs + m * PITCH))[e % of_row] = w * reciprocal(total);
+    }
+    __syncthreads();
   }
 };
 
 // A value of each warp for value `slot` of a row, and their sum and the largest.
 template <int SLOT> DEVICE void share(float* shares, int m, float v) {
-  if ((threadIdx.x & 31) == 0) shares[(SLOT * M + m) * WARPS + (threadIdx.x >> 5)] = v;
+  if ((threadIdx.x & 31) == 0) shares[(SLOT * M + m) * WARPS + (vector_of(0) >> 5)] = v;
 }
 // How the blocks of a cluster exchange sums: by turns at two barriers, for a block sends those of the next turn but one when all have had this one.
 struct Turns { u8* bars; int turn; };
@@ -129,7 +158,7 @@ template <int KIND> struct Weights {
     const float ones = __uint_as_float(BF16 ? 0x3f803f80u : 0x3c003c00u);
 #pragma unroll
     for (int i = 0; i < PER; i++) {
-      const int c = threadIdx.x + i * THREADS;
+      const int c = vector_of(i);
       gains[i] = make_float2(ones, ones);
       if (inside_row(c) && gain) gains[i] = *(const float2*)(gain + 4 * c);
       if (KIND == 2) {
@@ -165,7 +194,7 @@ template <int KIND> struct Weights {
 #pragma unroll
       for (int i = 0; i < PER; i++) {
         float4& a = v[b][i];
-        if (KIND == 2 && inside_row(threadIdx.x + i * THREADS)) { a.x -= mean; a.y -= mean; a.z -= mean; a.w -= mean; }
+        if (KIND == 2 && inside_row(vector_of(i))) { a.x -= mean; a.y -= mean; a.z -= mean; a.w -= mean; }
         if (KIND) {
           const float4 g = four(gains[i]);
           squares = fmaf(a.x, a.x, fmaf(a.y, a.y, fmaf(a.z, a.z, fmaf(a.w, a.w, squares))));
@@ -213,12 +242,12 @@ struct Input {
     const int before = first_column() / 4, cluster = blockIdx.x / CL, clusters = gridDim.x / CL;
     for (int m0 = 0; m0 < M; m0 += BATCH) {
       float4 v[BATCH][PER], h[OUTER == 2 ? BATCH : 1][OUTER == 2 ? PER : 1]; float factor[BATCH], most[BATCH];
-      auto inside = [&](int b, int i) { return i < PER && inside_row(threadIdx.x + i * THREADS) && (M % BATCH == 0 || m0 + b < M); };
+      auto inside = [&](int b, int i) { return i < PER && inside_row(vector_of(i)) && (M % BATCH == 0 || m0 + b < M); };
 #pragma unroll
       for (int b = 0; b < BATCH; b++)
 #pragma unroll
         for (int i = 0; i < PER; i++) {
-          const int c = threadIdx.x + i * THREADS; const bool there = inside(b, i);
+          const int c = vector_of(i); const bool there = inside(b, i);
           v[b][i] = make_float4(0.f, 0.f, 0.f, 0.f);
           if constexpr (OUTER == 2) {
             h[b][i] = v[b][i];
@@ -226,6 +255,8 @@ struct Input {
           } else if (SOURCE != 1 && there) v[b][i] = columns(in, m0 + b, before + c);
         }
       if constexpr (SOURCE == 1) {
+        PartWeights weights;
+        weights.ask(ml, m0);
 #pragma unroll
         for (int from = 0; from < PER; from += ASKED) {
           Parts parts[BATCH][ASKED];
@@ -233,13 +264,15 @@ struct Input {
           for (int b = 0; b < BATCH; b++)
 #pragma unroll
             for (int i = 0; i < ASKED; i++)
-              if (inside(b, from + i)) parts[b][i].ask(in, ml, m0 + b, before + threadIdx.x + (from + i) * THREADS);
+              if (inside(b, from + i)) parts[b][i].ask(in, m0 + b, before + vector_of(from + i));
+          if (from == 0) weights.keep(m0, xs);
 #pragma unroll
           for (int b = 0; b < BATCH; b++)
 #pragma unroll
             for (int i = 0; i < ASKED; i++)
-              if (inside(b, from + i)) v[b][from + i] = parts[b][i].together();
+              if (inside(b, from + i)) v[b][from + i] = parts[b][i].together(xs + (m0 + b) * PITCH, before + vector_of(from + i));
         }
+        if (!TO_FP16) __syncthreads();                                   // else they meet below, before x takes the weights' place
       }
       if (OUTER) {
         outer.template centre<0, 0>(v, m0, outer_eps, outer_one, shares, factor, most, turns);
@@ -248,7 +281,7 @@ struct Input {
           if (M % BATCH && m0 + b >= M) break;
 #pragma unroll
           for (int i = 0; i < PER; i++) {
-            const int c = threadIdx.x + i * THREADS;
+            const int c = vector_of(i);
             float4 a = outer.finish(v[b][i], i, factor[b], 1.f);
             if constexpr (OUTER == 2) { a.x += h[b][i].x; a.y += h[b][i].y; a.z += h[b][i].z; a.w += h[b][i].w; }
             v[b][i] = a;
@@ -275,7 +308,7 @@ struct Input {
         }
 #pragma unroll
         for (int i = 0; i < PER; i++) {
-          const int c = threadIdx.x + i * THREADS; float4 a = v[b][i];
+          const int c = vector_of(i); float4 a = v[b][i];
           if (!inside_row(c)) continue;
           if ((SOURCE == 0 && NORM) || TO_FP16) a = inner.finish(a, i, factor[b], scale);
           *(uint2*)(xs + m * PITCH + 8 * place_of(c)) = TO_FP16 ? make_uint2(pack_h(a.x, a.y), pack_h(a.z, a.w)) : make_uint2(pack(a.x, a.y), pack(a.z, a.w));
