@@ -6,8 +6,8 @@
 // m is section m % 8 of row m / 8, column j of the other has section j of x, and of the sums those count whose sections are one. A warp has the same columns of
 // every tile it takes, and holds their x in registers. Every piece has a place of its own for its R sums, which meet once, at the end, in
 // the order of the pieces.
-// bf16 x becomes fp16: both factors of eight bits fit, and int8 takes 100 instructions a KB, not 140. A power of two brings the largest of the row (16-bit
-// x: of the warp's columns) to 2^13 or above; what is above 2^-31 of it is then exact, what is below is off by less than 2^-39 of it.
+// bf16 x becomes fp16, for which int8 takes 100 instructions a KB, not 140. A power of two brings the largest of the row (16-bit x: of the
+// warp's columns) to 2^13 or above: what is above 2^-30 of it is then exact, what is below is off by less than 2^-38 of it.
 // SINK 2: rows of gate and up alternate. share_, in place of shift: rows of a block. Filled in: WARPS (a multiple of the pieces of a row), DEPTH (pieces
 // in a warp's ring), RP, COLS, and what decode_step_product.cu and decode_step_input.cu name.
 constexpr int R = 2 * RP, SLOT = R * CB;
@@ -102,7 +102,11 @@ product(const u8* w0, const u8* w1, const u8* w2, const void* absmax0, const voi
   for (int i = 0; i < 2 * CHUNKS; i++) {
     const int column = own + (i / 2 ^ turn) * 64;
     held[i] = make_uint4(0, 0, 0, 0);
-    if (!CUT || column < K) held[i] = DIRECT ? fresh16((const u16*)in + column + t * 16 + i % 2 * 8) : *(const uint4*)(xs + column * 2 + t * 32 + (i % 2 ^ turn) * 16);
+    if (!CUT || column < K) held[i] = DIRECT ? fresh16((const u16*)in + column + 8 * read_unit(t, i % 2)) : *(const uint4*)(xs + column * 2 + t * 32 + (i % 2 ^ turn) * 16);
+  }
+  if (DIRECT) {
+#pragma unroll
+    for (int i = 0; i < 2 * CHUNKS; i += 2) exchange_units(held[i], held[i + 1], t);
   }
   if (DIRECT && TO_FP16) {
     u32 most = 0;
