@@ -58,9 +58,9 @@ DEVICE float4 columns(const void* in, int m, int c) {
   return four(fresh2((const u16*)in + (i64)m * K + 4 * c));
 }
 // The same in the parts of the attention: many are asked for before any are put together. Every block needs the weight of every part, which are
-// few bytes: a block reads them once, LANES a head, and keeps the weights where x of the same row will stand.
-constexpr int LANES = SPLITS > 4 ? 8 : 4, ENTRIES = BATCH * (SHARE / HD + 2 * (CL > 1)) * LANES, EACH = (ENTRIES + THREADS - 1) / THREADS;
-static_assert(SOURCE != 1 || (SHARE / HD + 2 * (CL > 1)) * LANES * 4 <= PITCH, "weights have room");
+// few bytes: a block reads them once, WEIGHED a head, and keeps the weights where x of the same row will stand.
+constexpr int WEIGHED = SPLITS > 4 ? 8 : 4, ALL_WEIGHTS = BATCH * (SHARE / HD + 2 * (CL > 1)) * WEIGHED, OF_THREAD = (ALL_WEIGHTS + THREADS - 1) / THREADS;
+static_assert(SOURCE != 1 || (SHARE / HD + 2 * (CL > 1)) * WEIGHED * 4 <= PITCH, "weights have room");
 struct Parts {
   float2 p[SPLITS];
   DEVICE void ask(const void* in, int m, int c) {
@@ -69,10 +69,10 @@ struct Parts {
     for (int i = 0; i < SPLITS; i++) p[i] = fresh2((const u16*)in + (first + i) * HD + 4 * c % HD);
   }
   DEVICE float4 together(const u8* weights, int c) const {
-    const float4* w = (const float4*)weights + (4 * c / HD - first_column() / HD) * (LANES / 4); float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
-    float e[LANES];
+    const float4* w = (const float4*)weights + (4 * c / HD - first_column() / HD) * (WEIGHED / 4); float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+    float e[WEIGHED];
 #pragma unroll
-    for (int i = 0; i < LANES; i += 4) { const float4 q = w[i / 4]; e[i] = q.x; e[i + 1] = q.y; e[i + 2] = q.z; e[i + 3] = q.w; }
+    for (int i = 0; i < WEIGHED; i += 4) { const float4 q = w[i / 4]; e[i] = q.x; e[i + 1] = q.y; e[i + 2] = q.z; e[i + 3] = q.w; }
 #pragma unroll
     for (int i = 0; i < SPLITS; i++) {
       const float4 a = four(p[i]);
@@ -82,25 +82,25 @@ struct Parts {
   }
 };
 struct PartWeights {
-  float2 s[EACH];
+  float2 s[OF_THREAD];
   DEVICE static int heads() { return (first_column() + own_columns() - 1) / HD + 1 - first_column() / HD; }
   DEVICE void ask(const float2* ml, int m0) {
 #pragma unroll
-    for (int k = 0; k < EACH; k++) {
-      const int e = threadIdx.x + k * THREADS, of_row = heads() * LANES, m = m0 + e / of_row, i = e % LANES;
+    for (int k = 0; k < OF_THREAD; k++) {
+      const int e = threadIdx.x + k * THREADS, of_row = heads() * WEIGHED, m = m0 + e / of_row, i = e % WEIGHED;
       s[k] = make_float2(__uint_as_float(0xff800000u), 0.f);
-      if (e / of_row < BATCH && m < M && i < SPLITS) s[k] = fresh2(ml + ((i64)m * (K / HD) + first_column() / HD + e % of_row / LANES) * SPLITS + i);
+      if (e / of_row < BATCH && m < M && i < SPLITS) s[k] = fresh2(ml + ((i64)m * (K / HD) + first_column() / HD + e % of_row / WEIGHED) * SPLITS + i);
     }
   }
   DEVICE void keep(int m0, u8* xs) const {
 #pragma unroll
-    for (int k = 0; k < EACH; k++) {
-      const int e = threadIdx.x + k * THREADS, of_row = heads() * LANES, m = m0 + e / of_row; float top = s[k].x;
+    for (int k = 0; k < OF_THREAD; k++) {
+      const int e = threadIdx.x + k * THREADS, of_row = heads() * WEIGHED, m = m0 + e / of_row; float top = s[k].x;
 #pragma unroll
-      for (int o = 1; o < LANES; o *= 2) top = larger(top, shuffle_xor(top, o));
+      for (int o = 1; o < WEIGHED; o *= 2) top = larger(top, shuffle_xor(top, o));
       const float w = (s[k].x == top ? 1.f : exp2_(s[k].x - top)) * s[k].y; float total = w;
 #pragma unroll
-      for (int o = 1; o < LANES; o *= 2) total += shuffle_xor(total, o);
+      for (int o = 1; o < WEIGHED; o *= 2) total += shuffle_xor(total, o);
       if (e / of_row < BATCH && m < M) ((float*)(xs + m * PITCH))[e % of_row] = w * reciprocal(total);
     }
     __syncthreads();
