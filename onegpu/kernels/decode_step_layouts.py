@@ -107,8 +107,8 @@ class Single(NamedTuple):
 class Bulk(NamedTuple):
     """How decode_step_bulk.cu lays out the product of one row with an int8 matrix.
 
-    A piece is 2 * pairs rows of W of 8 * section columns. warps: of a block, a multiple of the pieces of a row. slots: in
-    a warp's ring. section: 128 or 256 columns.
+    A piece is 2 * pairs rows of W of 8 * section columns. warps: of a block, a multiple of the pieces of a row. slots:
+    in a warp's ring. section: 128 or 256 columns.
     """
 
     warps: int
@@ -227,8 +227,8 @@ def single(columns: int, parts: tuple[int, ...], multiprocessors: int) -> Single
 @lru_cache(maxsize=1024)
 def bulk(columns: int, outputs: int, multiprocessors: int, direct: bool) -> Bulk | None:
     """The layout for one row and an int8 matrix: as many of 16 warps as share a row's pieces evenly, and rings of half
-    of what a warp takes, if they fit: more of it would stand before the loads of x. Where each warp has a piece of every
-    row, pieces of four rows. Arguments as of `Bulk.shared`. None where LAYOUTS has it."""
+    of what a warp takes, if they fit: more of it would stand before the loads of x. Where each warp has a piece of
+    every row, pieces of four rows. Arguments as of `Bulk.shared`. None where LAYOUTS has it."""
     for section, pairs in ((128, 2), (128, 1), (256, 1)):
         pieces = Bulk(0, 0, section).pieces(columns)
         one = Bulk(16 // pieces * pieces, 0, section, pairs)
