@@ -23,12 +23,12 @@ constexpr int SHARES = 5 * M * WARPS + WARPS + (CL > 1 ? 5 * M * CL : 0);  // fi
 constexpr int UNEVEN = K % SHARE != 0, COUNT = CL > 1 ? CL : WARPS;    // COUNT: values that make a sum
 static_assert((CL - 1) * SHARE < K, "each block has columns");
 
-// Where the columns 4 c.. stand in a row. decode_step_single.cu and decode_step_bulk.cu read sections of COLS columns at once: in every other one,
-// the halves of 16 columns change places, so that two sections spread over all banks.
+// Where the columns 4 c.. stand in a row. decode_step_single.cu reads sections of 256 columns at once: in every other one, the halves of
+// 16 columns change places, so that two sections spread over all banks.
 #ifndef SECT
 #define SECT 1
 #endif
-#ifndef COLS
+#ifndef COLS                                                              // of a section; decode_step_bulk.cu has others
 #define COLS 256
 #endif
 DEVICE int place_of(int c) { return SECT > 1 ? c ^ (c / (COLS / 4) & 1) << 1 : c; }
