@@ -27,7 +27,7 @@ product(const u8* w0, const u8* w1, const u8* w2, const void* absmax0, const voi
         int n0, int n1, int n2, int share_,
         float eps, float one, float outer_eps, float outer_one, float cap) {
   SHARED(smem);
-  const int lane = threadIdx.x & 31, warp = of_warp((int)(threadIdx.x / 32 + blockIdx.x) % WARPS), g = lane >> 2, t = lane & 3, piece = warp % PIECES;
+  const int lane = threadIdx.x & 31, warp = of_warp(threadIdx.x >> 5), g = lane >> 2, t = lane & 3, piece = warp % PIECES;
   const int more = (GATED ? n0 : n0 + n1 + n2) - share_ * (int)gridDim.x;   // the first blocks have a row more
   const int block = blockIdx.x, r0 = block * share_ + min(block, more), rows = share_ + (block < more ? 1 : 0);
   const int tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
@@ -102,11 +102,7 @@ product(const u8* w0, const u8* w1, const u8* w2, const void* absmax0, const voi
   for (int i = 0; i < 2 * CHUNKS; i++) {
     const int column = own + (i / 2 ^ turn) * 64;
     held[i] = make_uint4(0, 0, 0, 0);
-    if (!CUT || column < K) held[i] = DIRECT ? fresh16((const u16*)in + column + 8 * read_unit(t, i % 2)) : *(const uint4*)(xs + column * 2 + t * 32 + (i % 2 ^ turn) * 16);
-  }
-  if (DIRECT) {
-#pragma unroll
-    for (int i = 0; i < 2 * CHUNKS; i += 2) exchange_units(held[i], held[i + 1], t);
+    if (!CUT || column < K) held[i] = DIRECT ? fresh16((const u16*)in + column + t * 16 + i % 2 * 8) : *(const uint4*)(xs + column * 2 + t * 32 + (i % 2 ^ turn) * 16);
   }
   if (DIRECT && TO_FP16) {
     u32 most = 0;

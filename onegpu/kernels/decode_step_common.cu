@@ -42,11 +42,3 @@ DEVICE float warp_sum(float v) {
 }
 // The larger one; NaN counts as nothing, it shows up elsewhere.
 DEVICE float larger(float a, float b) { return fmaxf(a, b); }
-// Four lanes t share 64 columns of 16 bits, eight units of 16 bytes, of which lane t wants 2 t and 2 t + 1. As that, two reads would each ask L2 for
-// every sector; so lanes read unit `read_unit(t, i)`, which makes whole sectors, and lanes two apart exchange one.
-DEVICE int read_unit(int t, int i) { return ((t & 1) * 2 + (t >> 1)) ^ i * 5; }
-DEVICE void exchange_units(uint4& a, uint4& b, int t) {
-  auto of_other = [](u32 v) { return __float_as_uint(of_other_lane(__uint_as_float(v), 2)); };
-  const uint4 own = t < 2 ? a : b, sent = t < 2 ? b : a;
-  a = own; b = make_uint4(of_other(sent.x), of_other(sent.y), of_other(sent.z), of_other(sent.w));
-}

@@ -34,8 +34,6 @@ static_assert((CL - 1) * SHARE < K, "each block has columns");
 DEVICE int place_of(int c) { return SECT > 1 ? c ^ (c / (COLS / 4) & 1) << 1 : c; }
 
 DEVICE int first_column() { return CL > 1 ? cluster_rank() * SHARE : 0; }
-// Vector i of a thread. Not every block begins at the first: all want the same x at the same time, of which each piece lies in one place of L2.
-DEVICE int vector_of(int i) { return (int)(threadIdx.x + blockIdx.x / CL * 32) % THREADS + i * THREADS; }
 DEVICE int own_columns() { return UNEVEN ? min(SHARE, K - first_column()) : SHARE; }
 
 DEVICE float tanh_(float x) { return 1.f - 2.f / (exp2_(2.f * LOG2E * x) + 1.f); }
@@ -109,7 +107,7 @@ struct PartWeights {
 
 // A value of each warp for value `slot` of a row, and their sum and the largest.
 template <int SLOT> DEVICE void share(float* shares, int m, float v) {
-  if ((threadIdx.x & 31) == 0) shares[(SLOT * M + m) * WARPS + (vector_of(0) >> 5)] = v;
+  if ((threadIdx.x & 31) == 0) shares[(SLOT * M + m) * WARPS + (threadIdx.x >> 5)] = v;
 }
 // How the blocks of a cluster exchange sums: by turns at two barriers, for a block sends those of the next turn but one when all have had this one.
 struct Turns { u8* bars; int turn; };
@@ -158,7 +156,7 @@ template <int KIND> struct Weights {
     const float ones = __uint_as_float(BF16 ? 0x3f803f80u : 0x3c003c00u);
 #pragma unroll
     for (int i = 0; i < PER; i++) {
-      const int c = vector_of(i);
+      const int c = threadIdx.x + i * THREADS;
       gains[i] = make_float2(ones, ones);
       if (inside_row(c) && gain) gains[i] = *(const float2*)(gain + 4 * c);
       if (KIND == 2) {
@@ -194,7 +192,7 @@ template <int KIND> struct Weights {
 #pragma unroll
       for (int i = 0; i < PER; i++) {
         float4& a = v[b][i];
-        if (KIND == 2 && inside_row(vector_of(i))) { a.x -= mean; a.y -= mean; a.z -= mean; a.w -= mean; }
+        if (KIND == 2 && inside_row(threadIdx.x + i * THREADS)) { a.x -= mean; a.y -= mean; a.z -= mean; a.w -= mean; }
         if (KIND) {
           const float4 g = four(gains[i]);
           squares = fmaf(a.x, a.x, fmaf(a.y, a.y, fmaf(a.z, a.z, fmaf(a.w, a.w, squares))));
@@ -242,12 +240,12 @@ struct Input {
     const int before = first_column() / 4, cluster = blockIdx.x / CL, clusters = gridDim.x / CL;
     for (int m0 = 0; m0 < M; m0 += BATCH) {
       float4 v[BATCH][PER], h[OUTER == 2 ? BATCH : 1][OUTER == 2 ? PER : 1]; float factor[BATCH], most[BATCH];
-      auto inside = [&](int b, int i) { return i < PER && inside_row(vector_of(i)) && (M % BATCH == 0 || m0 + b < M); };
+      auto inside = [&](int b, int i) { return i < PER && inside_row(threadIdx.x + i * THREADS) && (M % BATCH == 0 || m0 + b < M); };
 #pragma unroll
       for (int b = 0; b < BATCH; b++)
 #pragma unroll
         for (int i = 0; i < PER; i++) {
-          const int c = vector_of(i); const bool there = inside(b, i);
+          const int c = threadIdx.x + i * THREADS; const bool there = inside(b, i);
           v[b][i] = make_float4(0.f, 0.f, 0.f, 0.f);
           if constexpr (OUTER == 2) {
             h[b][i] = v[b][i];
@@ -264,13 +262,13 @@ struct Input {
           for (int b = 0; b < BATCH; b++)
 #pragma unroll
             for (int i = 0; i < ASKED; i++)
-              if (inside(b, from + i)) parts[b][i].ask(in, m0 + b, before + vector_of(from + i));
+              if (inside(b, from + i)) parts[b][i].ask(in, m0 + b, before + threadIdx.x + (from + i) * THREADS);
           if (from == 0) weights.keep(m0, xs);
 #pragma unroll
           for (int b = 0; b < BATCH; b++)
 #pragma unroll
             for (int i = 0; i < ASKED; i++)
-              if (inside(b, from + i)) v[b][from + i] = parts[b][i].together(xs + (m0 + b) * PITCH, before + vector_of(from + i));
+              if (inside(b, from + i)) v[b][from + i] = parts[b][i].together(xs + (m0 + b) * PITCH, before + threadIdx.x + (from + i) * THREADS);
         }
         if (!TO_FP16) __syncthreads();                                   // else they meet below, before x takes the weights' place
       }
@@ -281,7 +279,7 @@ struct Input {
           if (M % BATCH && m0 + b >= M) break;
 #pragma unroll
           for (int i = 0; i < PER; i++) {
-            const int c = vector_of(i);
+            const int c = threadIdx.x + i * THREADS;
             float4 a = outer.finish(v[b][i], i, factor[b], 1.f);
             if constexpr (OUTER == 2) { a.x += h[b][i].x; a.y += h[b][i].y; a.z += h[b][i].z; a.w += h[b][i].w; }
             v[b][i] = a;
@@ -308,7 +306,7 @@ struct Input {
         }
 #pragma unroll
         for (int i = 0; i < PER; i++) {
-          const int c = vector_of(i); float4 a = v[b][i];
+          const int c = threadIdx.x + i * THREADS; float4 a = v[b][i];
           if (!inside_row(c)) continue;
           if ((SOURCE == 0 && NORM) || TO_FP16) a = inner.finish(a, i, factor[b], scale);
           *(uint2*)(xs + m * PITCH + 8 * place_of(c)) = TO_FP16 ? make_uint2(pack_h(a.x, a.y), pack_h(a.z, a.w)) : make_uint2(pack(a.x, a.y), pack(a.z, a.w));
