@@ -184,6 +184,7 @@ def attend(
     pdl: bool = True,
     warps: int | None = None,
     stages: int = 2,
+    groups: int = 1,
 ) -> None:
     """One launch of decode_step_attention.cu."""
     size, rotated = heads.size, 0 if heads.inv_freq is None else 2 * heads.inv_freq.numel()
@@ -193,18 +194,19 @@ def attend(
     warps = warps or (8 if group > 1 and size <= 128 else 4)
     floats = wide * (bool(rotated % 64) + together) * warps + max(rotated, 2) + 16 * (warps + 1)
     shared = warps * stages * (16 if size > 128 else 32) * 2 * wide + 2 * wide * (together + 2) + 4 * floats
+    shared = groups * (-(-shared // 128) * 128)
     norms = 0 if heads.q_gain is None else 1 if heads.q_gain.numel() == size else 2
     kernel = _kernel("attention").variant(
         None, **_COMMON, FMT=0, BF16=int(keys.dtype == torch.bfloat16), HD=size, ALL=group,
         GQ=together, HKV=heads.kv, SPLITS=out.values.shape[2], ROT=rotated, NORMS=norms,
         GROUPED=int(heads.grouped), CAP=int(heads.cap > 0), ALIBI=0 if heads.slopes is None else 1 + heads.rounded,
-        CLIP=int(heads.clip > 0), WARPS=warps, STAGES=stages,
+        CLIP=int(heads.clip > 0), WARPS=warps, STAGES=stages, GROUPS=groups,
     )  # fmt: skip
     if _collected(kernel):
         return
     length = keys.shape[2]
     kernel(
-        (multiprocessors(qkv.get_device()),), 32 * warps, max(shared, _ALONE),
+        (multiprocessors(qkv.get_device()),), 32 * warps * groups, max(shared, _ALONE),
         qkv, position, rope_position, first, keys, values, heads.inv_freq, heads.q_gain, heads.k_gain, heads.slopes,
         *out, len(qkv), length, heads.window or length, int(position.numel() > 1),
         int(rope_position.numel() > 1), heads.scale, heads.rope_scale, heads.eps, heads.one, heads.cap, heads.clip,

@@ -16,8 +16,8 @@ inline float shuffle_xor(float v, int o) {
   return r;
 }
 inline void transposed(uint32_t (&b)[4], const void* row) {
-  static thread_local const uint8_t* rows[64][32];
-  Warp& w = warp_(); int lane = now->thread % 32, at = now->thread / 32;
+  static thread_local const uint8_t* rows[256][32];                        // of up to eight blocks
+  Warp& w = warp_(); int lane = now->thread % 32, at = now->block * 32 + now->thread / 32;
   if ((uint64_t)row % 16) abort();
   rows[at][lane] = (const uint8_t*)row; __syncwarp();
   for (int i = 0; i < 4; i++) {
@@ -30,6 +30,10 @@ inline void transposed(uint32_t (&b)[4], const void* row) {
 template <int THREADS_> void meet_threads() {
   static Meeting meetings[64]; meetings[now->block].expected = THREADS_;
   meet(meetings[now->block]);
+}
+template <int GROUPS_, int THREADS_> void meet_group(int group) {
+  static Meeting meetings[8]; meetings[group].expected = THREADS_;      // of one block: the attention has no clusters
+  meet(meetings[group]);
 }
 inline Shared shared_of_lane(void* p) { return (Shared)p; }
 inline uint32_t turned(uint32_t a) {
