@@ -48,6 +48,7 @@ decode(const u16* q, const u16* k, const u16* v, const int* lengths, const int* 
       barrier_init(sent, 1); barriers_ready();
       arrive_and_expect(sent, splits * (4 * max(0, min(chunk, ROWS * HD - split * chunk)) + 8 * ROWS));
     }
+    __syncwarp();
     cluster_arrive();
   }
   const u16* own_k = k + b * k_b + kv * k_h + 8 * t;
