@@ -1,21 +1,21 @@
-// Up to eight rows, the queries of the heads that share a key head, over a share of that head's keys. Behind few_rows_common.cu and
-// decode_step_common.cu; decode_attention_cuda.py launches it.
+// Up to eight rows, the queries of the heads that share a key head, over that head's keys, which the CL blocks of a cluster share. Behind
+// few_rows_common.cu and decode_step_common.cu; decode_attention_cuda.py launches it.
 //
-// Filled in: HD (a multiple of 8, padded to 32), QUERIES, GROUP, FIRST, WINDOW, SOFTCAP, SLOPES (whether there are any), WARPS, STAGES (steps of values in
-// a warp's ring), EARLY_WARPS (of a block, whose first keys are asked for before the length is known), OUT (0: sums and maxima of the share,
-// float32, into `parts`, which the combining kernel of decode_attention_triton.py adds; 1: the share is all there is; 2: the shares of a head are a
-// cluster, and each block puts together some of the values that the others have sent it).
+// Filled in: HD (a multiple of 8, padded to 32), QUERIES, GROUP, FIRST, WINDOW, SOFTCAP, SLOPES (whether there are any), CL, WARPS, STAGES (steps of
+// values in a warp's ring).
 //
 // A warp takes STEP keys at a time: keys from memory into registers, as the 16-row operand of the mma (the rows are its 8 columns), values by
 // asynchronous copies into a ring of its own, in which keys that no row may see are zeros. Steps go round: to the first warp of every block, then to
-// the second. So the first of a block are the same whatever the length.
+// the second. So the first of a block are the same whatever the length, and those of AHEAD warps are asked for beside it. At the end each block
+// sends to every other that one's share of the values, and puts together its own, in the order of the blocks.
+constexpr int AHEAD = 2;
 constexpr int THREADS = WARPS * 32, ROWS = QUERIES * GROUP;
 constexpr int WIDE = (HD + 31) / 32 * 32;                              // of a head in shared memory and registers
 constexpr int TILES = HD > 128 ? 1 : 2, STEP = 16 * TILES;              // tiles of 16 keys, so that the registers suffice
 constexpr int UNITS = WIDE / 8, ROW = WIDE * 2, STAGE = STEP * ROW;     // 16-byte units of a row; bytes
 constexpr int V_MASK = UNITS % 8 == 0 ? 7 : 3;
 constexpr int PAIR = ROWS > 1 ? 2 : 1;                                  // rows of a lane
-constexpr int MOST = 16;                                                // blocks of a cluster
+constexpr int CHUNK = (ROWS * HD + CL - 1) / CL;                        // values that a block puts together
 static_assert(HD % 8 == 0 && HD <= 256 && ROWS <= 8 && STAGES * STAGE >= ROWS * WIDE * 4, "head dimensions");
 
 #ifndef EMULATED
@@ -27,30 +27,27 @@ DEVICE uint4 bits(float4 v) { return make_uint4(__float_as_uint(v.x), __float_as
 DEVICE int fresh_int(const int* p) { return (int)__float_as_uint(fresh((const float*)p)); }
 
 __global__ void __launch_bounds__(THREADS, 1)
-decode(const u16* q, const u16* k, const u16* v, const int* lengths, const int* firsts, const float* slopes, u16* out, float* parts,
+decode(const u16* q, const u16* k, const u16* v, const int* lengths, const int* firsts, const float* slopes, u16* out,
        i64 q_b, i64 q_h, i64 q_t, i64 k_b, i64 k_h, i64 k_n, i64 v_b, i64 v_h, i64 v_n, i64 o_b, i64 o_h, i64 o_t,
-       int kv_heads, int room, int splits, int window, float scale, float softcap) {
+       int kv_heads, int room, int window, float scale, float softcap) {
   SHARED(smem);
   float* ends = (float*)(smem + WARPS * STAGES * STAGE);                 // [WARPS, 8, 2] maxima and sums
-  float* box = ends + WARPS * 16;                                        // [blocks, its values] what the cluster has sent
-  float* box_ends = box + ROWS * HD + MOST;                              // [blocks, ROWS, 2]
-  void* sent = box_ends + MOST * ROWS * 2;
+  float* box = ends + WARPS * 16;                                        // [CL, CHUNK] what the cluster has sent
+  float* box_ends = box + (CL * CHUNK + 1) / 2 * 2;                      // [CL, ROWS, 2]
+  void* sent = box_ends + CL * ROWS * 2;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-  const int split = blockIdx.x % splits, head = blockIdx.x / splits, b = head / kv_heads, kv = head % kv_heads;
+  const int split = blockIdx.x % CL, head = blockIdx.x / CL, b = head / kv_heads, kv = head % kv_heads;
   u8* own_ring = smem + warp * STAGES * STAGE;
   const Shared mine = shared(own_ring);
   const float ninf = -__uint_as_float(0x7f800000u);
-  const int chunk = (ROWS * HD + splits - 1) / splits;                   // values that a block of the cluster puts together
 
   let_next_kernel_start();
-  if (OUT == 2) {
-    if (threadIdx.x == 0) {
-      barrier_init(sent, 1); barriers_ready();
-      arrive_and_expect(sent, splits * (4 * max(0, min(chunk, ROWS * HD - split * chunk)) + 8 * ROWS));
-    }
-    __syncwarp();
-    cluster_arrive();
+  if (threadIdx.x == 0) {
+    barrier_init(sent, 1); barriers_ready();
+    arrive_and_expect(sent, CL * (4 * max(0, min(CHUNK, ROWS * HD - split * CHUNK)) + 8 * ROWS));
   }
+  __syncwarp();
+  cluster_arrive();
   const u16* own_k = k + b * k_b + kv * k_h + 8 * t;
   const u16* own_v = v + b * v_b + kv * v_h;
   wait_before_reading_x();
@@ -72,9 +69,9 @@ decode(const u16* q, const u16* k, const u16* v, const int* lengths, const int* 
       }
     }
   };
-  const bool early = !FIRST && !WINDOW && warp < EARLY_WARPS;
-  int step = warp * splits + split;
-  const int pace = WARPS * splits;
+  const bool early = !FIRST && !WINDOW && warp < AHEAD;
+  int step = warp * CL + split;
+  const int pace = WARPS * CL;
   if (early) fetch_keys(step, room);
   const int hi = min(given, room), lo = max(max(begins, WINDOW ? hi - QUERIES + 1 - window : 0), 0);
   if (FIRST || WINDOW) step += lo / STEP;
@@ -173,7 +170,7 @@ decode(const u16* q, const u16* k, const u16* v, const int* lengths, const int* 
     if (g == 0) { ends[(warp * 8 + row) * 2] = top[r]; ends[(warp * 8 + row) * 2 + 1] = total[r]; }
   }
   __syncthreads();
-  if (OUT == 2) cluster_wait();                                          // all blocks of the cluster run
+  cluster_wait();                                                        // all blocks of the cluster run
   for (int i = threadIdx.x; i < ROWS * HD; i += THREADS) {
     const int row = i / HD, d = i % HD; float most = ninf, sum = 0.f, o = 0.f;
 #pragma unroll
@@ -183,24 +180,18 @@ decode(const u16* q, const u16* k, const u16* v, const int* lengths, const int* 
       const float m = ends[(w * 8 + row) * 2], e = m == most ? 1.f : exp2_(m - most);
       sum = fmaf(e, ends[(w * 8 + row) * 2 + 1], sum); o = fmaf(e, ((float*)(smem + w * STAGES * STAGE))[row * WIDE + d], o);
     }
-    if (OUT == 0) {
-      const i64 part = (i64)blockIdx.x * ROWS + row;
-      parts[part * HD + d] = o;
-      if (d == 0) { float* stats = parts + (i64)gridDim.x * ROWS * HD + part * 2; stats[0] = most; stats[1] = sum; }
-    } else if (OUT == 1) out[b * o_b + (kv * GROUP + row % GROUP) * o_h + row / GROUP * o_t + d] = (u16)pack(sum == 0.f ? 0.f : o / sum, 0.f);
-    else {
-      send(box + split * chunk + i % chunk, i / chunk, o, sent);
-      if (d < splits) { send(box_ends + (split * ROWS + row) * 2, d, most, sent); send(box_ends + (split * ROWS + row) * 2 + 1, d, sum, sent); }
-    }
+    send(box + split * CHUNK + i % CHUNK, i / CHUNK, o, sent);
+    if (d < CL) { send(box_ends + (split * ROWS + row) * 2, d, most, sent); send(box_ends + (split * ROWS + row) * 2 + 1, d, sum, sent); }
   }
-  if (OUT != 2) return;
   wait_for_blocks(sent, 0);
-  for (int i = threadIdx.x; i < chunk && split * chunk + i < ROWS * HD; i += THREADS) {
-    const int row = (split * chunk + i) / HD, d = (split * chunk + i) % HD; float most = ninf, sum = 0.f, o = 0.f;
-    for (int s = 0; s < splits; s++) most = larger(most, box_ends[(s * ROWS + row) * 2]);
-    for (int s = 0; s < splits; s++) {
+  for (int i = threadIdx.x; i < CHUNK && split * CHUNK + i < ROWS * HD; i += THREADS) {
+    const int row = (split * CHUNK + i) / HD, d = (split * CHUNK + i) % HD; float most = ninf, sum = 0.f, o = 0.f;
+#pragma unroll
+    for (int s = 0; s < CL; s++) most = larger(most, box_ends[(s * ROWS + row) * 2]);
+#pragma unroll
+    for (int s = 0; s < CL; s++) {
       const float m = box_ends[(s * ROWS + row) * 2], e = m == most ? 1.f : exp2_(m - most);
-      sum = fmaf(e, box_ends[(s * ROWS + row) * 2 + 1], sum); o = fmaf(e, box[s * chunk + i], o);
+      sum = fmaf(e, box_ends[(s * ROWS + row) * 2 + 1], sum); o = fmaf(e, box[s * CHUNK + i], o);
     }
     out[b * o_b + (kv * GROUP + row % GROUP) * o_h + row / GROUP * o_t + d] = (u16)pack(sum == 0.f ? 0.f : o / sum, 0.f);
   }
