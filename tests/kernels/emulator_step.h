@@ -32,7 +32,8 @@ template <int THREADS_> void meet_threads() {
   meet(meetings[now->block]);
 }
 template <int GROUPS_, int THREADS_> void meet_group(int group) {
-  static Meeting meetings[8]; meetings[group].expected = THREADS_;      // of one block: the attention has no clusters
+  if (GROUPS_ == 1) { __syncthreads(); return; }
+  static Meeting meetings[8]; meetings[group].expected = THREADS_;      // of one block: where there are groups, there are no clusters
   meet(meetings[group]);
 }
 inline Shared shared_of_lane(void* p) { return (Shared)p; }
