@@ -101,9 +101,9 @@ def _jobs(
         if sizes and not fused:
             window = getattr(model.config.get_text_config(decoder=True), "sliding_window", None) or 0
             found += jobs((batch,), [("decode_attention", sizes | {"keys": keys, "window": window})])
-    if isinstance(step, FusedStep) and fused and not begun:
+    if isinstance(step, FusedStep) and fused and (keys or not begun):  # another attention for a cache with much room
         heads = step.structure.layers[0].heads
-        cache = torch.empty(batch, heads.kv, 128, heads.size, dtype=dtype, device=device)
+        cache = torch.empty(batch, heads.kv, 1, heads.size, dtype=dtype, device=device).expand(-1, -1, keys or 128, -1)
         target = architecture(cache.get_device())
         outside += [partial(kernel.compile_ahead, target) for kernel in step.kernels(batch, (cache, cache))]
     return outside + found + later
