@@ -1,7 +1,8 @@
 """Launches decode_attention.cu: up to eight rows, in 16 bits, on Hopper. What it does not serve, Triton's kernels do.
 
-The blocks of a cluster share the keys of a head and put the output together, so that no second kernel follows. Half of
-the SMs are enough to read a cache of moderate length; of a long one they take longer than a second kernel costs.
+The blocks of a cluster share the keys of a head and put the output together, so that no second kernel follows. Half to
+three quarters of the SMs are enough to read a cache of moderate length; of a long one they take longer than a second
+kernel costs (docs/worklog.md).
 """
 
 from __future__ import annotations
@@ -14,17 +15,12 @@ import torch
 from onegpu.kernels.launch import CudaKernel, source_text
 
 MAX_ROWS = 8
-_CLUSTER, _WARPS, _STAGES = (
-    8,
-    8,
-    2,
-)  # blocks at most (more are a matter of luck with the layout of the chip), of a block
+_CLUSTER = 8  # blocks at most; more are a matter of luck with the layout of the chip
+_WARPS = 8  # of a block
 _FEWEST_KEYS = 128  # that a block has
-_MOST_KEYS = (2048, 1024)  # of one row; of more
-_COMMON = {"NESTED": 0, "TABLE_SHIFT": 7, "FP4": 0, "FMT": 0, "WARPS": _WARPS, "STAGES": _STAGES}
-_ALONE = (
-    116736  # bytes of shared memory that leave no room for a second block on an SM: those of the next call would gather
-)
+_COMMON = {"NESTED": 0, "TABLE_SHIFT": 7, "FP4": 0, "FMT": 0, "WARPS": _WARPS}
+# Bytes of shared memory that leave no room for a second block on an SM: those of the next call would gather.
+_ALONE = 116736
 
 
 @lru_cache(maxsize=1024)
@@ -36,8 +32,15 @@ def blocks(heads: int, rows: int, d: int, d_v: int, keys: int, sms: int) -> int:
     if rows > MAX_ROWS or d != d_v or d % 8 or not 0 < d <= 256 or not heads:
         return 0
     parts = -(-keys // _FEWEST_KEYS)  # as a power of two, that a cache which grows compiles few kernels
-    few = min(_CLUSTER, max(2, sms // 2 // heads), 1 << max(0, parts.bit_length() - 1))
-    return few if few > 1 and heads * few <= sms and keys <= few * _MOST_KEYS[rows > 1] else 0
+    few = min(_CLUSTER, max(2, sms * 3 // 4 // heads // 2 * 2), 1 << max(0, parts.bit_length() - 1))
+    # Of a block: few blocks cannot read much, and a second kernel has more to add where there are many parts.
+    most = 1024 if 5 * heads * few < 2 * sms else 4096 if few == _CLUSTER else 2048
+    return few if few > 1 and heads * few <= sms and keys <= few * most else 0
+
+
+def _stages(rows: int) -> int:
+    """Steps of values in a warp's ring."""
+    return 1 if rows == 1 else 2
 
 
 def decode(
@@ -91,7 +94,7 @@ def _shared(few: int, d: int, rows: int) -> int:
     wide = -(-d // 32) * 32
     chunk = -(-rows * d // few)
     floats = _WARPS * 16 + (few * chunk + 1) // 2 * 2 + 2 * few * rows
-    return _WARPS * _STAGES * (16 if d > 128 else 32) * wide * 2 + 4 * floats + 8
+    return _WARPS * _stages(rows) * (16 if d > 128 else 32) * wide * 2 + 4 * floats + 8
 
 
 @lru_cache(maxsize=1024)
@@ -99,7 +102,7 @@ def _kernel(
     few: int, bf16: bool, d: int, t: int, group: int, first: bool, window: bool, softcap: bool, slopes: bool
 ) -> CudaKernel:
     constants = {"CL": few, "BF16": bf16, "HD": d, "QUERIES": t, "GROUP": group, "FIRST": first, "WINDOW": window}
-    constants |= {"SOFTCAP": softcap, "SLOPES": slopes}
+    constants |= {"SOFTCAP": softcap, "SLOPES": slopes, "STAGES": _stages(t * group)}
     return _source().variant(None, **_COMMON, **{name: int(value) for name, value in constants.items()})
 
 

@@ -24,7 +24,7 @@ from onegpu.kernels.triton_kernel import Bound
 _LOG2E = tl.constexpr(1.4426950408889634)
 _CLUSTER = 8  # programs; more than 8 are a matter of luck with the layout of the chip
 _CLUSTER_KEYS = 512  # that one of them has at most
-_COMBINE_WARPS = 4
+_COMBINE_WARPS = 1  # no barrier stands between its loads and its sums
 _TILE = 8192  # rows × (D + D_v)
 _MOST_PLANS = 4096
 _SHARED = 228 * 1024  # bytes that a Hopper SM has

@@ -1,6 +1,5 @@
 // One query per row of the batch against its keys: the new head norms, rotary embedding, the write into the cache and the
-// attention over SPLITS parts of the keys. The next product puts them together, or (CL = SPLITS > 1) the blocks of a cluster, of which each
-// has a part, do: then no block takes more than one, and what is written is 16-bit [rows, HKV * ALL, HD].
+// attention over SPLITS parts of the keys, which the next product puts together.
 //
 // qkv float32 [rows, (HKV * ALL + 2 HKV) * HD] -> parts 16-bit [rows, HKV * ALL, SPLITS, HD], sums float2 (maximum of the
 // scores in base 2, sum) of each. Caches [rows, HKV, length, HD]; the token at position p stands in slot p % length.
@@ -25,11 +24,9 @@ constexpr int V_MASK = UNITS % 8 == 0 ? 7 : 3;
 constexpr int CHUNKS = (ALL + GQ - 1) / GQ, HEADS = HKV * ALL, WIDTH = (HEADS + 2 * HKV) * HD, HALF = ROT / 2;
 constexpr int RING = WARPS * STAGES * STAGE;
 constexpr int FLOATS = (HALF % 32 ? WARPS * WIDE : 0) + (HALF ? 2 * HALF : 2) + (WARPS + 1) * 16 + WARPS * GQ * WIDE;
-constexpr int CHUNK = (GQ * HD + CL - 1) / CL;                          // values that a block of a cluster puts together
-constexpr int BOX = CL > 1 ? (CL * CHUNK + 1) / 2 * 2 + CL * GQ * 2 + 2 : 0;  // floats: what the cluster has sent, and a barrier
-constexpr int SHARE = (RING + (GQ + 2) * WIDE * 2 + (FLOATS + BOX) * 4 + 127) / 128 * 128;  // of a group
+constexpr int SHARE = (RING + (GQ + 2) * WIDE * 2 + FLOATS * 4 + 127) / 128 * 128;  // of a group
 constexpr int PAIR = GQ > 1 ? 2 : 1;                                    // queries of a lane
-static_assert(HD % 8 == 0 && HD <= 256 && GQ <= 8 && ROT <= HD && (CL == 1 || CL == SPLITS && GROUPS == 1), "head dimensions");
+static_assert(HD % 8 == 0 && HD <= 256 && GQ <= 8 && ROT <= HD, "head dimensions");
 
 #ifndef EMULATED
 // An 8 x 8 tile of 16-bit values, a row in four lanes, with rows and columns exchanged.
@@ -63,9 +60,6 @@ attend(const float* qkv, const i64* position, const i64* rope_position, const in
   float* turn = heads + (HALF % 32 ? WARPS * WIDE : 0);                  // [2, HALF] cosines and sines
   float* ends = turn + (HALF ? 2 * HALF : 2);                            // [WARPS + 1, 8, 2] maxima and sums; the last is the new key's
   float* all = ends + (WARPS + 1) * 16;                                  // [WARPS, GQ, WIDE] outputs
-  float* box = all + WARPS * GQ * WIDE;                                  // [CL, CHUNK] values of the cluster's parts
-  float* box_ends = box + (CL * CHUNK + 1) / 2 * 2;                      // [CL, GQ, 2] maxima and sums
-  void* sent = box_ends + CL * GQ * 2;
   const int lane = threadIdx.x & 31, warp = thread >> 5, g = lane >> 2, t = lane & 3;
   u8* own_ring = smem + warp * STAGES * STAGE;
   const Shared mine = shared(own_ring);
@@ -125,15 +119,6 @@ attend(const float* qkv, const i64* position, const i64* rope_position, const in
     for (int i = 0; i < STAGES; i++) fetch_values(warp + i * WARPS, i);
   };
   fetch_first(first_item);
-  if (CL > 1 && first_item < items) {
-    if (threadIdx.x == 0) {
-      const int there = min(GQ, ALL - chunk * GQ);
-      barrier_init(sent, 1); barriers_ready();
-      arrive_and_expect(sent, CL * (4 * max(0, min(CHUNK, there * HD - split * CHUNK)) + 8 * there));
-    }
-    __syncwarp();
-    cluster_arrive();
-  }
   for (int item = first_item; item < items; item += GROUPS * gridDim.x) {
     const int head0 = chunk * GQ, count = min(GQ, ALL - head0);          // query heads of this key head
     const bool last = split == SPLITS - 1;                               // has the new key
@@ -303,7 +288,6 @@ attend(const float* qkv, const i64* position, const i64* rope_position, const in
       if (g == 0) { ends[(warp * 8 + h) * 2] = top[q]; ends[(warp * 8 + h) * 2 + 1] = total[q]; }
     }
     meet_group<GROUPS, THREADS>(group);
-    if (CL > 1) cluster_wait();                                          // all blocks of the cluster run
     for (int i = thread; i < count * HD; i += THREADS) {
       const int h = i / HD, d = i % HD; float most = last ? ends[(WARPS * 8 + h) * 2] : ninf, sum = 0.f, o = 0.f;
       const float newest_score = most;
@@ -315,27 +299,8 @@ attend(const float* qkv, const i64* position, const i64* rope_position, const in
         float m = ends[(w * 8 + h) * 2], e = m == most ? 1.f : exp2_(m - most);
         sum = fmaf(e, ends[(w * 8 + h) * 2 + 1], sum); o = fmaf(e, all[(w * GQ + h) * WIDE + d], o);
       }
-      if (CL > 1) {
-        send(box + split * CHUNK + i % CHUNK, i / CHUNK, o, sent);
-        if (d < CL) { send(box_ends + (split * GQ + h) * 2, d, most, sent); send(box_ends + (split * GQ + h) * 2 + 1, d, sum, sent); }
-        continue;
-      }
       parts[(to + h * SPLITS) * HD + d] = (u16)pack(sum == 0.f ? 0.f : o * reciprocal(sum), 0.f);
       if (d == 0) sums[to + h * SPLITS] = make_float2(most, sum);
-    }
-    if (CL > 1) {
-      wait_for_blocks(sent, 0);
-      for (int i = thread; i < CHUNK && split * CHUNK + i < count * HD; i += THREADS) {
-        const int h = (split * CHUNK + i) / HD, d = (split * CHUNK + i) % HD; float most = ninf, sum = 0.f, o = 0.f;
-#pragma unroll
-        for (int c = 0; c < CL; c++) most = larger(most, box_ends[(c * GQ + h) * 2]);
-#pragma unroll
-        for (int c = 0; c < CL; c++) {
-          const float m = box_ends[(c * GQ + h) * 2], e = m == most ? 1.f : exp2_(m - most);
-          sum = fmaf(e, box_ends[(c * GQ + h) * 2 + 1], sum); o = fmaf(e, box[c * CHUNK + i], o);
-        }
-        parts[((i64)row * HEADS + kv * ALL + head0 + h) * HD + d] = (u16)pack(o * reciprocal(sum), 0.f);
-      }
     }
     meet_group<GROUPS, THREADS>(group);
   }

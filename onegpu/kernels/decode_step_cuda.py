@@ -185,29 +185,27 @@ def attend(
     out: Attended,
     pdl: bool = True,
     warps: int | None = None,
-    stages: int = 2,
+    stages: int | None = None,
     groups: int | None = None,
-    cluster: int = 1,
 ) -> None:
-    """One launch of decode_step_attention.cu. cluster: so many blocks share the keys of a head and write one part."""
+    """One launch of decode_step_attention.cu."""
     size, rotated = heads.size, 0 if heads.inv_freq is None else 2 * heads.inv_freq.numel()
     group, wide = heads.query // heads.kv, -(-size // 32) * 32
     together = -(-group // chunks(heads))
     sms, length = multiprocessors(qkv.get_device()), keys.shape[2]
-    parts = out.values.shape[2] * cluster
+    parts = out.values.shape[2]
     items = len(qkv) * heads.kv * chunks(heads) * parts
     # Where blocks take several heads, two groups of warps have one each on its way; else a block is one group, of eight
     # warps where each has many keys: by the room of the cache, in which a step finds no more (docs/worklog.md).
-    groups = groups or (2 if items > sms and cluster == 1 else 1)
+    groups = groups or (2 if items > sms else 1)
     warps = warps or (4 if groups > 1 or size > 128 or (group == 1 and length < 256 * parts) else 8)
+    stages = stages or (1 if group == 1 and warps == 8 and length <= 512 * parts else 2)
     floats = wide * (bool(rotated % 64) + together) * warps + max(rotated, 2) + 16 * (warps + 1)
-    if cluster > 1:
-        floats += (cluster * -(-together * size // cluster) + 1) // 2 * 2 + 2 * cluster * together + 2
     shared = warps * stages * (16 if size > 128 else 32) * 2 * wide + 2 * wide * (together + 2) + 4 * floats
     shared = groups * (-(-shared // 128) * 128)
     norms = 0 if heads.q_gain is None else 1 if heads.q_gain.numel() == size else 2
     kernel = _kernel("attention").variant(
-        None, **_COMMON | {"CL": cluster}, FMT=0, BF16=int(keys.dtype == torch.bfloat16), HD=size, ALL=group,
+        None, **_COMMON, FMT=0, BF16=int(keys.dtype == torch.bfloat16), HD=size, ALL=group,
         GQ=together, HKV=heads.kv, SPLITS=parts, ROT=rotated, NORMS=norms,
         GROUPED=int(heads.grouped), CAP=int(heads.cap > 0), ALIBI=0 if heads.slopes is None else 1 + heads.rounded,
         CLIP=int(heads.clip > 0), WARPS=warps, STAGES=stages, GROUPS=groups,
@@ -215,11 +213,11 @@ def attend(
     if _collected(kernel):
         return
     kernel(
-        (sms if cluster == 1 else items,), 32 * warps * groups, max(shared, _ALONE),
+        (sms,), 32 * warps * groups, max(shared, _ALONE),
         qkv, position, rope_position, first, keys, values, heads.inv_freq, heads.q_gain, heads.k_gain, heads.slopes,
         *out, len(qkv), length, heads.window or length, int(position.numel() > 1),
         int(rope_position.numel() > 1), heads.scale, heads.rope_scale, heads.eps, heads.one, heads.cap, heads.clip,
-        pdl=pdl, cluster=(cluster, 1, 1),
+        pdl=pdl,
     )  # fmt: skip
 
 

@@ -33,7 +33,7 @@ template <int THREADS_> void meet_threads() {
 }
 template <int GROUPS_, int THREADS_> void meet_group(int group) {
   if (GROUPS_ == 1) { __syncthreads(); return; }
-  static Meeting meetings[8]; meetings[group].expected = THREADS_;      // of one block: where there are groups, there are no clusters
+  static Meeting meetings[8]; meetings[group].expected = THREADS_;      // of one block, as an emulated grid without clusters runs them
   meet(meetings[group]);
 }
 inline Shared shared_of_lane(void* p) { return (Shared)p; }

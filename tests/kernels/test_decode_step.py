@@ -127,7 +127,7 @@ ATTENTION = [
     ((2, 2, 256), 128, 90, None, 40, 256, False, {"grouped": True}),
 ]
 
-LAYOUTS = {"one head a block": {"groups": 1}, "two": {"groups": 2}, "a cluster a head": {"cluster": 3}}
+LAYOUTS = {"one head a block": {"groups": 1}, "two": {"groups": 2}}
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -159,10 +159,9 @@ def test_attention(device: str, case: tuple, layout: str, monkeypatch: pytest.Mo
         t.masked_fill_(hidden[:, None, :, None], float("nan"))
     place = on(device, monkeypatch)
     k, v = k.to(place), v.to(place)
-    parts = 3 // LAYOUTS[layout].get("cluster", 1)
     got = ops.Attended(
-        torch.full((rows, query, parts, size), float("nan"), dtype=dtype, device=place),
-        torch.full((rows, query, parts, 2), float("nan") if parts > 1 else 1.0, device=place),
+        torch.full((rows, query, 3, size), float("nan"), dtype=dtype, device=place),
+        torch.full((rows, query, 3, 2), float("nan"), device=place),
     )
     arguments = qkv.to(place), moved(heads, place), k, v, at.to(place), turn.to(place), moved(begin, place), got
     gpu.attend(*arguments, **LAYOUTS[layout])
