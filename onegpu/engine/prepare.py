@@ -146,10 +146,11 @@ def _size(linear: Any) -> tuple[int, int]:
     return (k, n) if is_conv1d(linear) else (n, k)
 
 
-def _step_jobs(step: FusedStep, batch: int) -> list[ahead.Job]:
+def _step_jobs(step: FusedStep, batch: int, room: int = 128) -> list[ahead.Job]:
     """Its kernels; attention first, which takes twice as long as any other."""
     found, heads = step.structure, step.structure.layers[0].heads
-    cache = torch.empty(batch, heads.kv, 128, heads.size, dtype=found.dtype, device=found.device)
+    cache = torch.empty(batch, heads.kv, 1, heads.size, dtype=found.dtype, device=found.device)
+    cache = cache.expand(-1, -1, room, -1)
     target = architecture(cache.get_device())
     kernels = sorted(step.kernels(batch, (cache, cache)), key=lambda kernel: kernel.name != "attend")
     return [partial(kernel.compile_ahead, target) for kernel in kernels]
@@ -200,8 +201,8 @@ def _jobs(
         if sizes and not fused:
             window = getattr(model.config.get_text_config(decoder=True), "sliding_window", None) or 0
             found += jobs((batch,), [("decode_attention", sizes | {"keys": keys, "window": window})])
-    if isinstance(step, FusedStep) and fused and not begun:
-        outside += _step_jobs(step, batch)
+    if isinstance(step, FusedStep) and fused and (keys or not begun):  # another attention where a cache has much room
+        outside += _step_jobs(step, batch, keys or 128)
     return outside + found + tokens + later
 
 
