@@ -41,9 +41,9 @@ _SOURCES = tuple(
     for name in (
         "engine/fused_step.py", "kernels/few_rows_common.cu", "kernels/decode_step_common.cu",
         "kernels/decode_step_input.cu",
-        "kernels/decode_step_product.cu", "kernels/decode_step_single.cu", "kernels/decode_step_attention.cu",
-        "kernels/decode_step_cuda.py", "kernels/decode_step_layouts.py", "kernels/decode_step_stream.py",
-        "kernels/few_rows_parts.cu", "kernels/few_rows_stream.cu",
+        "kernels/decode_step_product.cu", "kernels/decode_step_single.cu", "kernels/decode_step_bulk.cu",
+        "kernels/decode_step_attention.cu", "kernels/decode_step_cuda.py", "kernels/decode_step_layouts.py",
+        "kernels/decode_step_stream.py", "kernels/few_rows_parts.cu", "kernels/few_rows_stream.cu",
     )
 )  # fmt: skip
 _TESTS = "tests/engine/test_fused_step.py::test_a_chain_replayed_a_thousand_times_reads_only_what_it_wrote"

@@ -1,4 +1,4 @@
-"""Launches decode_step_{input, product, single, transposed, attention, embed}.cu; the ops are in decode_step.py.
+"""Launches decode_step_{input, product, single, bulk, transposed, attention, embed}.cu; the ops are in decode_step.py.
 
 A block an SM, in every kernel of the chain, and more than half of an SM's shared memory for each: where two blocks fit,
 blocks of a kernel that starts early gather on the SMs that are free first, and the others idle (measured on an H100:
@@ -19,7 +19,7 @@ from onegpu.errors import bad_argument
 from onegpu.kernels import decode_step_stream
 from onegpu.kernels.codebooks import dynamic_map
 from onegpu.kernels.decode_step import ACTIVATIONS, Attended, Heads, Matrix, Norm, Part, Places, Stream
-from onegpu.kernels.decode_step_layouts import FORMATS, WHOLE, Shape, Single, blocks, shape, single
+from onegpu.kernels.decode_step_layouts import FORMATS, WHOLE, Bulk, Shape, Single, blocks, bulk, shape, single
 from onegpu.kernels.launch import CudaKernel, source_text
 
 MAX_ROWS, MAX_GROUP, MAX_SPLITS = 16, 8, 8
@@ -59,7 +59,7 @@ def product(
     also: torch.Tensor | None = None,
     cap: float = 0.0,
     pdl: bool = True,
-    fixed: Shape | Single | None = None,
+    fixed: Shape | Single | Bulk | None = None,
 ) -> None:
     """One launch of decode_step_product.cu, whose head says what the sinks are, or of one that serves in its place."""
     rows, columns = len(out), matrix.columns
@@ -69,7 +69,7 @@ def product(
         if not _collected(streamed.kernel):
             decode_step_stream.launch(streamed, matrix, out, dynamic_map(out.device) if nested else None, pdl)
         return
-    found = fixed or (None if matrix.transposed else _single(matrix, out) or _shape(matrix, rows))
+    found = fixed or (None if matrix.transposed else _one_row(x, matrix, out) or _shape(matrix, rows))
     if not (fits(matrix, rows) if matrix.transposed else found):
         raise bad_argument(
             "rows", rows, f"is too many: x of {columns} columns does not fit into shared memory", "Use fewer rows"
@@ -86,14 +86,18 @@ def product(
     if isinstance(found, Single):
         kernel = _kernel("single").variant(None, **constants | found.constants, SHARE=columns)
         warps, cluster, grid, shared = found.warps, 1, sms, found.shared(columns, matrix.rows, sms)
+    elif isinstance(found, Bulk):
+        kernel = _kernel("bulk").variant(None, **constants | found.constants, SHARE=columns)
+        warps, cluster, grid = found.warps, 1, sms
+        shared = found.shared(columns, matrix.rows, sms, isinstance(x, torch.Tensor))
     else:
-        bulk = FORMATS[matrix.format] == 2 and not nested and matrix.blocksize == 64 and columns % 256 == 0
-        bulk = bulk and not any(part.scales.data_ptr() % 16 for part in matrix.parts if part.scales is not None)
+        whole = FORMATS[matrix.format] == 2 and not nested and matrix.blocksize == 64 and columns % 256 == 0
+        whole = whole and not any(part.scales.data_ptr() % 16 for part in matrix.parts if part.scales is not None)
         kernel = _kernel("product").variant(
             None, **constants | {"CL": found.cluster, "TABLE_SHIFT": found.table_shift},
             SHARE=found.share(matrix.format, columns), WARPS=found.all_warps, FETCHERS=found.fetchers,
             SLOTS=found.slots, CB=found.width, TG=found.group(rows), OWN=int(found.own),
-            BULK=int(bulk and not found.own),
+            BULK=int(whole and not found.own),
         )  # fmt: skip
         warps, cluster, grid = found.all_warps, found.cluster, blocks(sms, found.cluster)
         shared = found.shared(matrix.format, rows, columns, nested)
@@ -111,6 +115,8 @@ def product(
     table = dynamic_map(out.device) if nested else None
     counts = [0 if part is None else part.rows for part in parts]
     shift = matrix.blocksize.bit_length() - 7  # log2 of how many 64 columns share a scale
+    if isinstance(found, Bulk):
+        shift = (counts[0] if sink == "gated" else matrix.rows) // grid  # rows of a block, instead
     kernel(
         (grid,), 32 * warps, max(shared, _ALONE), *pointers, table, *read.tensors, out, also, *counts, shift,
         *read.numbers, cap, pdl=pdl, cluster=(cluster, 1, 1),
@@ -119,10 +125,23 @@ def product(
 
 def _single(matrix: Matrix, out: torch.Tensor) -> Single | None:
     """The layout of decode_step_single.cu, if it serves."""
-    plain = FORMATS[matrix.format] == 2 and matrix.parts[0].nested is None and matrix.blocksize == 64 and len(out) == 1
+    plain = FORMATS[matrix.format] == 2 and matrix.parts[0].nested is None and matrix.blocksize == 64
     if not plain or any(part.scales is None or part.scales.data_ptr() % 16 for part in matrix.parts):
         return None
     return single(matrix.columns, tuple(part.rows for part in matrix.parts), multiprocessors(out.get_device()))
+
+
+def _one_row(x: Stream | Attended | torch.Tensor, matrix: Matrix, out: torch.Tensor) -> Single | Bulk | None:
+    if len(out) > 1:
+        return None
+    return _bulk(x, matrix, out) if matrix.format == "int8" else _single(matrix, out)
+
+
+def _bulk(x: Stream | Attended | torch.Tensor, matrix: Matrix, out: torch.Tensor) -> Bulk | None:
+    """The layout of decode_step_bulk.cu, if it serves."""
+    if any(part.weight.data_ptr() % 16 for part in matrix.parts):
+        return None
+    return bulk(matrix.columns, matrix.rows, multiprocessors(out.get_device()), isinstance(x, torch.Tensor))
 
 
 def _transposed(
@@ -163,6 +182,8 @@ def _read(x: Stream | Attended | torch.Tensor) -> _Read:
         numbers, bf16 = (*norms[0], *norms[1]), x.dtype == torch.bfloat16
         tensors = (*_weights(x.norm), *_weights(x.outer), x.h, None, x.added, x.to)
         return _Read(constants | {"SPLITS": 1, "HD": 64, "BF16": int(bf16)}, tensors, numbers)
+    if isinstance(x, Attended) and x.sums.shape[2] == 1:  # nothing to put together
+        x = x.values.flatten(1)
     values, sums = (x.values, x.sums) if isinstance(x, Attended) else (x, None)
     splits, size = (x.sums.shape[2], x.values.shape[3]) if isinstance(x, Attended) else (1, 64)
     constants = {"SOURCE": 2 if sums is None else 1, "NORM": 0, "OUTER": 0, "OUTER_NORM": 0, "SPLITS": splits}
@@ -189,28 +210,35 @@ def attend(
     out: Attended,
     pdl: bool = True,
     warps: int | None = None,
-    stages: int = 2,
+    stages: int | None = None,
+    groups: int | None = None,
 ) -> None:
     """One launch of decode_step_attention.cu."""
     size, rotated = heads.size, 0 if heads.inv_freq is None else 2 * heads.inv_freq.numel()
     group, wide = heads.query // heads.kv, -(-size // 32) * 32
     together = -(-group // chunks(heads))
-    # Eight warps were up to 15 % faster for grouped heads, whose blocks have more keys each (docs/worklog.md).
-    warps = warps or (8 if group > 1 and size <= 128 else 4)
+    sms, length = multiprocessors(qkv.get_device()), keys.shape[2]
+    parts = out.values.shape[2]
+    items = len(qkv) * heads.kv * chunks(heads) * parts
+    # Where blocks take several heads, two groups of warps have one each on its way; else a block is one group, of eight
+    # warps where each has many keys: by the room of the cache, in which a step finds no more (docs/worklog.md).
+    groups = groups or (2 if items > sms else 1)
+    warps = warps or (4 if groups > 1 or size > 128 or (group == 1 and length < 256 * parts) else 8)
+    stages = stages or (1 if group == 1 and warps == 8 and length <= 512 * parts else 2)
     floats = wide * (bool(rotated % 64) + together) * warps + max(rotated, 2) + 16 * (warps + 1)
     shared = warps * stages * (16 if size > 128 else 32) * 2 * wide + 2 * wide * (together + 2) + 4 * floats
+    shared = groups * (-(-shared // 128) * 128)
     norms = 0 if heads.q_gain is None else 1 if heads.q_gain.numel() == size else 2
     kernel = _kernel("attention").variant(
         None, **_COMMON, FMT=0, BF16=int(keys.dtype == torch.bfloat16), HD=size, ALL=group,
-        GQ=together, HKV=heads.kv, SPLITS=out.values.shape[2], ROT=rotated, NORMS=norms,
+        GQ=together, HKV=heads.kv, SPLITS=parts, ROT=rotated, NORMS=norms,
         GROUPED=int(heads.grouped), CAP=int(heads.cap > 0), ALIBI=0 if heads.slopes is None else 1 + heads.rounded,
-        CLIP=int(heads.clip > 0), WARPS=warps, STAGES=stages,
+        CLIP=int(heads.clip > 0), WARPS=warps, STAGES=stages, GROUPS=groups,
     )  # fmt: skip
     if _collected(kernel):
         return
-    length = keys.shape[2]
     kernel(
-        (multiprocessors(qkv.get_device()),), 32 * warps, max(shared, _ALONE),
+        (sms,), 32 * warps * groups, max(shared, _ALONE),
         qkv, position, rope_position, first, keys, values, heads.inv_freq, heads.q_gain, heads.k_gain, heads.slopes,
         *out, len(qkv), length, heads.window or length, int(position.numel() > 1),
         int(rope_position.numel() > 1), heads.scale, heads.rope_scale, heads.eps, heads.one, heads.cap, heads.clip,
@@ -285,6 +313,7 @@ def _collected(kernel: CudaKernel) -> bool:
 _KERNELS = {
     "product": ("product", "P" * 26 + "i" * 4 + "fffff"),
     "single": ("product", "P" * 26 + "i" * 4 + "fffff"),
+    "bulk": ("product", "P" * 26 + "i" * 4 + "fffff"),
     "transposed": ("transposed_product", "P" * 11 + "i" + "ffff"),
     "attention": ("attend", "P" * 12 + "i" * 5 + "ffffff"),
     "embed": ("embed", "PPPPPPPqqiiifff"),
@@ -293,7 +322,7 @@ _KERNELS = {
 
 def source(kind: str) -> str:
     """The whole text of a kernel of `_KERNELS`."""
-    files = ["decode_step_input.cu"] * (kind in ("product", "single", "transposed")) + [f"decode_step_{kind}.cu"]
+    files = ["decode_step_input.cu"] * (kind not in ("attention", "embed")) + [f"decode_step_{kind}.cu"]
     return "".join(map(source_text, ["few_rows_common.cu", "decode_step_common.cu", *files]))
 
 

@@ -6,6 +6,7 @@ inline float2 fresh2(const void* p) { float2 v; memcpy(&v, p, 8); return v; }
 inline float fresh(const float* p) { return *p; }
 inline long long fresh_i64(const long long* p) { return *p; }
 inline float exp2_(float x) { return exp2f(x); }
+inline uint32_t hidden(uint32_t v, const void*) { return v; }
 inline float reciprocal(float x) { return 1.f / x; }
 inline float rsqrtf(float x) { return 1.f / sqrtf(x); }
 inline float shuffle_xor(float v, int o) {
@@ -16,8 +17,8 @@ inline float shuffle_xor(float v, int o) {
   return r;
 }
 inline void transposed(uint32_t (&b)[4], const void* row) {
-  static thread_local const uint8_t* rows[64][32];
-  Warp& w = warp_(); int lane = now->thread % 32, at = now->thread / 32;
+  static thread_local const uint8_t* rows[256][32];                        // of up to eight blocks
+  Warp& w = warp_(); int lane = now->thread % 32, at = now->block * 32 + now->thread / 32;
   if ((uint64_t)row % 16) abort();
   rows[at][lane] = (const uint8_t*)row; __syncwarp();
   for (int i = 0; i < 4; i++) {
@@ -30,6 +31,11 @@ inline void transposed(uint32_t (&b)[4], const void* row) {
 template <int THREADS_> void meet_threads() {
   static Meeting meetings[64]; meetings[now->block].expected = THREADS_;
   meet(meetings[now->block]);
+}
+template <int GROUPS_, int THREADS_> void meet_group(int group) {
+  if (GROUPS_ == 1) { __syncthreads(); return; }
+  static Meeting meetings[8]; meetings[group].expected = THREADS_;      // of one block, as an emulated grid without clusters runs them
+  meet(meetings[group]);
 }
 inline uint32_t turned(uint32_t a) {
   Warp& w = warp_(); int g = now->thread % 32 / 4, t = now->thread % 4;
