@@ -18,7 +18,7 @@ import torch
 from onegpu.errors import bad_argument
 from onegpu.kernels.codebooks import dynamic_map
 from onegpu.kernels.decode_step import ACTIVATIONS, Attended, Heads, Matrix, Norm, Part, Places, Stream
-from onegpu.kernels.decode_step_layouts import FORMATS, WHOLE, Shape, Single, blocks, shape, single
+from onegpu.kernels.decode_step_layouts import FORMATS, WHOLE, Held, Shape, Single, blocks, shape, single
 from onegpu.kernels.launch import CudaKernel, source_text
 
 MAX_ROWS, MAX_GROUP, MAX_SPLITS = 16, 8, 8
@@ -58,7 +58,7 @@ def product(
     also: torch.Tensor | None = None,
     cap: float = 0.0,
     pdl: bool = True,
-    fixed: Shape | Single | None = None,
+    fixed: Shape | Single | Held | None = None,
 ) -> None:
     """One launch of decode_step_product.cu, whose head says what the sinks are."""
     rows, columns = len(out), matrix.columns
@@ -80,6 +80,11 @@ def product(
     if isinstance(found, Single):
         kernel = _kernel("single").variant(None, **constants | found.constants, SHARE=columns)
         warps, cluster, grid, shared = found.warps, 1, sms, found.shared(columns, matrix.rows, sms)
+    elif isinstance(found, Held):
+        of_size = (columns, matrix.rows, sms)
+        kernel = _kernel("held").variant(None, **constants | found.constants(*of_size))
+        warps, cluster, grid = found.warps, found.cluster, blocks(sms, found.cluster)
+        shared = found.shared(rows, *of_size, isinstance(x, torch.Tensor))
     else:
         bulk = FORMATS[matrix.format] == 2 and not nested and matrix.blocksize == 64 and columns % 256 == 0
         bulk = bulk and not any(part.scales.data_ptr() % 16 for part in matrix.parts if part.scales is not None)
@@ -279,6 +284,7 @@ def _collected(kernel: CudaKernel) -> bool:
 _KERNELS = {
     "product": ("product", "P" * 26 + "i" * 4 + "fffff"),
     "single": ("product", "P" * 26 + "i" * 4 + "fffff"),
+    "held": ("product", "P" * 26 + "i" * 4 + "fffff"),
     "transposed": ("transposed_product", "P" * 11 + "i" + "ffff"),
     "attention": ("attend", "P" * 12 + "i" * 5 + "ffffff"),
     "embed": ("embed", "PPPPPPPqqiiifff"),
@@ -287,7 +293,7 @@ _KERNELS = {
 
 def source(kind: str) -> str:
     """The whole text of a kernel of `_KERNELS`."""
-    files = ["decode_step_input.cu"] * (kind in ("product", "single", "transposed")) + [f"decode_step_{kind}.cu"]
+    files = ["decode_step_input.cu"] * (kind in ("product", "single", "held", "transposed")) + [f"decode_step_{kind}.cu"]
     return "".join(map(source_text, ["few_rows_common.cu", "decode_step_common.cu", *files]))
 
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from onegpu.kernels import ahead
+from onegpu.kernels.few_rows_held import Held
 from onegpu.kernels.few_rows_single import Single
 from onegpu.kernels.few_rows_table import CONFIGURATIONS, Config, Wide, ceil_div, resident_clusters
 from onegpu.kernels.guard import architecture
@@ -56,7 +57,7 @@ def fits(
     if (config.cluster - 1) * ceil_div(pieces, config.cluster) >= pieces:
         return None  # a block would have no columns
     clusters = min(resident_clusters(sms, config.cluster), n)
-    if isinstance(config, Single) and not config.serves(nested, n, k, clusters):
+    if isinstance(config, Single | Held) and not config.serves(nested, n, k, clusters):
         return None
     shared = config.shared(fmt, nested, n, k, clusters, half)
     if config.blocks == 1:
@@ -79,7 +80,7 @@ def choose(
     for config in CONFIGURATIONS[fmt]:
         if (config.cluster > 1 and major < 9) or (getattr(config, "wgmma", False) and major != 9):
             continue
-        if isinstance(config, Single):
+        if isinstance(config, Single | Held):
             config = config.whole(nested, k)
         found = fits(config, fmt, nested, m, n, k, half, sms, limit)
         while found is None and config.depth > 2:  # more scales than usual, less memory

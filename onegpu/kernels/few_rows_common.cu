@@ -20,6 +20,8 @@ DEVICE u32 pack_h(float lo, float hi) { u32 d; asm("cvt.rn.f16x2.f32 %0, %1, %2;
 DEVICE u32 pack_b(float lo, float hi) { u32 d; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(hi), "f"(lo)); return d; }
 DEVICE u32 sub_h(u32 a, u32 b) { u32 d; asm("sub.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d; }
 DEVICE u32 add_b(u32 a, u32 b) { u32 d; asm("{ .reg .b32 one; mov.b32 one, 0x3f803f80; fma.rn.bf16x2 %0, %1, one, %2; }" : "=r"(d) : "r"(a), "r"(b)); return d; }
+// The larger of a and |b| in each half, as bf16; NaN is the largest.
+DEVICE u32 larger_b(u32 a, u32 b) { u32 d; asm("{ .reg .b32 t; abs.bf16x2 t, %2; max.NaN.bf16x2 %0, %1, t; }" : "=r"(d) : "r"(a), "r"(b)); return d; }
 DEVICE u32 saddr(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 // Where in shared memory a copy goes. The shuffle hides the address from ptxas, which otherwise (13.0) gives copies a uniform
 // base register; with a cache hint it encodes those as an illegal instruction.
@@ -170,6 +172,7 @@ DEVICE void send_for_map(const XMap* map) { asm volatile("prefetch.tensormap [%0
 DEVICE void copies_seen_by_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 DEVICE int of_warp(int v) { return __shfl_sync(~0u, v, 0); }           // the compiler then knows that it is one value
 DEVICE float of_other_lane(float v, int o) { return __shfl_xor_sync(~0u, v, o); }
+DEVICE float of_lane(float v, int lane) { return __shfl_sync(~0u, v, lane); }
 DEVICE u32 warp_max(u32 v) { return __reduce_max_sync(~0u, v); }
 DEVICE u32 max_of_8(u32 v) {                                             // of eight lanes in a row
 #pragma unroll

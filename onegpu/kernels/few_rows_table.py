@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from onegpu.kernels.few_rows_held import Held
 from onegpu.kernels.few_rows_single import Single
 
 # Weights of a block: where they are few, what a kernel takes to start, or a cluster to meet, counts most.
@@ -294,7 +295,7 @@ class Direct:
         return {**names, "BLOCKS": self.blocks, "CL": 1, "TABLE_SHIFT": 8, "EARLY": self.early}
 
 
-Config = Single | Narrow | Wide | Resident | Direct
+Config = Single | Held | Narrow | Wide | Resident | Direct
 
 
 def _bulk(
