@@ -125,7 +125,7 @@ product(const u8* w0, const u8* w1, const u8* w2, const void* absmax0, const voi
 #pragma unroll
       for (int o = 1; o < 4 * SECT; o *= 2) most = max(most, __float_as_uint(of_other_lane(__uint_as_float(most), o)));
 #pragma unroll
-      for (int i = 0; i < 8; i++) held[i] = to_fp16(held[i], x_scale(most));
+      for (int i = 0; i < 8; i++) held[i] = scaled_to_fp16(held[i], x_scale(most));
       const float back = x_unscale(most);
       unscale0 = of_lane(back, 4 * SECT * (2 * t / SECT));
       if (SECT == 1) unscale1 = of_lane(back, 8 * t + 4);

@@ -22,6 +22,7 @@ DEVICE u32 sub_h(u32 a, u32 b) { u32 d; asm("sub.f16x2 %0, %1, %2;" : "=r"(d) : 
 DEVICE u32 add_b(u32 a, u32 b) { u32 d; asm("{ .reg .b32 one; mov.b32 one, 0x3f803f80; fma.rn.bf16x2 %0, %1, one, %2; }" : "=r"(d) : "r"(a), "r"(b)); return d; }
 // The larger of a and |b| in each half, as bf16; NaN is the largest.
 DEVICE u32 larger_b(u32 a, u32 b) { u32 d; asm("{ .reg .b32 t; abs.bf16x2 t, %2; max.NaN.bf16x2 %0, %1, t; }" : "=r"(d) : "r"(a), "r"(b)); return d; }
+DEVICE u32 mul_b(u32 a, u32 b) { u32 d; asm("{ .reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x2 %0, %1, %2, zero; }" : "=r"(d) : "r"(a), "r"(b)); return d; }
 DEVICE u32 saddr(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 // Where in shared memory a copy goes. The shuffle hides the address from ptxas, which otherwise (13.0) gives copies a uniform
 // base register; with a cache hint it encodes those as an illegal instruction.
@@ -200,6 +201,13 @@ DEVICE float x_unscale(u32 top) { return __uint_as_float((u32)(127 - min(141 - (
 DEVICE uint4 to_fp16(uint4 q, float scale) {
   return make_uint4(pack_h(lo_b(q.x) * scale, hi_b(q.x) * scale), pack_h(lo_b(q.y) * scale, hi_b(q.y) * scale),
                     pack_h(lo_b(q.z) * scale, hi_b(q.z) * scale), pack_h(lo_b(q.w) * scale, hi_b(q.w) * scale));
+}
+
+// The same, scaled in bf16, which a power of two leaves exact.
+DEVICE u32 scaled_to_fp16(u32 v, u32 scale) { const u32 s = mul_b(v, scale); return pack_h(lo_b(s), hi_b(s)); }
+DEVICE uint4 scaled_to_fp16(uint4 q, float scale) {
+  const u32 two = __byte_perm(__float_as_uint(scale), 0, 0x3232);
+  return make_uint4(scaled_to_fp16(q.x, two), scaled_to_fp16(q.y, two), scaled_to_fp16(q.z, two), scaled_to_fp16(q.w, two));
 }
 
 // What the epilogue adds: y = sum * row scale (int8: SCB / 127) + bias.

@@ -117,7 +117,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
 #pragma unroll
     for (int o = 1; o < 4 * SECT; o *= 2) most = max(most, __float_as_uint(of_other_lane(__uint_as_float(most), o)));
 #pragma unroll
-    for (int i = 0; i < 8; i++) held[i] = to_fp16(held[i], x_scale(most));
+    for (int i = 0; i < 8; i++) held[i] = scaled_to_fp16(held[i], x_scale(most));
     const float mine = x_unscale(most);
     unscale0 = of_lane(mine, 4 * SECT * (2 * t / SECT));
     if (SECT == 1) unscale1 = of_lane(mine, 8 * t + 4);

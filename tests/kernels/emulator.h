@@ -62,6 +62,7 @@ inline uint32_t pack_b(float lo, float hi) { return float_to_bf16(lo) | (uint32_
 inline uint32_t sub_h(uint32_t a, uint32_t b) { return pack_h(h2f(a) - h2f(b), h2f(a >> 16) - h2f(b >> 16)); }
 inline uint32_t add_b(uint32_t a, uint32_t b) { return pack_b(bf16_to_float(a) + bf16_to_float(b), bf16_to_float(a >> 16) + bf16_to_float(b >> 16)); }
 inline uint32_t larger_b(uint32_t a, uint32_t b) { b &= 0x7fff7fff; return max(a & 0xffffu, b & 0xffffu) | max(a >> 16, b >> 16) << 16; }
+inline uint32_t mul_b(uint32_t a, uint32_t b) { return pack_b(bf16_to_float(a) * bf16_to_float(b), bf16_to_float(a >> 16) * bf16_to_float(b >> 16)); }
 typedef uint8_t* Shared;
 inline Shared shared(const void* p) { return (Shared)p; }
 inline uint64_t evict_first() { return 0; }
