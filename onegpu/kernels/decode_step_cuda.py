@@ -293,7 +293,7 @@ _KERNELS = {
 
 def source(kind: str) -> str:
     """The whole text of a kernel of `_KERNELS`."""
-    files = ["decode_step_input.cu"] * (kind in ("product", "single", "held", "transposed")) + [f"decode_step_{kind}.cu"]
+    files = ["decode_step_input.cu"] * (kind not in ("attention", "embed")) + [f"decode_step_{kind}.cu"]
     return "".join(map(source_text, ["few_rows_common.cu", "decode_step_common.cu", *files]))
 
 

@@ -107,8 +107,8 @@ class Single(NamedTuple):
 class Held(NamedTuple):
     """How decode_step_held.cu lays out a product of two to eight rows with a 4-bit matrix.
 
-    rows: of x that fit: 2, 4 or 8. A piece is 2 * rows rows of 2048 / rows columns. warps: of a block, a multiple of the
-    pieces of a row in it. slots: in a warp's ring. cluster: blocks that share the columns.
+    rows: of x that fit: 2, 4 or 8. A piece is 2 * rows rows of 2048 / rows columns. warps: of a block, a multiple of
+    the pieces of a row in it. slots: in a warp's ring. cluster: blocks that share the columns.
     """
 
     rows: int
@@ -126,22 +126,23 @@ class Held(NamedTuple):
         unit = self.columns * self.cluster
         return columns if self.cluster == 1 else -(-columns // unit) * self.columns
 
-    def _tiles(self, outputs: int, multiprocessors: int, gated: bool) -> int:
+    def _tiles(self, outputs: int, multiprocessors: int) -> int:
         """Of a block, at most."""
         return -(-(outputs // (2 * self.rows)) // (blocks(multiprocessors, self.cluster) // self.cluster))
 
     def over(self, columns: int, outputs: int, multiprocessors: int) -> int:
         """Sums that the table has no room for."""
         pieces = -(-self.share(columns) // self.columns)
-        return max(0, self._tiles(outputs, multiprocessors, False) * pieces * 2 * self.rows**2 - 8192)
+        return max(0, self._tiles(outputs, multiprocessors) * pieces * 2 * self.rows**2 - 8192)
 
     def constants(self, columns: int, outputs: int, multiprocessors: int) -> dict[str, int]:
         """Macros of the kernel."""
-        return {"WARPS": self.warps, "DEPTH": self.slots, "SECT": 8 // self.rows, "CB": self.columns // 2, "TABLE_SHIFT": _SHIFT,
-                "CL": self.cluster, "SHARE": self.share(columns), "OVER": self.over(columns, outputs, multiprocessors)}  # fmt: skip
+        over, sections = self.over(columns, outputs, multiprocessors), 8 // self.rows
+        names = {"WARPS": self.warps, "DEPTH": self.slots, "SECT": sections, "CB": 128 * sections, "OVER": over}
+        return {**names, "TABLE_SHIFT": _SHIFT, "CL": self.cluster, "SHARE": self.share(columns)}
 
     def shared(self, rows: int, columns: int, outputs: int, multiprocessors: int, direct: bool) -> int:
-        """Bytes of shared memory, as the kernel divides it: table, x and later sums, shares of the norm, rings, sums of the cluster.
+        """Bytes of shared memory: table, x and later sums, shares of the norm, rings, the cluster's sums.
 
         rows: of x; outputs: rows of the whole matrix; direct: x goes straight to registers.
         """
@@ -149,7 +150,7 @@ class Held(NamedTuple):
         room = max(0 if direct else rows * pitch, 4 * self.over(columns, outputs, multiprocessors))
         values = (5 * rows + 1) * self.warps + 5 * rows * self.cluster * (self.cluster > 1) + rows
         x = -(-(-(-room // 16) * 16 + (values + 3) // 4 * 16 + 32) // 128) * 128
-        sent = 4 * (self._tiles(outputs, multiprocessors, False) * 2 * self.rows + 2 * self.cluster) * self.rows
+        sent = 4 * (self._tiles(outputs, multiprocessors) * 2 * self.rows + 2 * self.cluster) * self.rows
         return (256 << _SHIFT) + x + self.warps * self.slots * 2304 + sent * (self.cluster > 1)
 
     def serves(self, rows: int, columns: int, parts: tuple[int, ...], multiprocessors: int, direct: bool) -> bool:
