@@ -11,9 +11,9 @@ class Held:
     """Configuration of few_rows_held.cu: a piece has 2 * rows rows of W, as a tile, and 2048 / rows columns.
 
     rows: of x that fit: 2, 4 or 8. warps: at most; of these a multiple of the pieces of a row is taken (`whole`).
-    slots: of a warp's ring. cluster: blocks that share the columns. over: sums may take more than the table has room for.
-    blocks: as Direct's. early, nested, share: as Narrow's; price too, where all warps are taken. It serves quantised
-    scales whose codes are whole words (2).
+    slots: of a warp's ring. cluster: blocks that share the columns. over: sums may take more than the table has room
+    for. blocks: as Direct's. early, nested, share: as Narrow's; price too, where all warps are taken. It serves
+    quantised scales whose codes are whole words (2).
     """
 
     rows: int
