@@ -5,12 +5,13 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from onegpu.kernels import driver, guard, launch, triton_kernel
+from onegpu.kernels import disk_cache, driver, guard, launch, triton_kernel
 
 
 class Config(ctypes.Structure):
@@ -151,8 +152,8 @@ def on_gpu(tensor: torch.Tensor, index: int = 0) -> torch.Tensor:
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
-    """Two Hopper GPUs without a GPU: `on_gpu` makes their tensors."""
+def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeDriver:
+    """Two Hopper GPUs without a GPU: `on_gpu` makes their tensors. No kernel is on disk."""
     made = FakeDriver()
 
     class Device:
@@ -167,6 +168,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
 
     replaced: list[tuple[Any, str, Callable[..., Any]]] = [
         (driver, "library", lambda: made),
+        (disk_cache, "cache_folder", lambda: tmp_path / "kernels on disk"),
         (torch.cuda, "device", Device),
         (torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
         (torch.cuda, "is_current_stream_capturing", lambda: made.capturing),

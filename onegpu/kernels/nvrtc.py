@@ -1,27 +1,18 @@
-"""CUDA C++ compiled at run time by NVRTC, with a private cache on disk.
+"""CUDA C++ compiled at run time by NVRTC, and kept on disk (`disk_cache.py`).
 
 NVRTC and the headers come as pip wheels with torch's CUDA builds; cuda-core finds and calls the compiler. No GPU is
-needed to compile. A cached cubin is run on the GPU without another look, so the folder belongs to the user alone
-(0700), an entry carries its own checksum, and one that does not match is compiled again.
+needed to compile.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import os
-import stat
-import sys
-import tempfile
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 from onegpu.errors import KernelError
-from onegpu.kernels import driver
-
-_MAGIC = b"onegpu cubin 1\n"
+from onegpu.kernels import disk_cache, driver
 
 
 class Cubin(NamedTuple):
@@ -105,59 +96,10 @@ def cached_cubin(
 ) -> Cubin:
     """As `compile_cubin`, from the cache on disk where it has the entry; `folder` replaces the user's cache."""
     parts = (source, name, arch, sorted(constants.items()), options, compiler_version(), driver.driver_version())
-    key = hashlib.sha256(repr(parts).encode()).hexdigest()
-    place = private_folder(folder or cache_folder())
-    if place is not None:
-        found = _read(place / f"{key}.cubin")
-        if found is not None:
-            return found
-    made = compile_cubin(source, name, arch, constants, options, op)
-    if place is not None:
-        _write(place / f"{key}.cubin", made)
-    return made
 
+    def make() -> tuple[str, bytes]:
+        made = compile_cubin(source, name, arch, constants, options, op)
+        return made.name, made.code
 
-def cache_folder() -> Path:
-    """Of the user: ``~/.cache/onegpu/cubins``."""
-    return Path.home() / ".cache" / "onegpu" / "cubins"
-
-
-def private_folder(folder: Path) -> Path | None:
-    """The folder, made if need be, if it is the user's own and nobody else's to write; None where it cannot be."""
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if sys.platform == "win32":
-            return folder  # a profile folder is private there
-        found = os.stat(folder, follow_symlinks=False)
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-            return None
-        if found.st_mode & 0o077:
-            os.chmod(folder, 0o700)
-    except OSError:
-        return None  # no home, a read-only disk: everything works but for the seconds of the next start
-    return folder
-
-
-def _read(path: Path) -> Cubin | None:
-    try:
-        content = path.read_bytes()
-    except OSError:
-        return None
-    magic, digest, body = content[: len(_MAGIC)], content[len(_MAGIC) :][:32], content[len(_MAGIC) + 32 :]
-    if magic != _MAGIC or hashlib.sha256(body).digest() != digest:
-        return None
-    name, _, code = body.partition(b"\n")
-    return Cubin(code, name.decode())
-
-
-def _write(path: Path, cubin: Cubin) -> None:
-    body = cubin.name.encode() + b"\n" + cubin.code
-    with contextlib.suppress(OSError):  # a full disk
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")  # 0600
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(_MAGIC + hashlib.sha256(body).digest() + body)
-            os.replace(temporary, path)
-        except OSError:
-            os.unlink(temporary)
-            raise
+    found, code = disk_cache.cached(parts, make, folder)
+    return Cubin(code, found)

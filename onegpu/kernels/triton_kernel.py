@@ -6,7 +6,6 @@ the machine; here a tuple of what matters is the key, and the driver is called d
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,20 +14,19 @@ from typing import Any
 import torch
 
 from onegpu.errors import KernelError
-from onegpu.kernels import ahead, driver
+from onegpu.kernels import ahead, driver, triton_compile
 from onegpu.kernels.guard import current_device, not_on_cuda, other_device, raw_stream, refuse_capture
 from onegpu.kernels.tensor_map import encode
+from onegpu.kernels.triton_compile import INT32
 
-_INT32 = range(-(1 << 31), 1 << 31)
 _KIND = {
     "i8": "b", "i16": "h", "i32": "i", "i64": "q", "u1": "B", "i1": "B", "u8": "B", "u16": "H", "u32": "I", "u64": "Q",
     "fp16": "e", "fp32": "f", "fp64": "d",
 }  # fmt: skip
-_CONSTANT = "constexpr"
 _TF32 = 11  # CU_TENSOR_MAP_DATA_TYPE_TFLOAT32
-# Held, by threads that compile ahead, while Triton hashes its own files and the kernel's, and while its front end runs:
-# that is Python, and where many threads want its lock, the program's own thread gets a turn of microseconds for each of
-# milliseconds of theirs. That thread itself does not wait for a turn.
+# Held, by threads that compile ahead, while a kernel's key is made and while Triton's front end runs: that is Python,
+# and where many threads want its lock, the program's own thread gets a turn of microseconds for each of milliseconds of
+# theirs. That thread itself does not wait for a turn.
 _TURN = threading.Lock()
 
 
@@ -46,10 +44,10 @@ def _is_tensor(arg: Any) -> bool:
 class _Made:
     """One compiled form: how its arguments are written, and the kernel."""
 
-    def __init__(self, compiled: Any, kept: list[tuple[int, str]], op: str) -> None:
-        self.compiled, self.kept = compiled, kept
-        meta = compiled.metadata
-        self.descriptors = [dict(meta) for meta in getattr(meta, "tensordesc_meta", None) or ()]
+    def __init__(self, compiled: triton_compile.Compiled, kept: list[tuple[int, str]], op: str) -> None:
+        self.kept = kept
+        code, name, numbers = compiled
+        self.descriptors: list[dict[str, Any]] = numbers["tensordesc_meta"]
         kinds = ""
         for _, kind in kept:
             if kind.startswith("tensordesc"):
@@ -61,10 +59,11 @@ class _Made:
             raise KernelError(f"{op}: descriptors that Triton takes apart are not served; this is for TMA")
         self.plain = "T" not in kinds
         self.packer = driver.Packer(kinds + "PP")  # the two scratch memories come last
-        self.kernel = driver.LoadedKernel(compiled.kernel, meta.name, op)
-        self.threads = (32 * meta.num_warps, 1, 1)
-        self.shared, self.ctas, self.scratch = meta.shared, meta.num_ctas, meta.global_scratch_size or 0
-        pdl, cooperative = bool(meta.launch_pdl), bool(meta.launch_cooperative_grid)
+        self.kernel = driver.LoadedKernel(code, name, op)
+        self.threads = (32 * numbers["num_warps"], 1, 1)
+        self.shared, self.ctas = numbers["shared"], numbers["num_ctas"]
+        self.scratch = numbers["global_scratch_size"] or 0
+        pdl, cooperative = bool(numbers["launch_pdl"]), bool(numbers["launch_cooperative_grid"])
         self.cooperative, self.pdl = cooperative, pdl
         self.attributes = driver.attributes(pdl, cooperative, (self.ctas, 1, 1), spread=True)
         self.indices = [index for index, _ in kept]
@@ -149,7 +148,7 @@ class TritonKernel:
             kind = type(arg)
             if kind is int:
                 # do_not_specialize: one code for every length, but for those beyond 32 bits
-                key.append(4 if arg not in _INT32 else 3 if not specialize else 2 if arg == 1 else arg & 15 == 0)
+                key.append(4 if arg not in INT32 else 3 if not specialize else 2 if arg == 1 else arg & 15 == 0)
             elif kind is float or kind is bool or arg is None:
                 key.append(kind)
             else:
@@ -247,7 +246,7 @@ class TritonKernel:
         def begin(pool: ThreadPoolExecutor) -> Future[Any] | None:
             if key in self._made or key in self._begun:
                 return None
-            self._begun[key] = begun = pool.submit(self.compile, _capability(device), args, constants, _TURN)
+            self._begun[key] = begun = pool.submit(self._cached, _capability(device), args, constants, _TURN)
             return begun
 
         return ahead.note(begin)
@@ -258,7 +257,7 @@ class TritonKernel:
             if key in self._made:
                 return self._made[key]
             begun = self._begun.pop(key, None)
-            compiled, kept = self.compile(_capability(device), args, constants) if begun is None else begun.result()
+            compiled, kept = self._cached(_capability(device), args, constants) if begun is None else begun.result()
             made = _Made(compiled, kept, self.op)
             made.kernel.load(device)
             made.kernel.allow_shared(made.shared, device)
@@ -268,57 +267,18 @@ class TritonKernel:
             return made
 
     def compile(
-        self, capability: int, args: tuple[Any, ...], constants: dict[str, Any], turn: Any = None
+        self, capability: int, args: tuple[Any, ...], constants: dict[str, Any]
     ) -> tuple[Any, list[tuple[int, str]]]:
-        """Triton's compiled kernel for such arguments, and which of them it takes at run time: (index, type).
+        """Triton's own compiled kernel for such arguments, and which of them it takes at run time: (index, type)."""
+        form, kept = triton_compile.form(self.function, capability, args, constants, self.op)
+        return triton_compile.by_triton(form), kept
 
-        turn: a lock to hold while this is Python.
-        """
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource, compile, make_backend
-
-        source_kind: Any = ASTSource
-        if self.function.is_gluon():
-            from triton.experimental.gluon._runtime import GluonASTSource
-
-            source_kind = GluonASTSource
-        if len(args) != len(self._runtime):
-            names = ", ".join(p.name for p in self._runtime)
-            raise KernelError(f"{self.op} takes {len(self._runtime)} run-time arguments ({names}), got {len(args)}")
-        options = dict(constants)
-        signature, fixed, hints = {}, {}, {}
-        kept: list[tuple[int, str]] = []
-        for parameter in self._parameters:
-            if parameter.is_constexpr:
-                if parameter.name not in options and not parameter.has_default:
-                    raise KernelError(f"{self.op}: the constant {parameter.name} is missing")
-                fixed[(parameter.num,)] = options.pop(parameter.name, parameter.default)
-                signature[parameter.name] = _CONSTANT
-                continue
-            index = len([p for p in self._runtime if p.num < parameter.num])
-            kind, value, divisible = _specialized(args[index], self._specialize[index], parameter.annotation_type)
-            signature[parameter.name] = kind
-            if kind == _CONSTANT:
-                fixed[(parameter.num,)] = value
-                continue
-            kept.append((index, kind))
-            if divisible:
-                hints[(parameter.num,)] = [["tt.divisibility", 16]]
-        target = GPUTarget("cuda", capability, 32)
-        known = vars(make_backend(target).parse_options(dict(options)))
-        if not options.keys() <= known.keys():
-            raise KernelError(f"{self.op} has no constant or option {', '.join(options.keys() - known.keys())}")
-        with contextlib.ExitStack() as held:
-            held.enter_context(turn or contextlib.nullcontext())
-
-            class Source(source_kind):  # type: ignore[misc]
-                def make_ir(self, *args: Any, **kwargs: Any) -> Any:
-                    try:
-                        return super().make_ir(*args, **kwargs)
-                    finally:
-                        held.close()  # what follows is not Python
-
-            return compile(Source(self.function, signature, fixed, hints), target=target, options=options), kept
+    def _cached(
+        self, capability: int, args: tuple[Any, ...], constants: dict[str, Any], turn: Any = None
+    ) -> tuple[triton_compile.Compiled, list[tuple[int, str]]]:
+        """As `compile`, the machine code alone, from disk where it is. turn: see `triton_compile.cached`."""
+        form, kept = triton_compile.form(self.function, capability, args, constants, self.op)
+        return triton_compile.cached(form, turn), kept
 
 
 def _capability(device: int) -> int:
@@ -328,21 +288,3 @@ def _capability(device: int) -> int:
 
 def _nothing(*_: torch.Tensor) -> None:
     """The launch of a kernel that is not compiled, while those are collected."""
-
-
-def _specialized(arg: Any, specialize: bool, annotated: str) -> tuple[str, Any, bool]:
-    """Triton's type of an argument, its value where it is a constant, and whether it is known to be divisible by 16."""
-    if arg is None:
-        return _CONSTANT, None, False
-    if isinstance(arg, bool):
-        return annotated or "u1", None, False
-    if isinstance(arg, int):
-        narrow = arg in _INT32
-        if specialize and arg == 1 and not annotated:
-            return _CONSTANT, 1, False
-        return annotated or ("i32" if narrow else "i64"), None, specialize and narrow and arg % 16 == 0
-    if isinstance(arg, float):
-        return annotated or "fp32", None, False
-    from triton.runtime.jit import mangle_type
-
-    return mangle_type(arg), None, isinstance(arg, torch.Tensor) and arg.data_ptr() % 16 == 0

@@ -21,13 +21,13 @@ from tests.triton_tools import needs_triton
 def compilations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The threads in which Triton compiled."""
     seen: list[str] = []
-    compile_ = TritonKernel.compile
+    cached = TritonKernel._cached
 
     def counted(self: TritonKernel, *args: Any) -> Any:
         seen.append(threading.current_thread().name)
-        return compile_(self, *args)
+        return cached(self, *args)
 
-    monkeypatch.setattr(TritonKernel, "compile", counted)
+    monkeypatch.setattr(TritonKernel, "_cached", counted)
     return seen
 
 

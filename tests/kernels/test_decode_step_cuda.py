@@ -18,7 +18,7 @@ from onegpu.engine.fused_structure import Structure, read
 from onegpu.errors import ArgumentError, KernelError
 from onegpu.kernels import decode_step as ops
 from onegpu.kernels import decode_step_cuda as gpu
-from onegpu.kernels import driver, launch, nvrtc
+from onegpu.kernels import disk_cache, driver, launch
 from onegpu.kernels.decode_step_layouts import WHOLE, Shape
 from tests.decode_models import STRUCTURES, decoder
 from tests.decode_structures import caches, matrix, moved, structure
@@ -166,7 +166,7 @@ def test_clusters_give_the_same_bits_each_time(form: str, cluster: int | None) -
 def test_a_steps_kernels_compile_together(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(ops, "_on_gpu", lambda _: True)
     monkeypatch.setattr(gpu, "multiprocessors", lambda _: 132)
-    monkeypatch.setattr(nvrtc, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(disk_cache, "cache_folder", lambda: tmp_path)
     monkeypatch.setattr(driver, "driver_version", lambda: 13000)
     monkeypatch.setattr(launch, "architecture", lambda _: "sm_90a")
     found, at = structure("int8", layers=3), torch.tensor([3])

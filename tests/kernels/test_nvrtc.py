@@ -32,18 +32,6 @@ def test_i_a_compiled_kernel_is_found_again(fake: FakeDriver, tmp_path: Path, mo
     assert len(calls) == 4 and entry.read_bytes() == content
 
 
-def test_i_only_a_private_folder_is_used(tmp_path: Path) -> None:
-    folder = tmp_path / "a" / "b"
-    assert nvrtc.private_folder(folder) == folder and folder.stat().st_mode & 0o777 == 0o700
-    folder.chmod(0o777)
-    assert nvrtc.private_folder(folder) == folder and folder.stat().st_mode & 0o777 == 0o700
-    link = tmp_path / "link"
-    link.symlink_to(folder)
-    assert nvrtc.private_folder(link) is None
-    (tmp_path / "file").write_text("")
-    assert nvrtc.private_folder(tmp_path / "file" / "x") is None
-
-
 def test_i_the_key_holds_all_that_matters(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fake: FakeDriver) -> None:
     made = []
     monkeypatch.setattr(nvrtc, "compiler_version", lambda: "13.0")

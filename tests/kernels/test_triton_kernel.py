@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import random
 import struct
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from onegpu.errors import KernelError
-from onegpu.kernels import launch, triton_kernel
+from onegpu.kernels import launch, triton_compile, triton_kernel
 from onegpu.kernels.driver import KINDS
 from onegpu.kernels.launch import triton_bind, triton_launch
 from tests.fake_driver import FakeDriver, on_gpu
@@ -146,21 +145,21 @@ def test_what_is_written_is_what_the_compiled_kernel_takes(fake: FakeDriver, cpu
         triton_launch(kernel, (0,), *args, **constants)  # makes it, launches nothing
         (made,) = list(launch._TRITON[id(kernel)]._made.values())[-1:]
         written = [KINDS[kind][1] for kind in made.packer.kinds]
-        assert written == ptx_parameter_bytes(made.compiled.asm["ptx"]), made.packer.kinds
+        compiled, _ = launch._triton(kernel).compile(90, args, constants)
+        assert written == ptx_parameter_bytes(compiled.asm["ptx"]), made.packer.kinds
     assert not fake.launches
 
 
 @needs_triton
 def test_the_front_end_has_a_turn_and_the_rest_runs_beside_others(
-    fake: FakeDriver, cpu_compiled: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    fake: FakeDriver, cpu_compiled: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import triton
     from triton.backends.nvidia.compiler import CUDABackend
     from triton.compiler import ASTSource
 
     held: dict[str, bool] = {}
 
-    def note(where: type, name: str) -> None:
+    def note(where: Any, name: str) -> None:
         old = getattr(where, name)
 
         def noted(*args: Any, **kwargs: Any) -> Any:
@@ -169,25 +168,24 @@ def test_the_front_end_has_a_turn_and_the_rest_runs_beside_others(
 
         monkeypatch.setattr(where, name, noted)
 
-    note(ASTSource, "hash")
+    note(triton_compile, "_key")
     note(ASTSource, "make_ir")
     note(CUDABackend, "make_llir")
     x = on_gpu(torch.zeros(4))
 
     def compiles(**constants: Any) -> None:  # as a thread of the pool does; the program's own waits for no turn
-        launch._triton(cpu_compiled.scale).compile(90, (x, x, None, 4, 1.0, 1), constants, triton_kernel._TURN)
+        launch._triton(cpu_compiled.scale)._cached(90, (x, x, None, 4, 1.0, 1), constants, triton_kernel._TURN)
 
-    with triton.knobs.cache.scope():
-        triton.knobs.cache.dir = str(tmp_path)
-        compiles(BIAS=False)
-        assert held == {"hash": True, "make_ir": True, "make_llir": False}
-        assert not triton_kernel._TURN.locked()
-        launch._TRITON.clear()
-        held.clear()
-        compiles(BIAS=False)  # from disk
-        assert held == {"hash": True} and not triton_kernel._TURN.locked()
-        with pytest.raises(KernelError):
-            compiles(BIAS=False, num_warp=4)
+    compiles(BIAS=False)
+    assert held == {"_key": True, "make_ir": True, "make_llir": False}
+    assert not triton_kernel._TURN.locked()
+    launch._TRITON.clear()
+    held.clear()
+    compiles(BIAS=False)  # from disk
+    assert held == {"_key": True} and not triton_kernel._TURN.locked()
+    for wrong in ({"num_warp": 4}, {"BLOCK": 100}):  # of no option, and refused by the front end
+        with pytest.raises(Exception, match=r"num_warp|power of 2"):
+            compiles(BIAS=False, **wrong)
         assert not triton_kernel._TURN.locked()
 
 
