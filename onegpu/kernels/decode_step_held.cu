@@ -1,4 +1,4 @@
-// y = f(x) W^T for the M (up to 8) rows of a decoding step and 4-bit W, in blocks of 64 with float32 scales, K of them a multiple of 256.
+// y = f(x) W^T for the M (up to 8) rows of a decoding step and 4-bit W, in blocks of 64 with float32 scales.
 // What x and the sinks are, and the arguments: decode_step_product.cu. decode_step_input.cu comes before this text.
 //
 // The stand-alone few_rows_held.cu behind the step's prologue: MP (2, 4 or 8) rows of x leave mma's operand SECT = 8 / MP sections of 256 columns of
@@ -11,9 +11,10 @@
 // what decode_step_product.cu and decode_step_input.cu name.
 constexpr int MP = 8 / SECT, R = 16 / SECT, SUMS = R * MP, LINE = 128, PIECE = 2048, SLOT = PIECE + 256;
 constexpr int PIECES = (SHARE + KB - 1) / KB, STEP = WARPS / PIECES, UNITS = 8 * SECT, AT_ONCE = 32 / UNITS;
+constexpr int SINGLY = K % 256 != 0;                                   // scales are copied one by one: a row's are not whole fours
 constexpr int ROW_BYTES = K / 2, ROW_SCALES = K / 64, CUT = UNEVEN || SHARE % KB != 0, IN_TABLE = 8192;
 constexpr int GATED = SINK == 2, PARTS = SINK == 0 || SINK == 3, TILE_ROWS = GATED ? R / 2 : R, DIRECT = SOURCE == 2, BOTH = 1 + GATED;
-static_assert(FMT == 2 && !NESTED && M <= MP && TABLE_SHIFT == 8 && CB == SECT * LINE && K % 256 == 0 && SHARE % 256 == 0, "whole groups of scales");
+static_assert(FMT == 2 && !NESTED && M <= MP && TABLE_SHIFT == 8 && CB == SECT * LINE && K % 64 == 0 && SHARE % 64 == 0, "whole blocks");
 static_assert(WARPS % PIECES == 0, "a warp has the same columns of each tile");
 
 __global__ void __launch_bounds__(THREADS, 1)
@@ -44,15 +45,17 @@ product(const u8* w0, const u8* w1, const u8* w2, const void* absmax0, const voi
   // Section s of row r of a piece is row s * R + r of the operand. A lane copies the same unit of rows AT_ONCE apart.
   const int unit = lane % UNITS, row_of = lane / UNITS, to_row = unit / 8 * R + row_of;
   const Shared base = shared(ring + to_row * LINE + (unit % 8 ^ (to_row & 3) << 1) * 16);
-  const Shared scales_base = shared(ring + PIECE + (lane % SECT * R + lane / SECT % R) * 16);
+  // Four scales, or one and another R / 2 rows on.
+  const int scale_row = SINGLY ? lane / (4 * SECT) : lane / SECT % R, in_piece = SINGLY ? lane % (4 * SECT) : lane % SECT * 4;
+  const Shared scales_base = shared(ring + PIECE + (in_piece / 4 * R + scale_row) * 16 + in_piece % 4 * 4);
   // Where this lane's copies and scales of the block's first tile lie, in each matrix; what lies outside of its columns is not read.
   const int column = piece * CB + unit * 16, take = !CUT || column < own_columns() / 2 ? 16 : 0;
-  const int block = (piece * SECT + lane % SECT) * 4, take_scales = !CUT || block < own_columns() / 64 ? 16 : 0;
+  const int block = piece * SECT * 4 + in_piece, take_scales = !CUT || block < own_columns() / 64 ? SINGLY ? 4 : 16 : 0;
   const i64 from_row = (i64)(r0 + row_of) * ROW_BYTES + first_column() / 2 + (take ? column : 0);
-  const i64 scale_at = (i64)(r0 + lane / SECT % TILE_ROWS) * ROW_SCALES + first_column() / 64 + (take_scales ? block : 0);
+  const i64 scale_at = (i64)(r0 + scale_row % TILE_ROWS) * ROW_SCALES + first_column() / 64 + (take_scales ? block : 0);
   const i64 back1 = PARTS ? n0 : 0, back2 = n0 + n1;
   const u8 *p0 = w0 + from_row, *p1 = w1 + (from_row - back1 * ROW_BYTES), *p2 = w2 + (from_row - back2 * ROW_BYTES);
-  const float* s0_ = (const float*)(GATED && lane / SECT % R >= TILE_ROWS ? absmax1 : absmax0) + scale_at;
+  const float* s0_ = (const float*)(GATED && scale_row >= TILE_ROWS ? absmax1 : absmax0) + scale_at;
   const float *s1_ = (const float*)absmax1 + (scale_at - back1 * ROW_SCALES), *s2_ = (const float*)absmax2 + (scale_at - back2 * ROW_SCALES);
   const int tile1 = PARTS ? n0 / TILE_ROWS - tile0 : 0, tile2 = PARTS ? (n0 + n1) / TILE_ROWS - tile0 : 0;   // the first of each further matrix
   Shared slot = base, slot_end = base + (DEPTH - 1) * SLOT;
@@ -68,7 +71,11 @@ product(const u8* w0, const u8* w1, const u8* w2, const void* absmax0, const voi
         const int down = j * AT_ONCE;
         copy16((Shared)((u64)slot ^ (u64)((down & 3) << 5)) + down * LINE, (down < TILE_ROWS ? a : b) + past + down % TILE_ROWS * ROW_BYTES, take, policy);
       }
-      if (lane < 16) copy16(scales_base + (int)(slot - base), s + (u32)(next * (TILE_ROWS * ROW_SCALES)), take_scales);
+      const Shared to = scales_base + (int)(slot - base); const u32 down = next * (TILE_ROWS * ROW_SCALES);
+      if (SINGLY) {
+        copy4(to, s + down, take_scales);
+        copy4(to + R / 2 * 16, (GATED ? s1_ : s + R / 2 * ROW_SCALES) + down, take_scales);
+      } else if (lane < 16) copy16(to, s + down, take_scales);
       next += STEP;
     }
     slot = slot == slot_end ? base : slot + SLOT;

@@ -16,7 +16,6 @@ import torch
 
 from onegpu.kernels import ahead
 from onegpu.kernels.few_rows_held import Held
-from onegpu.kernels.few_rows_single import Single
 from onegpu.kernels.few_rows_table import CONFIGURATIONS, Config, Wide, ceil_div, resident_clusters
 from onegpu.kernels.guard import architecture
 from onegpu.kernels.launch import CudaKernel, source_text
@@ -57,7 +56,7 @@ def fits(
     if (config.cluster - 1) * ceil_div(pieces, config.cluster) >= pieces:
         return None  # a block would have no columns
     clusters = min(resident_clusters(sms, config.cluster), n)
-    if isinstance(config, Single | Held) and not config.serves(nested, n, k, clusters):
+    if isinstance(config, Held) and not config.serves(nested, n, k, clusters):
         return None
     shared = config.shared(fmt, nested, n, k, clusters, half)
     if config.blocks == 1:
@@ -80,8 +79,8 @@ def choose(
     for config in CONFIGURATIONS[fmt]:
         if (config.cluster > 1 and major < 9) or (getattr(config, "wgmma", False) and major != 9):
             continue
-        if isinstance(config, Single | Held):
-            config = config.whole(nested, k)
+        if isinstance(config, Held):
+            config = config.whole(nested, n, k, min(resident_clusters(sms, config.cluster), n))
         found = fits(config, fmt, nested, m, n, k, half, sms, limit)
         while found is None and config.depth > 2:  # more scales than usual, less memory
             config = config.shorter()
@@ -92,8 +91,9 @@ def choose(
         if not config.share[0] <= rows * k / config.cluster <= config.share[1]:
             continue
         cost = config.price * (config.nested if nested else 1) * rows / config.cluster
-        if (config.rows, cost) < least:
-            best, least = (config, *found), (config.rows, cost)
+        rank = (max(config.rows, 2), cost)  # two rows cost what one does
+        if rank < least:
+            best, least = (config, *found), rank
     return best
 
 

@@ -45,6 +45,7 @@ DEVICE uint4 read16(const void* p, bool inside, u64 policy) {
 }
 // Not through the read-only path, whose loads the compiler may move in front of the wait.
 DEVICE uint4 read_x(const u16* p) { uint4 v; asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory"); return v; }
+DEVICE u32 read1(const void* p) { u32 v; asm volatile("ld.global.u8 %0, [%1];" : "=r"(v) : "l"(p) : "memory"); return v; }
 DEVICE u32 read2(const void* p) { u32 v; asm volatile("ld.global.u16 %0, [%1];" : "=r"(v) : "l"(p) : "memory"); return v; }
 DEVICE float read4(const float* p) { float v; asm volatile("ld.global.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory"); return v; }
 DEVICE void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -242,7 +243,6 @@ struct Output {
   }
 };
 
-struct TwoScales { u32 codes; float outer; };                            // quantised, of blocks 2 i and 2 i + 1
 // The float32 scale of 64 (or 32) columns of a row. Quantised scales travel as the aligned word that holds the code.
 struct Scales {
   const void* absmax; const float *nested, *map, *offset; int shift, nested_shift;
@@ -271,8 +271,6 @@ struct Scales {
   DEVICE const void* word_of(u32 block) const { return (const u8*)absmax + (block & ~3u); }
   DEVICE const void* outer_of(u32 block) const { return nested + (block >> nested_shift); }
   DEVICE float decode_of_word(u32 word, float scale, float plus, int block_of_word, const float* map_) const { return fmaf(map_[word >> (8 * block_of_word) & 255], scale, plus); }
-  DEVICE TwoScales read_two(u32 block) const { return {read2((const u8*)absmax + block), read4(nested + (block >> nested_shift))}; }
-  DEVICE float2 decode_two(TwoScales of, float plus, const float* map_) const { return make_float2(decode_of_word(of.codes, of.outer, plus, 0, map_), decode_of_word(of.codes, of.outer, plus, 1, map_)); }
 };
 constexpr int PACKED = FMT == 2 && NESTED == 2;
 

@@ -1,5 +1,6 @@
-// Two to eight rows of x, 4-bit weights: y = x W^T. x stays in the registers, as in few_rows_single.cu.
+// One to eight rows of x, 4-bit weights: y = x W^T. x stays in the registers.
 //
+// Each warp streams its own pieces of W through a ring of its own, without a barrier, and multiplies with the weights as the 16-row operand.
 // mma has eight columns for MP (2, 4 or 8) rows of x, so the operand's 16 rows are SECT = 8 / MP sections, of 256 columns each, of R = 16 / SECT rows
 // of W: column j of the other operand has section j % SECT of row j / SECT of x, and of a row's sums those in the columns of its section
 // count. A piece, R rows of SECT * 128 bytes, then takes the same instructions and registers for any MP. The pieces of a row divide the number of
@@ -8,17 +9,27 @@
 // warp's own columns, so that no warp waits for another. Each piece has a place of its own for its sums, which meet once, at the end, in
 // the order of the pieces; of a cluster's blocks each then finishes some of the rows of W, and the others send it theirs.
 // Filled in: MP, WARPS, DEPTH (pieces in the ring of each), BLOCKS and EARLY (as in few_rows_direct.cu), OVER (1: the table has not
-// room for all sums).
-// With quantised scales NESTED is 2.
-constexpr int SECT = 8 / MP, R = 16 / SECT, SUMS = R * MP;              // SUMS: of a piece
+// room for all sums), LATE (pieces that a warp has left when the next kernel may start. Sooner, that one's table and what it sends for
+// compete with the copies here; so late, they come when memory falls idle).
+constexpr int SECT = 8 / MP, R = 16 / SECT, SUMS = R * MP, FOUR = MP == 2 ? 2 : 1;   // SUMS: of a piece. FOUR: rows of W that have four
 constexpr int THREADS = WARPS * 32, CB = 128, KB = 256 * SECT, PIECE = 2048, SLOT = PIECE + 256;
 constexpr int UNITS = 8 * SECT, AT_ONCE = 32 / UNITS;                  // of 16 bytes in a row of a piece; rows that a warp copies at once
-#ifndef LATE
-#define LATE 2
-#endif
-// LATE: pieces that a warp has left when the next kernel may start.
 constexpr int IN_TABLE = 8192;                                         // sums that lie in what the table leaves free
-static_assert((MP == 2 || MP == 4 || MP == 8) && TABLE_SHIFT == 8 && (!NESTED || PACKED) && (CL == 1 || MP > 2), "others have no kernel here");
+static_assert((MP == 2 || MP == 4 || MP == 8) && TABLE_SHIFT == 8, "others have no kernel here");
+
+// Of blocks `at` and `at` + 1 (`both`: the row has it) quantised scales: codes, and the scales of these.
+struct Codes {
+  u32 codes; float outer0, outer1;
+  DEVICE void read(const Scales& s, u32 at, bool both) {
+    const u32 i = at >> s.shift, j = at + both >> s.shift; const u8* code = (const u8*)s.absmax;
+    if (PACKED) { codes = read2(code + at); outer0 = read4(s.nested + (at >> s.nested_shift)); return; }
+    codes = read1(code + i) | read1(code + j) << 8;
+    outer0 = read4(s.nested + (i >> s.nested_shift)); outer1 = read4(s.nested + (j >> s.nested_shift));
+  }
+  DEVICE float2 decode(const Scales& s, float plus, const float* map_) const {
+    return make_float2(s.decode_of_word(codes, outer0, plus, 0, map_), s.decode_of_word(codes, PACKED ? outer0 : outer1, plus, 1, map_));
+  }
+};
 
 ENTRY __global__ void __launch_bounds__(THREADS, BLOCKS)
 few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ y, const u16* __restrict__ bias,
@@ -36,7 +47,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   if (threadIdx.x == 0) row0[0] = r0;
   float* map_ = (float*)(smem + TABLE);
   u8* rings = (u8*)(map_ + (NESTED ? 256 : 0)); u8* ring = rings + warp * DEPTH * SLOT;
-  const int own = (rows + CL - 1) / CL;                                  // rows that a block of the cluster finishes; the last one what is left
+  const int own = (rows + CL * FOUR - 1) / (CL * FOUR) * FOUR;           // rows that a block of the cluster finishes; the last one what is left
   u8* pushes = rings + WARPS * DEPTH * SLOT;                             // CL > 1: a barrier, which counts the sums that the other blocks send
   float* sent = (float*)(pushes + (CL > 1 ? 16 : 0));                // CL > 1: what the blocks have summed of those, [CL, own, MP]
   float* over = sent + (CL > 1 ? CL * own * MP : 0);                     // sums for which the table has no room
@@ -52,15 +63,16 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   const int rows_left = at_byte < row_bytes ? rows - row_of : 0;
   // And of scales two: one, with another some rows on; of quantised ones two side by side.
   constexpr int IN_ROW = 4 * SECT;
-  const int scale_row = PACKED ? lane / 2 % R : lane / IN_ROW % R, in_piece = PACKED ? lane / 2 / R * 4 + lane % 2 * 2 : lane % IN_ROW;
+  const int scale_row = NESTED ? lane / 2 % R : lane / IN_ROW % R, in_piece = NESTED ? lane / 2 / R * 4 + lane % 2 * 2 : lane % IN_ROW;
   const int block0 = (r0 + scale_row) * nb + piece * 4 * SECT + in_piece, scales_left = piece * 4 * SECT + in_piece < nb ? rows - scale_row : 0;
   const Shared scales_base = shared(ring + PIECE + ((in_piece / 4 * R + scale_row) * 4 + in_piece % 4) * 4);
   Shared slot = base; const int stride = step * R;
   // Codes come to registers, a piece ahead of the weights; before the products of the piece in front each lane makes its two scales
   // and puts them where plain ones are copied to. Columns past the end have the offset, and meet zeros of x.
-  TwoScales next = {0, 0.f}, filled[DEPTH - 1];
+  const bool both = piece * 4 * SECT + in_piece + 1 < nb;
+  Codes next = {}, filled[DEPTH - 1];
   auto read_scales = [&](int ahead) {
-    if (PACKED && scales_left > ahead) next = scales.read_two(block0 + ahead * nb);
+    if (NESTED && scales_left > ahead) next.read(scales, block0 + ahead * nb, both);
   };
   auto fetch = [&](int ahead) {                                          // from that row on
     if (ahead < rows) {
@@ -70,7 +82,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
         const int down = j * AT_ONCE, take = rows_left - ahead > down ? 16 : 0;
         copy16((Shared)((u64)slot ^ (u64)((down & 3) << 5)) + down * CB, take ? from + (i64)down * row_bytes : w, take, policy);
       }
-      if (!PACKED) {
+      if (!NESTED) {
         const Shared behind = scales_base + (int)(slot - base);
         const bool inside = scales_left > ahead; const u32 b = inside ? block0 + ahead * nb : 0;
         constexpr int DOWN = 8 / SECT; const bool too = scales_left - DOWN > ahead;
@@ -93,7 +105,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
     if (lane < 16 && row < rows && at < row_bytes) send_for(w + (i64)(r0 + row) * row_bytes + at);
   }
   if (!EARLY) fill();
-  if (CL > 1) expect_pushes(pushes, threadIdx.x == 0, max(min(own, rows - rank * own), 0) * MP * (CL - 1));
+  if (CL > 1) expect_pushes(pushes, threadIdx.x == 0, max(min(own, (rows + FOUR - 1) / FOUR * FOUR - rank * own), 0) * MP * (CL - 1));
   build_table(table, THREADS);
   __syncthreads();
   wait_before_reading_x();
@@ -126,7 +138,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
     values.put(map_);
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i < DEPTH - 1; i++) ((float2*)(ring + i * SLOT + PIECE))[lane] = scales.decode_two(filled[i], plus, map_);
+    for (int i = 0; i < DEPTH - 1; i++) ((float2*)(ring + i * SLOT + PIECE))[lane] = filled[i].decode(scales, plus, map_);
   }
 
   // lane * 4, of which the compiler cannot know: one instruction less a look-up.
@@ -141,11 +153,11 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
     __syncwarp();
     const u8* at = ring + (int)(slot - base);                            // the next to be filled is the next to be read
     // Not ahead of the copies, which would then wait for codes.
-    const float2 made = PACKED ? scales.decode_two(next, plus, map_) : make_float2(0.f, 0.f);
+    const float2 made = NESTED ? next.decode(scales, plus, map_) : make_float2(0.f, 0.f);
     read_scales(row + DEPTH * stride);
     const float4 p = ((const float4*)(at + PIECE))[g], q = ((const float4*)(at + PIECE))[g + 8];
     const float s0[4] = {p.x, p.y, p.z, p.w}, s1[4] = {q.x, q.y, q.z, q.w};
-    if (PACKED) ((float2*)(filling + PIECE))[lane] = made;
+    if (NESTED) ((float2*)(filling + PIECE))[lane] = made;
     float acc[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
     for (int b = 0; b < 4; b++) {

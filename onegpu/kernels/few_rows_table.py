@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from onegpu.kernels.few_rows_held import Held
-from onegpu.kernels.few_rows_single import Single
 
 # Weights of a block: where they are few, what a kernel takes to start, or a cluster to meet, counts most.
 FEW, MANY, ANY = (0, 1 << 18), ((1 << 18) + 1, 1 << 62), (0, 1 << 62)
@@ -295,7 +294,7 @@ class Direct:
         return {**names, "BLOCKS": self.blocks, "CL": 1, "TABLE_SHIFT": 8, "EARLY": self.early}
 
 
-Config = Single | Held | Narrow | Wide | Resident | Direct
+Config = Held | Narrow | Wide | Resident | Direct
 
 
 def _bulk(
@@ -346,19 +345,17 @@ CONFIGURATIONS: dict[str, tuple[Config, ...]] = {
         Wide(16, 1, 12, 1, 128, 2, cluster=4, wgmma=True, price=1.85), Wide(16, 1, 4, 1, 64, 2, price=9),
     ),
     "4bit": (
-        # Blocks of few weights: two on a multiprocessor, so that the next kernel gets ready. Else one, of more warps,
-        # and four sections where two leave many idle. The prices see to it, whatever fills a tile.
-        Single(8, 2, 4, blocks=2, price=0.2, share=(0, 3 << 15)),
-        Single(10, 2, 2, blocks=2, price=0.32, share=(0, 1 << 19)),
-        Single(18, 2, 2, price=0.32, nested=1.2, share=MANY), Single(18, 2, 4, price=0.44),
-        Direct(1, 8, 2, 3, 12, blocks=2, early=2, price=0.9, share=FEW), Direct(1, 12, 2, 3, 12, early=2, price=1.05),
-        Narrow(1, 16, 2, 128, 12, early=1, nested=1.15), Narrow(1, 8, 2, 64, 4, table_shift=7, nested=1.15),
-        Direct(2, 8, 2, 3, 8, blocks=2, early=2, price=0.9, share=FEW), Direct(2, 12, 2, 3, 8, early=2, price=1.09),
-        Narrow(2, 16, 2, 128, 8, early=2, nested=1.15),
-        Narrow(4, 16, 2, 128, 6, early=2), Narrow(4, 16, 3, 64, 6, price=1.1),
-        Narrow(8, 16, 2, 64, 2, early=4, price=2.01),
-        Resident(1, 3, 1, 128, 3, early=4), Resident(1, 3, 1, 128, 2, cluster=2, early=4, price=1.302),
-        Resident(1, 4, 1, 128, 2, cluster=4, early=4, price=1.371), Resident(1, 1, 4, 64, 3, cluster=2, price=2.227),
+        # Blocks of few weights: two on a multiprocessor, so that the next kernel gets ready. Else one, of more warps.
+        Held(2, 10, blocks=2, price=0.3, share=(0, 11 << 14)), Held(2, 18, price=0.32),
+        Held(2, 18, cluster=2, price=0.6), Narrow(1, 8, 2, 64, 4, table_shift=7, price=9),
+        Held(4, 8, cluster=2, blocks=2, early=2, price=0.3, share=(15 << 13, 1 << 19)),
+        Held(4, 10, blocks=2, early=2, price=0.3, share=(0, 3 << 16)),
+        Held(4, 16, late=1, price=0.32), Held(4, 16, cluster=2, early=2, price=0.35),
+        Held(4, 16, cluster=4, early=2, price=0.39),
+        Held(8, 9, cluster=2, blocks=2, price=0.3, share=(0, 3 << 16)),
+        Held(8, 16, late=1, price=0.32), Held(8, 16, cluster=2, early=2, price=0.35),
+        Held(8, 16, cluster=4, early=2, price=0.39), Held(8, 16, cluster=8, early=2, price=0.43),
+        Resident(1, 3, 1, 128, 2, cluster=2, early=4, price=1.302),  # more sums than a block has room for
         Wide(1, 1, 12, 1, 256, 5, wgmma=True, price=1.54), Wide(1, 1, 12, 1, 256, 4, cluster=2, wgmma=True, price=1.81),
         Wide(1, 2, 2, 4, 256, 3, cluster=2, price=3.2), Wide(1, 1, 4, 2, 128, 3, table_shift=7, price=9),
         Resident(2, 3, 1, 64, 2, early=4, price=0.6, share=FEW), Resident(2, 3, 1, 64, 2, early=4, nested=1.1),

@@ -76,6 +76,7 @@ inline uint4 read16(const void* p, bool inside, uint64_t) {
   if ((uint64_t)p % 16) abort();
   return inside ? *(const uint4*)p : make_uint4(0, 0, 0, 0);
 }
+inline uint32_t read1(const void* p) { return *(const uint8_t*)p; }
 inline uint32_t read2(const void* p) { return *(const uint16_t*)p; }
 inline float read4(const float* p) { return *p; }
 inline uint4 read_x(const uint16_t* p) {
