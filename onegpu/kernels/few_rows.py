@@ -1,9 +1,9 @@
 """Launches the few-row products of few_rows_*.cu: ``y[M, N] = x[M, K] @ W[N, K].T + bias``.
 
 W is read once, as it is stored (4-bit, int8 or 16-bit), so the bound is its bytes. `direct`, `narrow` and `resident`
-hold x in shared memory and serve up to 8, 16 and 16 rows, `single` one row in registers, `wide` streams it and serves
-up to 128. All want whole groups of columns and 16-byte alignment: where a product has them not, `supports` says so, and
-the op takes its portable kernel or the dequantised product.
+hold x in shared memory and serve up to 8, 16 and 16 rows, `held` in registers and up to 8 of 4 bits, `wide` streams it
+and serves up to 128. All want whole groups of columns and 16-byte alignment: where a product has them not, `supports`
+says so, and the op takes its portable kernel or the dequantised product.
 """
 
 from __future__ import annotations

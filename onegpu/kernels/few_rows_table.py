@@ -50,14 +50,10 @@ class Narrow:
     share: tuple[int, int] = ANY
 
     source: ClassVar[str] = "few_rows_narrow.cu"
+    packs: ClassVar[int] = 1  # the highest form of quantised scales (`fits`)
     blocks: ClassVar[int] = 1
     tile: ClassVar[int] = 16
     depth: ClassVar[int] = 0
-
-    @property
-    def packs(self) -> int:
-        """The highest form of quantised scales (`fits`): a piece of 256 columns has its codes in one word."""
-        return 2 if self.width == 128 else 1
 
     @property
     def threads(self) -> int:
@@ -76,10 +72,10 @@ class Narrow:
         share = ceil_div(ceil_div(k, columns), self.cluster)
         pitch = ceil_div(share * columns * 2, 128) * 128 + (64 if fmt == "16bit" else 16)
         sums = self.tiles * self.warps * 16 * self.rows * 4
-        scales = 128 if nested == self.packs == 2 else columns * (1 + (nested > 0))
+        scales = columns * (1 + (nested > 0))
         slot = 16 * self.width + scales * four
         total = (256 << self.table_shift) + 1024 * (nested > 0) if four else 0
-        total += self.rows * pitch + (0 if four and self.table_shift == 8 else sums) + self.warps * self.slots * slot
+        total += self.rows * pitch + sums + self.warps * self.slots * slot
         if self.cluster > 1:
             total += ceil_div(ceil_div(n, clusters), 16) * 64 * self.rows
         return total
@@ -249,9 +245,9 @@ class Resident:
 
 @dataclass(frozen=True)
 class Direct:
-    """Configuration of few_rows_direct.cu: weights go from memory to the registers, past shared memory.
+    """Configuration of few_rows_direct.cu: int8 and 16-bit weights go from memory to the registers, past shared memory.
 
-    rows: of x (4-bit: 1, 2 or 4; else up to 8). groups: of 64 bytes of a row of W in a piece. pieces: that a warp has
+    rows: of x, up to 8. groups: of 64 bytes of a row of W in a piece. pieces: that a warp has
     sent for or multiplies. tiles, early, price, nested, share: as Narrow's. blocks: that share a multiprocessor, so
     that the next kernel gets ready while this one runs.
     """
@@ -281,13 +277,12 @@ class Direct:
         raise AssertionError("there is no ring to shorten")
 
     def piece(self, fmt: str) -> int:
-        return self.groups * {"16bit": 32, "int8": 64, "4bit": 128}[fmt]
+        return self.groups * (32 if fmt == "16bit" else 64)
 
     def shared(self, fmt: str, nested: int, n: int, k: int, clusters: int, half: bool) -> int:
         columns = self.piece(fmt)
-        pitch = ceil_div(ceil_div(k, columns) * columns * 2, 128) * 128 + {"16bit": 64, "int8": 16, "4bit": 0}[fmt]
-        rest = 65536 if fmt == "4bit" else self.tiles * self.warps * 64 * self.rows  # the sums have room in the table
-        return 128 + 1024 * (nested > 0) + self.rows * pitch + rest
+        pitch = ceil_div(ceil_div(k, columns) * columns * 2, 128) * 128 + (64 if fmt == "16bit" else 16)
+        return self.rows * pitch + self.tiles * self.warps * 64 * self.rows
 
     def constants(self, half: bool) -> dict[str, int]:
         names = {"MP": self.rows, "WARPS": self.warps, "ITERS": self.groups, "DEPTH": self.pieces, "TG": self.tiles}
