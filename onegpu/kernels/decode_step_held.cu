@@ -41,6 +41,9 @@ product(const u8* w0, const u8* w1, const u8* w2, const void* absmax0, const voi
   float* sent = (float*)(rings + WARPS * DEPTH * SLOT);                  // CL > 1: the sums of those, [CL, BOTH, own_rows, MP]
   auto sum_at = [&](int i) { return OVER && i >= IN_TABLE ? over + (i - IN_TABLE) : (float*)(table + (i >> 5) * 256 + 128) + (i & 31); };
   const u64 policy = evict_first();
+  // Offsets that the compiler cannot know: it keeps them, and a look-up of lane * 4 takes one instruction less.
+  auto kept = [&](int offset) { return (u32)(shared(smem + offset) - shared(smem)); };
+  const u32 lane4 = kept(lane * 4);
 
   // Section s of row r of a piece is row s * R + r of the operand. A lane copies the same unit of rows AT_ONCE apart.
   const int unit = lane % UNITS, row_of = lane / UNITS, to_row = unit / 8 * R + row_of;
@@ -75,7 +78,7 @@ product(const u8* w0, const u8* w1, const u8* w2, const void* absmax0, const voi
       if (SINGLY) {
         copy4(to, s + down, take_scales);
         copy4(to + R / 2 * 16, (GATED ? s1_ : s + R / 2 * ROW_SCALES) + down, take_scales);
-      } else if (lane < 16) copy16(to, s + down, take_scales);
+      } else if (lane4 < 64) copy16(to, s + down, take_scales);
       next += STEP;
     }
     slot = slot == slot_end ? base : slot + SLOT;
@@ -110,19 +113,21 @@ product(const u8* w0, const u8* w1, const u8* w2, const void* absmax0, const voi
   auto prepare = [&](int i) { const int row = r0 + mine0 + i / MP; plus0 = bias_of(row, false); if (GATED) plus1 = bias_of(row, true); };
   auto prepare_rest = [&](int i) { if (SINK == 1 && i % MP < M) rest = fresh((const float*)out + (i64)(i % MP) * n + r0 + mine0 + i / MP); };
   if ((int)threadIdx.x < finished) prepare(threadIdx.x);
+  const u32 of_row = kept(g * LINE + ((t >> 1) ^ (g & 3) << 1) * 16 + (t & 1) * 8);
+  const u32 of_sum = kept(SECT == 1 ? g * MP + 2 * t : SECT == 2 ? g * MP + t : lane < 16 && t % 2 == 0 ? g * MP + t / 2 : SUMS);
 
   wait_before_reading_x();
 
   if ((int)threadIdx.x < finished) prepare_rest(threadIdx.x);
   const int own = piece * KB + g % SECT * 256, turn = SECT > 1 ? g & 1 : 0;   // see place_of in decode_step_input.cu
-  const bool there = g / SECT < M;
+  const int of_x = min(g / SECT, M - 1);                                 // what a row beyond the last one gives is not used
   uint4 held[8]; float unscale0 = 1.f, unscale1 = 1.f;
   if (DIRECT) {
-    const u16* from = (const u16*)in + (i64)(g / SECT) * K + first_column() + own + t * 16;
+    const u16* from = (const u16*)in + (i64)of_x * K + first_column() + own + t * 16;
 #pragma unroll
     for (int i = 0; i < 8; i++) {
       held[i] = make_uint4(0, 0, 0, 0);
-      if (there && (!CUT || own + i / 2 * 64 < own_columns())) held[i] = fresh16(from + i / 2 * 64 + i % 2 * 8);
+      if (!CUT || own + i / 2 * 64 < own_columns()) held[i] = fresh16(from + i / 2 * 64 + i % 2 * 8);
     }
     if (TO_FP16) {
       u32 most = 0;
@@ -143,14 +148,13 @@ product(const u8* w0, const u8* w1, const u8* w2, const void* absmax0, const voi
 #pragma unroll
     for (int i = 0; i < 8; i++) {
       held[i] = make_uint4(0, 0, 0, 0);
-      if (there && (!CUT || own + i / 2 * 64 < own_columns())) held[i] = *(const uint4*)(xs + g / SECT * PITCH + (own + i / 2 * 64) * 2 + t * 32 + (i % 2 ^ turn) * 16);
+      if (!CUT || own + i / 2 * 64 < own_columns()) held[i] = *(const uint4*)(xs + of_x * PITCH + (own + i / 2 * 64) * 2 + t * 32 + (i % 2 ^ turn) * 16);
     }
     if (TO_FP16) { unscale0 = unscale[min(2 * t / SECT, M - 1)]; if (SECT == 1) unscale1 = unscale[min(2 * t + 1, M - 1)]; }
     if (OVER) __syncthreads();                                           // sums come where x is
   }
 
   // ---- rows of W times x
-  const u32 lane4 = (u32)(shared(smem + lane * 4) - shared(smem));        // lane * 4, of which the compiler cannot know: one instruction less a look-up
   int number = 0, place = warp * SUMS;
   for (int tile = warp / PIECES; tile < tiles; tile += STEP, place += WARPS * SUMS) {
     fetch();
@@ -164,8 +168,8 @@ product(const u8* w0, const u8* w1, const u8* w2, const void* absmax0, const voi
 #pragma unroll
     for (int b = 0; b < 4; b++) {
       const uint4 lo = held[2 * b], hi = held[2 * b + 1]; const u32 xa[8] = {lo.x, lo.y, lo.z, lo.w, hi.x, hi.y, hi.z, hi.w};
-      const u8* w = at + ((b * 2 + (t >> 1)) ^ (g & 3) << 1) * 16 + (t & 1) * 8;
-      const uint2 u = *(const uint2*)(w + g * LINE), v = *(const uint2*)(w + (g + 8) * LINE);
+      const u8* w = at + (of_row ^ b << 5);
+      const uint2 u = *(const uint2*)w, v = *(const uint2*)(w + 8 * LINE);
       float c[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
       for (int h = 0; h < 2; h++) {
@@ -178,14 +182,14 @@ product(const u8* w0, const u8* w1, const u8* w2, const void* absmax0, const voi
     }
     // A lane has rows g and g + 8 of the operand and columns 2 t and 2 t + 1. Sums of a piece: [R, MP].
     if (SECT == 1) {
-      *(float2*)sum_at(place + g * MP + 2 * t) = make_float2(acc[0] * unscale0, acc[1] * unscale1);
-      *(float2*)sum_at(place + (g + 8) * MP + 2 * t) = make_float2(acc[2] * unscale0, acc[3] * unscale1);
+      *(float2*)sum_at(place + of_sum) = make_float2(acc[0] * unscale0, acc[1] * unscale1);
+      *(float2*)sum_at(place + 8 * MP + of_sum) = make_float2(acc[2] * unscale0, acc[3] * unscale1);
     } else if (SECT == 2) {
-      *sum_at(place + g * MP + t) = (acc[0] + acc[3]) * unscale0;
+      sum_at(place)[of_sum] = (acc[0] + acc[3]) * unscale0;               // a piece's sums are in one line of the table
     } else {
       float v = t & 1 ? (g < 4 ? acc[2] : acc[3]) : (g < 4 ? acc[0] : acc[1]);
       v += of_other_lane(v, 1); v += of_other_lane(v, 16);
-      if (lane < 16 && t % 2 == 0) *sum_at(place + g * MP + t / 2) = v * unscale0;
+      if (of_sum < SUMS) sum_at(place)[of_sum] = v * unscale0;
     }
     __syncwarp();
   }

@@ -208,14 +208,14 @@ def _with_slots(
 def held(rows: int, columns: int, parts: tuple[int, ...], multiprocessors: int, direct: bool) -> Held | None:
     """The layout for up to eight rows and a 4-bit matrix whose parts have so many rows; None: LAYOUTS has it.
 
-    As many of 16 warps as share a row's pieces evenly. On an H100 (docs/worklog.md) two blocks in a cluster were best
-    from three rows on, of a small matrix two for any rows and four from five on; three slots where tiles are many.
+    As many of 16 warps as share a row's pieces evenly. On an H100 (docs/worklog.md) half as many blocks in a cluster as
+    rows fit were best, and two for two rows of a small matrix; three slots but for a small matrix.
     """
     most = next((most for most in (2, 4, 8) if rows <= most), None)
     if most is None:
         return None
     small = sum(parts) * columns // 2 <= SMALL
-    first, slots = max(2, most // 2) if small else min(2, most // 2), 2 if small or most == 2 else 3
+    first, slots = max(most // 2, min(2, rows)) if small else most // 2, 2 if small else 3
     for cluster in sorted(CLUSTERS, key=lambda cluster: (cluster < first, abs(cluster - first))):
         warps = 16 // (pieces := -(-columns * most // (2048 * cluster))) * pieces
         for ring in range(slots, 1, -1):

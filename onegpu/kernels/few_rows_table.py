@@ -344,10 +344,11 @@ CONFIGURATIONS: dict[str, tuple[Config, ...]] = {
         Held(2, 10, blocks=2, price=0.3, share=(0, 11 << 14)), Held(2, 18, price=0.32),
         Held(2, 18, cluster=2, price=0.6), Narrow(1, 8, 2, 64, 4, table_shift=7, price=9),
         Held(4, 8, cluster=2, blocks=2, early=2, price=0.3, share=(15 << 13, 1 << 19)),
-        Held(4, 10, blocks=2, early=2, price=0.3, share=(0, 3 << 16)),
+        Held(4, 10, blocks=2, early=2, price=0.3, share=(0, 1 << 18)),
         Held(4, 16, late=1, price=0.32), Held(4, 16, cluster=2, early=2, price=0.35),
         Held(4, 16, cluster=4, early=2, price=0.39),
         Held(8, 9, cluster=2, blocks=2, price=0.3, share=(0, 3 << 16)),
+        Held(8, 10, cluster=2, blocks=2, price=0.3, share=(0, 3 << 16)),
         Held(8, 16, late=1, price=0.32), Held(8, 16, cluster=2, early=2, price=0.35),
         Held(8, 16, cluster=4, early=2, price=0.39), Held(8, 16, cluster=8, early=2, price=0.43),
         Resident(1, 3, 1, 128, 2, cluster=2, early=4, price=1.302),  # more sums than a block has room for

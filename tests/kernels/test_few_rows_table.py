@@ -86,6 +86,8 @@ HELD = Wide(8, 1, 12, 1, 128, 4, cluster=2, wgmma=True, bulk=True, early=4, apar
         ("4bit", 2, 4, 896, 4864, Held(4, 15, cluster=2, early=2)),  # ten warps of two blocks spill
         ("4bit", 1, 4, 4672, 4544, Held(4, 9, blocks=2, early=2)),
         ("4bit", 0, 4, 57344, 8192, Held(4, 16, late=1, over=True)),
+        ("4bit", 0, 4, 5120, 5120, Held(4, 10, blocks=2, early=2)),
+        ("4bit", 0, 8, 896, 4864, Held(8, 10, cluster=2, blocks=2)),
         ("4bit", 0, 8, 4096, 4096, Held(8, 8, cluster=2, blocks=2)),
         ("4bit", 0, 8, 12288, 4096, Held(8, 16, late=1, over=True)),
         ("4bit", 2, 5, 22016, 4096, Held(8, 16, late=1, over=True)),
