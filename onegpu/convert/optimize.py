@@ -59,17 +59,14 @@ def optimize(
         ArgumentError: unknown format, a model that is quantised already, one with nothing to quantise, or weights that
             are not finite. The model is as it was.
     """
-    if quantize is not None and quantize not in _FORMATS:
-        raise bad_argument("quantize", quantize, "is not a format", f"use one of {', '.join(_FORMATS)}, or None")
+    settings = settings_of(quantize, double_quant, skip_modules)
     if quantize is not None and getattr(model, "is_quantized", False):
         raise bad_argument(
             "quantize", quantize, "was asked for a model that is quantised already", "call model.dequantize() first"
         )
     report = Report("optimize")
     state: State = model.__dict__.get(_STATE) or State()
-    settings, skips = None, tuple(default_skips(model))
-    if quantize is not None:
-        settings = Settings(quantize, double_quant, torch.float32, torch.uint8, skip=tuple(skip_modules or ()))
+    skips = tuple(default_skips(model))
     for rule in RULES:
         rule.apply(model, settings, state, keep_original, report)
     if settings is not None:
@@ -78,6 +75,15 @@ def optimize(
             report.notes.append("The float weights are gone; keep_original=True would have kept them in CPU memory.")
     model.__dict__[_STATE] = state
     return report
+
+
+def settings_of(quantize: str | None, double_quant: bool, skip_modules: list[str] | None) -> Settings | None:
+    """How :func:`optimize` quantises with such arguments; raises ``ArgumentError`` for an unknown format."""
+    if quantize is None:
+        return None
+    if quantize not in _FORMATS:
+        raise bad_argument("quantize", quantize, "is not a format", f"use one of {', '.join(_FORMATS)}, or None")
+    return Settings(quantize, double_quant, torch.float32, torch.uint8, skip=tuple(skip_modules or ()))
 
 
 def _mark_quantized(model: Any, settings: Settings, state: State, skips: tuple[str, ...]) -> None:

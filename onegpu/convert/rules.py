@@ -17,7 +17,7 @@ from onegpu.convert.structure_rule import UseKernels
 from onegpu.convert.swap import stack_to_parameter, swap_module
 from onegpu.errors import bad_argument
 from onegpu.formats.bitsandbytes import Settings
-from onegpu.nn import Int8Params, Params4bit
+from onegpu.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from onegpu.nn.experts import ExpertStack, replace_parameter
 
 
@@ -57,12 +57,7 @@ class QuantizeWeights:
     def _linear(self, model: Any, target: Target, settings: Settings, state: Any, keep: bool) -> Change:
         old = model.get_submodule(target.name)
         weight: torch.Tensor = old.weight.data
-        new = quantized_linear(old, settings, "meta")
-        source = weight.t() if is_conv1d(old) else weight
-        kind = Int8Params if settings.bits == 8 else Params4bit
-        fields = {key: value for key, value in new.weight.__dict__.items() if key not in ("CB", "SCB")}
-        new.weight = kind(source, requires_grad=new.weight.requires_grad, **fields).to(source.device)
-        new.bias = old.bias
+        new = quantize_linear(old, settings)
         swap_module(model, target.name, new)
         if keep:
             state.originals[target.name] = (old, _to_cpu(old), weight.device)
@@ -91,6 +86,17 @@ class QuantizeWeights:
             old.weight.data = values.to(device)
             swap_module(model, name, old)
             report.changes.append(Change(name, type(current).__name__, type(old).__name__, "original kept"))
+
+
+def quantize_linear(old: Any, settings: Settings) -> Linear4bit | Linear8bitLt:
+    """The quantised layer with the weights of a float one, which stays as it is."""
+    new = quantized_linear(old, settings, "meta")
+    source: torch.Tensor = old.weight.data.t() if is_conv1d(old) else old.weight.data
+    kind: Any = Int8Params if settings.bits == 8 else Params4bit
+    fields = {key: value for key, value in new.weight.__dict__.items() if key not in ("CB", "SCB")}
+    new.weight = kind(source, requires_grad=new.weight.requires_grad, **fields).to(source.device)
+    new.bias = old.bias
+    return new
 
 
 def _check_finite(model: Any, targets: list[Target], settings: Settings) -> None:

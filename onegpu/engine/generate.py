@@ -18,6 +18,7 @@ import torch
 from onegpu.engine import prepare
 from onegpu.engine.loop import Engine, Run, UnservedError, decode
 from onegpu.errors import bad_argument
+from onegpu.formats.bitsandbytes import Settings
 
 logger = logging.getLogger("onegpu")
 
@@ -161,10 +162,13 @@ def _custom(
     )
 
 
-def begin(model: Any) -> None:
-    """Start compiling what ``attach`` would begin with, before the model is converted."""
+def begin(model: Any, settings: Settings | None = None) -> None:
+    """Start compiling what ``attach`` would begin with, before the model is converted, and what that takes.
+
+    settings: how it will be quantised, or None.
+    """
     if _never(model) is None:
-        prepare.begin_attention(model)
+        prepare.begin_conversion(model, settings)
 
 
 def attach(model: Any) -> str | None:

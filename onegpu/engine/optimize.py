@@ -9,6 +9,7 @@ import torch
 from onegpu.convert import Report
 from onegpu.convert import optimize as convert
 from onegpu.convert import restore as convert_back
+from onegpu.convert.optimize import settings_of
 from onegpu.engine.generate import attach, begin, detach
 from onegpu.errors import bad_argument
 
@@ -38,7 +39,7 @@ def optimize(
             weights that are not finite. The model is as it was.
     """
     _check(model)
-    begin(model)
+    begin(model, settings_of(quantize, double_quant, skip_modules))
     report = convert(model, quantize, double_quant=double_quant, skip_modules=skip_modules, keep_original=keep_original)
     reason = attach(model)
     if reason is None:

@@ -15,7 +15,9 @@ from onegpu.kernels.launch import triton_launch
 from onegpu.kernels.quant_blockwise_triton import reciprocal
 
 _BYTES = 1024  # packed bytes a program when dequantising: 2,048 weights, 4 KiB written in 16 bits
-_VALUES = 4096  # weights a program when quantising, at least one block
+# When quantising: weights a program, at least one block, and its warps. optimize(quantize=...) waits until this is
+# compiled: with twice the weights a thread that took 2.6 times as long.
+_VALUES, _WARPS = 4096, 8
 
 
 @triton.jit
@@ -97,5 +99,5 @@ def quantize(flat: torch.Tensor, blocksize: int, quant_type: str, packed: torch.
     rows = max(1, _VALUES // blocksize)
     triton_launch(
         _quantize_kernel, (triton.cdiv(n, rows * blocksize),),
-        flat, packed, absmax, n, NF4=quant_type == "nf4", BLOCK=blocksize, ROWS=rows,
+        flat, packed, absmax, n, NF4=quant_type == "nf4", BLOCK=blocksize, ROWS=rows, num_warps=_WARPS,
     )  # fmt: skip
