@@ -1,4 +1,4 @@
-"""Launches decode_step_{input, product, held, transposed, attention, embed}.cu; the ops are in decode_step.py.
+"""Launches decode_step_{input, product, held, bulk, transposed, attention, embed}.cu; the ops are in decode_step.py.
 
 A block an SM, in every kernel of the chain, and more than half of an SM's shared memory for each: where two blocks fit,
 blocks of a kernel that starts early gather on the SMs that are free first, and the others idle (measured on an H100:
@@ -18,7 +18,7 @@ import torch
 from onegpu.errors import bad_argument
 from onegpu.kernels.codebooks import dynamic_map
 from onegpu.kernels.decode_step import ACTIVATIONS, Attended, Heads, Matrix, Norm, Part, Places, Stream
-from onegpu.kernels.decode_step_layouts import FORMATS, WHOLE, Held, Shape, blocks, held, shape
+from onegpu.kernels.decode_step_layouts import FORMATS, WHOLE, Bulk, Held, Shape, blocks, bulk, held, shape
 from onegpu.kernels.launch import CudaKernel, source_text
 
 MAX_ROWS, MAX_GROUP, MAX_SPLITS = 16, 8, 8
@@ -58,12 +58,12 @@ def product(
     also: torch.Tensor | None = None,
     cap: float = 0.0,
     pdl: bool = True,
-    fixed: Shape | Held | None = None,
+    fixed: Shape | Held | Bulk | None = None,
 ) -> None:
     """One launch of decode_step_product.cu, whose head says what the sinks are."""
     rows, columns = len(out), matrix.columns
     nested = matrix.parts[0].nested is not None
-    found = fixed or (None if matrix.transposed else _held(x, matrix, rows, out.get_device()) or _shape(matrix, rows))
+    found = fixed or (None if matrix.transposed else _own(x, matrix, out) or _shape(matrix, rows))
     if not (fits(matrix, rows) if matrix.transposed else found):
         raise bad_argument(
             "rows", rows, f"is too many: x of {columns} columns does not fit into shared memory", "Use fewer rows"
@@ -82,14 +82,18 @@ def product(
         kernel = _kernel("held").variant(None, **constants | found.constants(*of_size))
         warps, cluster, grid = found.warps, found.cluster, blocks(sms, found.cluster)
         shared = found.shared(rows, *of_size, isinstance(x, torch.Tensor))
+    elif isinstance(found, Bulk):
+        kernel = _kernel("bulk").variant(None, **constants | found.constants, SHARE=columns)
+        warps, cluster, grid = found.warps, 1, sms
+        shared = found.shared(columns, matrix.rows, sms, isinstance(x, torch.Tensor))
     else:
-        bulk = FORMATS[matrix.format] == 2 and not nested and matrix.blocksize == 64 and columns % 256 == 0
-        bulk = bulk and not any(part.scales.data_ptr() % 16 for part in matrix.parts if part.scales is not None)
+        whole = FORMATS[matrix.format] == 2 and not nested and matrix.blocksize == 64 and columns % 256 == 0
+        whole = whole and not any(part.scales.data_ptr() % 16 for part in matrix.parts if part.scales is not None)
         kernel = _kernel("product").variant(
             None, **constants | {"CL": found.cluster, "TABLE_SHIFT": found.table_shift},
             SHARE=found.share(matrix.format, columns), WARPS=found.all_warps, FETCHERS=found.fetchers,
             SLOTS=found.slots, CB=found.width, TG=found.group(rows), OWN=int(found.own),
-            BULK=int(bulk and not found.own),
+            BULK=int(whole and not found.own),
         )  # fmt: skip
         warps, cluster, grid = found.all_warps, found.cluster, blocks(sms, found.cluster)
         shared = found.shared(matrix.format, rows, columns, nested)
@@ -107,6 +111,8 @@ def product(
     table = dynamic_map(out.device) if nested else None
     counts = [0 if part is None else part.rows for part in parts]
     shift = matrix.blocksize.bit_length() - 7  # log2 of how many 64 columns share a scale
+    if isinstance(found, Bulk):
+        shift = (counts[0] if sink == "gated" else matrix.rows) // grid  # rows of a block, instead
     kernel(
         (grid,), 32 * warps, max(shared, _ALONE), *pointers, table, *read.tensors, out, also, *counts, shift,
         *read.numbers, cap, pdl=pdl, cluster=(cluster, 1, 1),
@@ -121,6 +127,19 @@ def _held(x: Stream | Attended | torch.Tensor, matrix: Matrix, rows: int, device
         return None
     parts = tuple(part.rows for part in matrix.parts)
     return held(rows, matrix.columns, parts, multiprocessors(device), isinstance(x, torch.Tensor))
+
+
+def _own(x: Stream | Attended | torch.Tensor, matrix: Matrix, out: torch.Tensor) -> Held | Bulk | None:
+    """The layout of a kernel for few rows of one format."""
+    one_row = len(out) == 1 and matrix.format == "int8"
+    return _bulk(x, matrix, out) if one_row else _held(x, matrix, len(out), out.get_device())
+
+
+def _bulk(x: Stream | Attended | torch.Tensor, matrix: Matrix, out: torch.Tensor) -> Bulk | None:
+    """The layout of decode_step_bulk.cu, if it serves."""
+    if any(part.weight.data_ptr() % 16 for part in matrix.parts):
+        return None
+    return bulk(matrix.columns, matrix.rows, multiprocessors(out.get_device()), isinstance(x, torch.Tensor))
 
 
 def _transposed(
@@ -283,6 +302,7 @@ def _collected(kernel: CudaKernel) -> bool:
 _KERNELS = {
     "product": ("product", "P" * 26 + "i" * 4 + "fffff"),
     "held": ("product", "P" * 26 + "i" * 4 + "fffff"),
+    "bulk": ("product", "P" * 26 + "i" * 4 + "fffff"),
     "transposed": ("transposed_product", "P" * 11 + "i" + "ffff"),
     "attention": ("attend", "P" * 12 + "i" * 5 + "ffffff"),
     "embed": ("embed", "PPPPPPPqqiiifff"),

@@ -59,17 +59,17 @@ def test_few_rows_of_four_bits(device: str, case: tuple, monkeypatch: pytest.Mon
 def test_rows_outside_of_what_fp16_holds(device: str, fixed: Held, monkeypatch: pytest.MonkeyPatch) -> None:
     """Large x, small, NaN and infinity in one row or the other; the attention's parts, one of them without keys."""
     m, rows = matrix("nf4", (48,), 1024, torch.bfloat16), fixed.rows
-    base = torch.randn(rows, 1024, generator=torch.Generator().manual_seed(0)).bfloat16()
-    attended = ops.Attended(base.view(rows, 4, 4, 64)[:, :, :3].contiguous(), torch.rand(rows, 4, 3, 2) + 1)
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(rows, 1024, generator=generator).bfloat16()
+    values = torch.randn(rows, 16, 3, 64, generator=generator).bfloat16()
+    attended = ops.Attended(values, torch.rand(rows, 16, 3, 2, generator=generator) + 1)
     attended.sums[:, :, 1] = torch.tensor([float("-inf"), 0.0])
-    narrow = matrix("nf4", (48,), 256, torch.bfloat16, seed=2)
     place, bad, mixed = on(device, monkeypatch), [base.clone(), base.clone()], base.clone()
     bad[0][0, 700], bad[1][-1, 3] = float("nan"), float("inf")
     mixed[0], mixed[-1] = mixed[0] * 1e5, mixed[-1] * 1e-6
-    for x, w in ((mixed, m), (bad[0], m), (bad[1], m), (attended, narrow)):
-        one = fixed._replace(cluster=1) if w is narrow else fixed
-        want, out = torch.zeros(rows, 48) + w.multiply(ops._entered(x)), torch.zeros(rows, 48, device=place)
-        gpu.product(moved(x, place), moved(w, place), "add", out, fixed=one)
+    for x in (mixed, *bad, attended):
+        want, out = m.multiply(ops._entered(x)), torch.zeros(rows, 48, device=place)
+        gpu.product(moved(x, place), moved(m, place), "add", out, fixed=fixed)
         finite, out = want.isfinite(), out.cpu()
         assert torch.equal(out.isfinite(), finite)
         for i in range(rows):  # each by its own size
