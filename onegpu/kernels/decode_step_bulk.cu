@@ -16,7 +16,7 @@ constexpr int GATED = SINK == 2, PARTS = SINK == 0 || SINK == 3, TILE_ROWS = GAT
 static_assert(FMT == 1 && M == 1 && CL == 1 && SECT == 8 && KB == 8 * COLS && K % 64 == 0 && (TO_FP16 || !BF16), "one row, in chunks of 64 columns");
 static_assert(WARPS % PIECES == 0, "a warp has the same columns of each tile");
 
-// As int8_pair, but with the constant in a register: an instruction takes one immediate, and ptxas would move the other into place each time.
+// Two weights as fp16, as few_rows_common.cu makes them, but with the constant in a register: an instruction takes one immediate, and ptxas would move the other into place each time.
 template <int H> DEVICE u32 pair_of(u32 w, u32 a) { return sub_h(__byte_perm(w ^ 0x80808080u, a, H ? 0x4342 : 0x4140), 0x64806480u); }
 
 __global__ void __launch_bounds__(THREADS, 1)
