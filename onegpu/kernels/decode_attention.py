@@ -6,7 +6,8 @@ own, from the first real one, within the window. Bound by the bytes of the keys 
 
 On a GPU the keys of a sequence are split among programs, by the length read there, so that one CUDA graph serves every
 length (Flash-Decoding: Dao et al. 2023). The query heads that share a key head, times T, are the rows of one tile, so
-keys are read once. A second kernel adds the parts in a fixed order, in float32 (``decode_attention_triton``).
+keys are read once. A second kernel adds the parts in a fixed order, in float32 (``decode_attention_triton``), or, where
+they are few, the programs of a head do, which are a cluster (``decode_attention_cuda``).
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from typing import Any
 import torch
 
 from onegpu.errors import bad_argument
-from onegpu.kernels.library import define, has_triton
+from onegpu.kernels import decode_attention_cuda
+from onegpu.kernels.library import check_implementation, define, has_triton
 from onegpu.kernels.warmup import register
 
 MAX_QUERIES = 8
@@ -36,6 +38,7 @@ def _decode(
     window: int,
     softcap: float,
     slopes: torch.Tensor | None,
+    portable: bool = False,
 ) -> torch.Tensor:
     (b, h, t, _), (_, h_kv, keys, d_v) = q.shape, v.shape
     place = torch.arange(keys, device=q.device)
@@ -79,12 +82,14 @@ def _decode_cuda(
     window: int,
     softcap: float,
     slopes: torch.Tensor | None,
+    portable: bool = False,
 ) -> torch.Tensor:
     if not has_triton() or q.dtype == torch.float64:
         return _decode(q, k, v, length, first, scale, window, softcap, slopes)
     out = _empty(q, v.shape[-1])
-    if out.numel():
-        _kernels().decode(q, k, v, length, first, scale, window, softcap, slopes, out)
+    arguments = (q, k, v, length, first, scale, window, softcap, slopes, out)
+    if out.numel() and (portable or not decode_attention_cuda.decode(*arguments)):
+        _kernels().decode(*arguments)
     return out
 
 
@@ -101,7 +106,7 @@ def _decode_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, length: torc
 
 define(
     "decode_attention(Tensor q, Tensor k, Tensor v, Tensor length, Tensor? first, float scale, int window, "
-    "float softcap, Tensor? slopes) -> Tensor",
+    "float softcap, Tensor? slopes, bool portable=False) -> Tensor",
     _decode,
     _decode_fake,
     cuda=_decode_cuda,
@@ -119,6 +124,7 @@ def decode_attention(
     window: int = 0,
     softcap: float = 0.0,
     slopes: torch.Tensor | None = None,
+    implementation: str = "auto",
 ) -> torch.Tensor:
     """Attend from a few new queries to a cache, causally, without a gradient and without a host synchronisation.
 
@@ -132,6 +138,7 @@ def decode_attention(
         window: a query sees so many keys, itself included; 0 is all.
         softcap: scores become ``softcap * tanh(score / softcap)``; 0 is none.
         slopes: float32 ``[H]``, ALiBi: ``slope * (key - query)`` is added to a score.
+        implementation: "auto", or "portable": on a GPU no kernel but Triton's, which run everywhere.
 
     Returns:
         ``[B, H, T, D_v]`` in the dtype of q, in memory ``[B, T, H, D_v]``. A query that sees no key gets zeros.
@@ -159,9 +166,10 @@ def decode_attention(
         raise bad_argument("slopes", list(slopes.shape), "is not one slope for each query head", f"pass float32 [{h}]")
     if window < 0:
         raise bad_argument("window", window, "is no number of keys", "pass 0 for no limit")
+    check_implementation(implementation)
     scale = d**-0.5 if scale is None else scale
     return torch.ops.onegpu.decode_attention.default(  # type: ignore[no-any-return]
-        q, k, v, length, first, scale, window, softcap, slopes
+        q, k, v, length, first, scale, window, softcap, slopes, implementation == "portable"
     )
 
 

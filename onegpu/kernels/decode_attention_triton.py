@@ -24,6 +24,7 @@ from onegpu.kernels.triton_kernel import Bound
 _LOG2E = tl.constexpr(1.4426950408889634)
 _CLUSTER = 8  # programs; more than 8 are a matter of luck with the layout of the chip
 _CLUSTER_KEYS = 512  # that one of them has at most
+_COMBINE_WARPS = 1  # no barrier stands between its loads and its sums
 _TILE = 8192  # rows × (D + D_v)
 _MOST_PLANS = 4096
 _SHARED = 228 * 1024  # bytes that a Hopper SM has
@@ -44,26 +45,28 @@ def _tanh(b_x):
 @triton.jit
 def _add_parts(
     p_parts, p_stats, p_to, i_part, SPLITS, ROWS,
-    DV: tl.constexpr, BS: tl.constexpr, BP: tl.constexpr, BDV: tl.constexpr, UNIT: tl.constexpr,
+    DV: tl.constexpr, BP: tl.constexpr, BDV: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """One row of the output. i_part: of its first part; those of the others lie ROWS further each."""
-    o_s, o_dv, o_p = tl.arange(0, BS), tl.arange(0, BDV), tl.arange(0, BP)
-    o_stats = i_part + o_s * ROWS  # [BS]
-    b_max = tl.load(p_stats + o_stats * 2, mask=o_s < SPLITS, other=float("-inf"))
-    b_sum = tl.load(p_stats + o_stats * 2 + 1, mask=o_s < SPLITS, other=0.0)
-    peak = tl.max(b_max, 0)
-    # A part without keys has sum 0, and memory that nobody wrote. Of NaN alone it has the maximum -inf, and counts.
-    total = tl.sum(tl.where(b_sum == 0.0, 0.0, b_sum * tl.exp2((b_max - peak) * UNIT)), 0)
+    o_dv, o_p = tl.arange(0, BDV), tl.arange(0, BP)
+    m_dv = (o_dv < DV)[None, :]
+    peak = tl.full([], float("-inf"), tl.float32)
+    total = tl.zeros([], tl.float32)
     b_acc = tl.zeros([BDV], tl.float32)
     for i_s in range(0, SPLITS, BP):
         m_p = i_s + o_p < SPLITS
         o_part = i_part + (i_s + o_p) * ROWS  # [BP]
-        b_part_max = tl.load(p_stats + o_part * 2, mask=m_p, other=float("-inf"))
-        m_p = m_p & (tl.load(p_stats + o_part * 2 + 1, mask=m_p, other=0.0) != 0.0)
-        m_part = (i_s + o_p < SPLITS)[:, None] & (o_dv < DV)[None, :]  # loaded without waiting for the sums
-        b_part = tl.load(p_parts + o_part[:, None] * DV + o_dv[None, :], mask=m_part, other=0.0)  # [BP, BDV]
-        b_scale = tl.exp2((b_part_max - peak) * UNIT)
-        b_acc += tl.sum(tl.where(m_p[:, None], b_part * b_scale[:, None], 0.0), 0)
+        # All is asked for before any is there.
+        b_part = tl.load(p_parts + o_part[:, None] * DV + o_dv[None, :], mask=m_p[:, None] & m_dv, other=0.0)
+        b_max = tl.load(p_stats + o_part * 2, mask=m_p, other=float("-inf"))
+        b_sum = tl.load(p_stats + o_part * 2 + 1, mask=m_p, other=0.0)
+        top = tl.maximum(peak, tl.max(b_max, 0))
+        shrink = tl.where(peak == top, 1.0, tl.exp2((peak - top) * UNIT))
+        # A part without keys has sum 0, and memory that nobody wrote. Of NaN alone it has the maximum -inf, and counts.
+        b_scale = tl.where(b_sum == 0.0, 0.0, tl.where(b_max == top, 1.0, tl.exp2((b_max - top) * UNIT)))  # [BP]
+        total = total * shrink + tl.sum(tl.where(b_sum == 0.0, 0.0, b_sum * b_scale), 0)
+        b_acc = b_acc * shrink + tl.sum(tl.where((b_sum != 0.0)[:, None], b_part * b_scale[:, None], 0.0), 0)
+        peak = top
     b_acc = b_acc / tl.where(total == 0.0, 1.0, total)
     tl.store(p_to + o_dv, b_acc.to(p_to.dtype.element_ty), mask=o_dv < DV)
 
@@ -172,7 +175,7 @@ def _split_kernel(
             for i_m in range(i_first, i_end, SPLITS):
                 p_row_out = p_out + i_b * o_b + (i_kv * G + i_m % G) * o_h + (i_m // G).to(tl.int64) * o_t
                 i_part = i_head * SPLITS * ROWS + i_m
-                _add_parts(p_parts, p_stats, p_row_out, i_part, SPLITS, ROWS, DV, BS, BS, BDV, UNIT)
+                _add_parts(p_parts, p_stats, p_row_out, i_part, SPLITS, ROWS, DV, BS, BDV, UNIT)
 
 
 @triton.jit
@@ -184,7 +187,7 @@ def _barrier(code: tl.constexpr):
 @triton.jit(do_not_specialize=["HKV", "SPLITS"])
 def _combine_kernel(
     p_parts, p_out, HKV, SPLITS, o_b, o_t, o_h,
-    T: tl.constexpr, G: tl.constexpr, DV: tl.constexpr, BS: tl.constexpr, BP: tl.constexpr, BDV: tl.constexpr,
+    T: tl.constexpr, G: tl.constexpr, DV: tl.constexpr, BP: tl.constexpr, BDV: tl.constexpr,
     PDL: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     if PDL:
@@ -195,7 +198,7 @@ def _combine_kernel(
     i_head, i_m = i_row // ROWS, i_row % ROWS
     p_stats = p_parts + tl.num_programs(0).to(tl.int64) * SPLITS * DV
     p_to = p_out + (i_head // HKV) * o_b + ((i_head % HKV) * G + i_m % G) * o_h + (i_m // G) * o_t
-    _add_parts(p_parts, p_stats, p_to, i_head * SPLITS * ROWS + i_m, SPLITS, ROWS, DV, BS, BP, BDV, UNIT)
+    _add_parts(p_parts, p_stats, p_to, i_head * SPLITS * ROWS + i_m, SPLITS, ROWS, DV, BP, BDV, UNIT)
 
 
 class Config(NamedTuple):
@@ -310,7 +313,8 @@ def _plan(
     combine = triton_bind(
         _combine_kernel, (b * h * t,),
         scratch, out, h_kv, parts, *out_strides,
-        T=t, G=group, DV=d_v, BS=block, BP=min(block, 32), BDV=pad_dv, PDL=hopper, UNIT=unit, num_warps=4, **options,
+        T=t, G=group, DV=d_v, BP=min(block, 32, 2048 * _COMBINE_WARPS // pad_dv), BDV=pad_dv, PDL=hopper, UNIT=unit,
+        num_warps=_COMBINE_WARPS, **options,
     )  # fmt: skip
     return _Plan(split, combine, size)
 

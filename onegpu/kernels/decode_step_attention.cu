@@ -7,11 +7,11 @@
 // SPLITS, ROT (rotated values of a head), NORMS (1: of each query and key; 2: of all queries, and all keys, together), GROUPED (qkv
 // has for each key head its queries, the key, the value; else all queries, all keys, all values), CAP (scores are
 // cap tanh(score / cap)), ALIBI (slopes, float32 [HKV * ALL]; 2: rounded, as Heads in decode_step.py says), CLIP (qkv is cut off at
-// +-clip), WARPS, STAGES (steps of values in a warp's ring).
+// +-clip), WARPS, STAGES (steps of values in a warp's ring), GROUPS (of so many warps in a block, each with heads of its own).
 //
 // A warp takes STEP keys at a time: keys from memory into registers, as the 16-row operand of the mma (the queries are the 8
 // columns), values by asynchronous copies into a ring of its own, in which a key that a row may not see is zeros. The next keys are
-// asked for when the products with these are done; a block that takes several heads asks for the next one's first before it puts
+// asked for when the products with these are done; a group that takes several heads asks for the next one's first before it puts
 // together what the warps have of this one. The new key never goes through the cache: it is a part of its own, of one key.
 //
 // What earlier steps wrote is fetched before the kernel waits for the one in front of it. The embedding, a step's first kernel, lets no other
@@ -23,6 +23,8 @@ constexpr int UNITS = WIDE / 8, ROW = WIDE * 2, STAGE = STEP * ROW;     // 16-by
 constexpr int V_MASK = UNITS % 8 == 0 ? 7 : 3;
 constexpr int CHUNKS = (ALL + GQ - 1) / GQ, HEADS = HKV * ALL, WIDTH = (HEADS + 2 * HKV) * HD, HALF = ROT / 2;
 constexpr int RING = WARPS * STAGES * STAGE;
+constexpr int FLOATS = (HALF % 32 ? WARPS * WIDE : 0) + (HALF ? 2 * HALF : 2) + (WARPS + 1) * 16 + WARPS * GQ * WIDE;
+constexpr int SHARE = (RING + (GQ + 2) * WIDE * 2 + FLOATS * 4 + 127) / 128 * 128;  // of a group
 constexpr int PAIR = GQ > 1 ? 2 : 1;                                    // queries of a lane
 static_assert(HD % 8 == 0 && HD <= 256 && GQ <= 8 && ROT <= HD, "head dimensions");
 
@@ -44,25 +46,28 @@ struct Seen {
   }
 };
 
-__global__ void __launch_bounds__(THREADS, 1)
+__global__ void __launch_bounds__(GROUPS * THREADS, 1)
 attend(const float* qkv, const i64* position, const i64* rope_position, const int* first, u16* keys, u16* values, const float* inv_freq,
        const u16* q_gain, const u16* k_gain, const float* slopes, u16* parts, float2* sums, int rows, int length, int window,
        int position_step, int rope_step, float scale, float rope_scale, float eps, float one, float cap, float clip) {
-  SHARED(smem);
+  SHARED(whole);
+  const int group = GROUPS > 1 ? threadIdx.x / THREADS : 0, thread = GROUPS > 1 ? threadIdx.x % THREADS : threadIdx.x;
+  u8* smem = whole + group * SHARE;
+  const int first_item = group * gridDim.x + blockIdx.x;
   u16* qs = (u16*)(smem + RING);                                         // [GQ, WIDE] rotated queries
   u16* newest = qs + GQ * WIDE;                                          // [2, WIDE] the new key and value
   float* heads = (float*)(newest + 2 * WIDE);                            // [WARPS, WIDE] a head at work, if its pairs lie in other lanes
   float* turn = heads + (HALF % 32 ? WARPS * WIDE : 0);                  // [2, HALF] cosines and sines
   float* ends = turn + (HALF ? 2 * HALF : 2);                            // [WARPS + 1, 8, 2] maxima and sums; the last is the new key's
   float* all = ends + (WARPS + 1) * 16;                                  // [WARPS, GQ, WIDE] outputs
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
+  const int lane = threadIdx.x & 31, warp = thread >> 5, g = lane >> 2, t = lane & 3;
   u8* own_ring = smem + warp * STAGES * STAGE;
   const Shared mine = shared(own_ring);
   const float ninf = -__uint_as_float(0x7f800000u);
 
   let_next_kernel_start();
   const int items = rows * HKV * CHUNKS * SPLITS;
-  if (blockIdx.x >= items) wait_before_reading_x();
+  if (first_item >= items) wait_before_reading_x();
   int split, chunk, kv, row, steps, place; Seen seen; i64 base;          // of the item at work; place: of the new key in its row
   const i64 all_now = fresh_i64(position);
   auto begin_item = [&](int item) {
@@ -113,20 +118,20 @@ attend(const float* qkv, const i64* position, const i64* rope_position, const in
 #pragma unroll
     for (int i = 0; i < STAGES; i++) fetch_values(warp + i * WARPS, i);
   };
-  fetch_first(blockIdx.x);
-  for (int item = blockIdx.x; item < items; item += gridDim.x) {
+  fetch_first(first_item);
+  for (int item = first_item; item < items; item += GROUPS * gridDim.x) {
     const int head0 = chunk * GQ, count = min(GQ, ALL - head0);          // query heads of this key head
     const bool last = split == SPLITS - 1;                               // has the new key
 
     if (HALF) {
       const float p = (float)fresh_i64(rope_position + (i64)row * rope_step);
-      for (int i = threadIdx.x; i < HALF; i += THREADS) { float a = p * inv_freq[i]; turn[i] = cosf(a) * rope_scale; turn[HALF + i] = sinf(a) * rope_scale; }
+      for (int i = thread; i < HALF; i += THREADS) { float a = p * inv_freq[i]; turn[i] = cosf(a) * rope_scale; turn[HALF + i] = sinf(a) * rope_scale; }
     }
     float slope[PAIR];
 #pragma unroll
     for (int q = 0; q < PAIR; q++) slope[q] = ALIBI && 2 * t + q < count ? slopes[kv * ALL + head0 + 2 * t + q] : 0.f;
-    __syncthreads();
-    if (item == blockIdx.x) wait_before_reading_x();
+    meet_group<GROUPS, THREADS>(group);
+    if (item == first_item) wait_before_reading_x();
     const float* own = qkv + (i64)row * WIDTH;
     auto clipped = [&](float v) { return CLIP ? (v > clip ? clip : v < -clip ? -clip : v) : v; };  // NaN stays
     float together[2] = {0.f, 0.f};
@@ -134,11 +139,11 @@ attend(const float* qkv, const i64* position, const i64* rope_position, const in
 #pragma unroll
       for (int what = 0; what < 2; what++) {
         float squares = 0.f;
-        for (int i = threadIdx.x; i < (what ? HKV : HEADS) * HD; i += THREADS) { float v = clipped(fresh(own + what * HEADS * HD + i)); squares = fmaf(v, v, squares); }
+        for (int i = thread; i < (what ? HKV : HEADS) * HD; i += THREADS) { float v = clipped(fresh(own + what * HEADS * HD + i)); squares = fmaf(v, v, squares); }
         squares = warp_sum(squares);
         if (lane == 0) ends[2 * warp + what] = squares;
       }
-      __syncthreads();
+      meet_group<GROUPS, THREADS>(group);
 #pragma unroll
       for (int w = 0; w < WARPS; w++) { together[0] += ends[2 * w]; together[1] += ends[2 * w + 1]; }
     }
@@ -190,7 +195,7 @@ attend(const float* qkv, const i64* position, const i64* rope_position, const in
         if (!query && chunk == 0 && (HD == WIDE || d < HD)) (key ? keys : values)[(base + seen.slot) * HD + d] = r;
       }
     }
-    __syncthreads();
+    meet_group<GROUPS, THREADS>(group);
 
     auto score = [&](float w, float slope_, int ago) {                   // in base 2
       w *= scale;
@@ -266,7 +271,7 @@ attend(const float* qkv, const i64* position, const i64* rope_position, const in
       if (++stage == STAGES) stage = 0;
     }
     const i64 to = ((i64)row * HEADS + kv * ALL + head0) * SPLITS + split;
-    fetch_first(item + gridDim.x);
+    fetch_first(item + GROUPS * gridDim.x);
 #pragma unroll
     for (int q = 0; q < PAIR; q++)
 #pragma unroll
@@ -282,8 +287,8 @@ attend(const float* qkv, const i64* position, const i64* rope_position, const in
       }
       if (g == 0) { ends[(warp * 8 + h) * 2] = top[q]; ends[(warp * 8 + h) * 2 + 1] = total[q]; }
     }
-    __syncthreads();
-    for (int i = threadIdx.x; i < count * HD; i += THREADS) {
+    meet_group<GROUPS, THREADS>(group);
+    for (int i = thread; i < count * HD; i += THREADS) {
       const int h = i / HD, d = i % HD; float most = last ? ends[(WARPS * 8 + h) * 2] : ninf, sum = 0.f, o = 0.f;
       const float newest_score = most;
 #pragma unroll
@@ -297,6 +302,6 @@ attend(const float* qkv, const i64* position, const i64* rope_position, const in
       parts[(to + h * SPLITS) * HD + d] = (u16)pack(sum == 0.f ? 0.f : o * reciprocal(sum), 0.f);
       if (d == 0) sums[to + h * SPLITS] = make_float2(most, sum);
     }
-    __syncthreads();
+    meet_group<GROUPS, THREADS>(group);
   }
 }

@@ -30,6 +30,11 @@ DEVICE void send(float* p, int rank, float v, void* b) {
 DEVICE void wait_for_blocks(void* b, int parity) {
   asm volatile("{ .reg .pred p;\nagain:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n@!p bra again;\n}" :: "r"(saddr(b)), "r"(parity) : "memory");
 }
+// The threads of one of the GROUPS_ of a block.
+template <int GROUPS_, int THREADS_> DEVICE void meet_group(int group) {
+  if (GROUPS_ == 1) __syncthreads();
+  else asm volatile("bar.sync %0, %1;" :: "r"(group + 1), "n"(THREADS_) : "memory");
+}
 template <int THREADS_> DEVICE void meet_threads() { asm volatile("bar.sync 1, %0;" :: "n"(THREADS_) : "memory"); }
 DEVICE Shared shared_of_lane(void* p) { return saddr(p); }             // for copies without a cache hint
 #endif

@@ -180,6 +180,8 @@ def _read(x: Stream | Attended | torch.Tensor) -> _Read:
         numbers, bf16 = (*norms[0], *norms[1]), x.dtype == torch.bfloat16
         tensors = (*_weights(x.norm), *_weights(x.outer), x.h, None, x.added, x.to)
         return _Read(constants | {"SPLITS": 1, "HD": 64, "BF16": int(bf16)}, tensors, numbers)
+    if isinstance(x, Attended) and x.sums.shape[2] == 1:  # nothing to put together
+        x = x.values.flatten(1)
     values, sums = (x.values, x.sums) if isinstance(x, Attended) else (x, None)
     splits, size = (x.sums.shape[2], x.values.shape[3]) if isinstance(x, Attended) else (1, 64)
     constants = {"SOURCE": 2 if sums is None else 1, "NORM": 0, "OUTER": 0, "OUTER_NORM": 0, "SPLITS": splits}
@@ -206,28 +208,35 @@ def attend(
     out: Attended,
     pdl: bool = True,
     warps: int | None = None,
-    stages: int = 2,
+    stages: int | None = None,
+    groups: int | None = None,
 ) -> None:
     """One launch of decode_step_attention.cu."""
     size, rotated = heads.size, 0 if heads.inv_freq is None else 2 * heads.inv_freq.numel()
     group, wide = heads.query // heads.kv, -(-size // 32) * 32
     together = -(-group // chunks(heads))
-    # Eight warps were up to 15 % faster for grouped heads, whose blocks have more keys each (docs/worklog.md).
-    warps = warps or (8 if group > 1 and size <= 128 else 4)
+    sms, length = multiprocessors(qkv.get_device()), keys.shape[2]
+    parts = out.values.shape[2]
+    items = len(qkv) * heads.kv * chunks(heads) * parts
+    # Where blocks take several heads, two groups of warps have one each on its way; else a block is one group, of eight
+    # warps where each has many keys: by the room of the cache, in which a step finds no more (docs/worklog.md).
+    groups = groups or (2 if items > sms else 1)
+    warps = warps or (4 if groups > 1 or size > 128 or (group == 1 and length < 256 * parts) else 8)
+    stages = stages or (1 if group == 1 and warps == 8 and length <= 512 * parts else 2)
     floats = wide * (bool(rotated % 64) + together) * warps + max(rotated, 2) + 16 * (warps + 1)
     shared = warps * stages * (16 if size > 128 else 32) * 2 * wide + 2 * wide * (together + 2) + 4 * floats
+    shared = groups * (-(-shared // 128) * 128)
     norms = 0 if heads.q_gain is None else 1 if heads.q_gain.numel() == size else 2
     kernel = _kernel("attention").variant(
         None, **_COMMON, FMT=0, BF16=int(keys.dtype == torch.bfloat16), HD=size, ALL=group,
-        GQ=together, HKV=heads.kv, SPLITS=out.values.shape[2], ROT=rotated, NORMS=norms,
+        GQ=together, HKV=heads.kv, SPLITS=parts, ROT=rotated, NORMS=norms,
         GROUPED=int(heads.grouped), CAP=int(heads.cap > 0), ALIBI=0 if heads.slopes is None else 1 + heads.rounded,
-        CLIP=int(heads.clip > 0), WARPS=warps, STAGES=stages,
+        CLIP=int(heads.clip > 0), WARPS=warps, STAGES=stages, GROUPS=groups,
     )  # fmt: skip
     if _collected(kernel):
         return
-    length = keys.shape[2]
     kernel(
-        (multiprocessors(qkv.get_device()),), 32 * warps, max(shared, _ALONE),
+        (sms,), 32 * warps * groups, max(shared, _ALONE),
         qkv, position, rope_position, first, keys, values, heads.inv_freq, heads.q_gain, heads.k_gain, heads.slopes,
         *out, len(qkv), length, heads.window or length, int(position.numel() > 1),
         int(rope_position.numel() > 1), heads.scale, heads.rope_scale, heads.eps, heads.one, heads.cap, heads.clip,

@@ -42,15 +42,34 @@ class Emulated:
     def __call__(
         self, grid: tuple[int], block: int, shared: int, *args: Any, pdl: bool, cluster: tuple[int, ...] = (1,)
     ) -> None:
-        letters = decode_step_cuda._KERNELS[self.kind][1]
-        values: list[Any] = []
-        for letter, arg in zip(letters, args, strict=True):
-            if letter == "P":
-                assert arg is None or arg.is_contiguous()
-                values.append(ctypes.c_void_p(None if arg is None else arg.data_ptr()))
-            else:
-                values.append(_TYPES[letter](arg))
-        _library(self.kind, self.constants).emulate(grid[0], block, cluster[0], ctypes.c_long(shared), *values)
+        assert all(arg is None or arg.is_contiguous() for arg in args if not isinstance(arg, int | float))
+        name, letters = decode_step_cuda._KERNELS[self.kind]
+        run(
+            decode_step_cuda.source(self.kind),
+            name,
+            letters,
+            self.constants,
+            (grid[0], block, cluster[0], shared),
+            args,
+        )
+
+
+def run(
+    source: str,
+    name: str,
+    letters: str,
+    constants: tuple[tuple[str, int], ...],
+    launch: tuple[int, ...],
+    args: tuple[Any, ...],
+) -> None:
+    """launch: blocks, threads of one, blocks of a cluster, bytes of shared memory."""
+    values: list[Any] = []
+    for letter, arg in zip(letters, args, strict=True):
+        if letter == "P":
+            values.append(ctypes.c_void_p(None if arg is None else arg.data_ptr()))
+        else:
+            values.append(_TYPES[letter](arg))
+    _library(source, name, constants).emulate(*launch[:3], ctypes.c_long(launch[3]), *values)
 
 
 _COMPILE = ("g++", "-std=c++20", "-O1", "-w", "-fPIC")
@@ -68,10 +87,8 @@ def _header() -> Path:
 
 
 @cache
-def _library(kind: str, constants: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
-    name = decode_step_cuda._KERNELS[kind][0]
+def _library(text: str, name: str, constants: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
     folder = Path(tempfile.mkdtemp())
-    text = decode_step_cuda.source(kind)
     found = re.search(rf"\n{name}\(([^)]*)\)", text)
     assert found is not None
     names = ", ".join(re.findall(r"(\w+)(?:,|$)", found[1]))

@@ -17,8 +17,8 @@ inline float shuffle_xor(float v, int o) {
   return r;
 }
 inline void transposed(uint32_t (&b)[4], const void* row) {
-  static thread_local const uint8_t* rows[64][32];
-  Warp& w = warp_(); int lane = now->thread % 32, at = now->thread / 32;
+  static thread_local const uint8_t* rows[256][32];                        // of up to eight blocks
+  Warp& w = warp_(); int lane = now->thread % 32, at = now->block * 32 + now->thread / 32;
   if ((uint64_t)row % 16) abort();
   rows[at][lane] = (const uint8_t*)row; __syncwarp();
   for (int i = 0; i < 4; i++) {
@@ -31,6 +31,11 @@ inline void transposed(uint32_t (&b)[4], const void* row) {
 template <int THREADS_> void meet_threads() {
   static Meeting meetings[64]; meetings[now->block].expected = THREADS_;
   meet(meetings[now->block]);
+}
+template <int GROUPS_, int THREADS_> void meet_group(int group) {
+  if (GROUPS_ == 1) { __syncthreads(); return; }
+  static Meeting meetings[8]; meetings[group].expected = THREADS_;      // of one block, as an emulated grid without clusters runs them
+  meet(meetings[group]);
 }
 inline Shared shared_of_lane(void* p) { return (Shared)p; }
 inline uint32_t turned(uint32_t a) {

@@ -185,6 +185,7 @@ def test_what_does_not_go_together_is_an_error(change: Any, names: str) -> None:
         ({"first": [0, 1]}, r"^first=\[0, 1\] is no tensor"),
         ({"first": torch.zeros(2)}, r"^first=.*not a whole number for each sequence"),
         ({"slopes": torch.ones(3)}, r"^slopes=\[3\] is not one slope for each query head. pass float32 \[4\]"),
+        ({"implementation": "mine"}, r"^implementation='mine' is not known"),
         ({"window": -2}, "^window=-2 is no number of keys. pass 0 for no limit"),
     ],
 )
@@ -213,15 +214,17 @@ def test_cost_counts_keys_values_queries_and_output() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["auto", "portable"])
 @pytest.mark.parametrize("d", [64, 72, 80, 96, 112, 128, 192, 256])
 @pytest.mark.parametrize(
     ("dtype", "t", "h", "h_kv"),
     [(torch.float16, 1, 8, 2), (torch.bfloat16, 3, 4, 4), (torch.bfloat16, 8, 71, 1), (torch.float32, 2, 4, 1)],
 )
-def test_on_a_gpu(dtype: torch.dtype, t: int, d: int, h: int, h_kv: int) -> None:
+def test_on_a_gpu(dtype: torch.dtype, t: int, d: int, h: int, h_kv: int, implementation: str) -> None:
     arguments, options = inputs(
         "cuda", dtype, h=h, h_kv=h_kv, t=t, d=d, room=1100, lengths=(1100, 513), first=(0, 40), tokens_first=d == 96
     )
+    options["implementation"] = implementation
     out = decode_attention(*arguments, **options)
     *tensors, length = arguments
     reference = OP(*(x.cpu().double() for x in tensors), length.cpu(), options["first"].cpu(), d**-0.5, 0, 0.0, None)
@@ -304,8 +307,9 @@ def test_a_chain_of_calls_that_start_early(b: int, h: int, h_kv: int, d: int, ke
 def test_offset_and_expanded_tensors() -> None:
     (q, k, v, length), _ = inputs("cuda", torch.float16, d=64, room=300, lengths=(300, 200))
     k, v = k.nan_to_num(), v.nan_to_num()
-    wanted = decode_attention(q, k, v, length)
+    wanted = decode_attention(q, k, v, length, implementation="portable")
     shifted = [torch.empty(x.numel() + 1, dtype=x.dtype, device="cuda")[1:].view(x.shape).copy_(x) for x in (q, k, v)]
     assert torch.equal(decode_attention(*shifted, length), wanted)
+    wanted = decode_attention(q, k, v, length)
     one = decode_attention(q, k[:1].expand_as(k), v[:1].expand_as(v), length)
     assert torch.equal(one[0], wanted[0])

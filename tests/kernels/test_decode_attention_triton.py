@@ -53,8 +53,8 @@ def test_compiles_within_the_limits(architecture: int) -> None:
         _check_order(kernel.asm["ptx"], architecture)
     arguments = {"p_parts": "*fp32", "p_out": "*bf16"}
     arguments |= dict.fromkeys(("HKV", "SPLITS", "o_b", "o_t", "o_h"), "i32")
-    constants = {"T": 1, "G": 8, "DV": 256, "BS": 256, "BP": 32, "BDV": 256, "PDL": architecture >= 90, "UNIT": 1.0}
-    kernel = compiled(kernels._combine_kernel, arguments, constants, architecture)
+    constants = {"T": 1, "G": 8, "DV": 256, "BP": 8, "BDV": 256, "PDL": architecture >= 90, "UNIT": 1.0}
+    kernel = compiled(kernels._combine_kernel, arguments, constants, architecture, num_warps=1)
     assert kernel.metadata.shared <= SHARED_MEMORY_LIMIT and stack_bytes(kernel) == 0
     _check_order(kernel.asm["ptx"], architecture)
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from onegpu.kernels import decode_step as ops
+from onegpu.kernels import decode_step_cuda as gpu
 from tests.compare import assert_close, assert_same_nonfinite
 from tests.decode_structures import matrix, moved
 from tests.kernels.emulated_step import DEVICES, on
@@ -126,10 +127,13 @@ ATTENTION = [
     ((2, 2, 256), 128, 90, None, 40, 256, False, {"grouped": True}),
 ]
 
+LAYOUTS = {"one head a block": {"groups": 1}, "two": {"groups": 2}}
+
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", ATTENTION, ids=range(len(ATTENTION)))
-def test_attention(device: str, case: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention(device: str, case: tuple, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (query, kv, size), length, position, first, window, rotated, norms, *more = case
     rows, dtype = len(first or [0]), DTYPES[position % 2]
     inv_freq = 100.0 ** (-torch.arange(0, rotated, 2) / rotated) if rotated else None
@@ -159,7 +163,8 @@ def test_attention(device: str, case: tuple, monkeypatch: pytest.MonkeyPatch) ->
         torch.full((rows, query, 3, size), float("nan"), dtype=dtype, device=place),
         torch.full((rows, query, 3, 2), float("nan"), device=place),
     )
-    ops.attend(qkv.to(place), moved(heads, place), k, v, at.to(place), turn.to(place), moved(begin, place), got)
+    arguments = qkv.to(place), moved(heads, place), k, v, at.to(place), turn.to(place), moved(begin, place), got
+    gpu.attend(*arguments, **LAYOUTS[layout])
     monkeypatch.undo()
     reference = wanted.values[:, :, 0].flatten(1)
     slot = position % length

@@ -207,6 +207,7 @@ class Compiled:
 
     def __call__(self, grid: tuple[int], block: int, shared: int, *args: object, pdl: bool, **_: object) -> None:
         assert len(args) == len(gpu._KERNELS[self.kind][1])
+        assert shared <= WHOLE
         code = KERNEL(self.kind).variant(None, **self.constants).compile("sm_90a").code
         Compiled.made[tuple(self.constants.items())] = code
 
@@ -259,6 +260,26 @@ def without_memory(found: Structure) -> tuple[Structure, list[tuple[torch.Tensor
 def test_no_registers_spill_in_other_models(what: str) -> None:
     (found, memory), at = shapes(what), torch.empty(1, dtype=torch.int64, device="meta")
     FusedStep(found)(at[:, None], at, at, memory)
+    assert_compiled_well()
+
+
+@needs_nvrtc
+@pytest.mark.usefixtures("made")
+def test_attentions_by_rows_and_the_room_of_the_cache() -> None:
+    """Query heads, key heads, size, rows, room -> warps, stages, groups."""
+    cases = {
+        (32, 32, 128, 1, 512): (4, 2, 1), (32, 32, 128, 1, 4096): (8, 2, 1), (32, 32, 128, 4, 512): (8, 1, 1),
+        (32, 32, 128, 16, 128): (4, 2, 2), (32, 8, 128, 1, 512): (8, 2, 1), (128, 16, 256, 16, 64): (4, 2, 2),
+    }  # fmt: skip
+    for (query, kv, size, rows, room), layout in cases.items():
+        heads = ops.Heads(query, kv, size, 0.1, inv_freq=torch.empty(size // 2, device="meta"))
+        keys = torch.empty(rows, kv, room, size, dtype=torch.bfloat16, device="meta")
+        parts = (rows, query, gpu.splits(-1, rows, kv))
+        out = ops.Attended(torch.empty(*parts, size, device="meta"), torch.empty(*parts, 2, device="meta"))
+        at = torch.empty(1, dtype=torch.int64, device="meta")
+        gpu.attend(torch.empty(rows, heads.width, device="meta"), heads, keys, keys, at, at, None, out)
+        made = dict(list(Compiled.made)[-1])
+        assert (made["WARPS"], made["STAGES"], made["GROUPS"]) == layout
     assert_compiled_well()
 
 
