@@ -37,7 +37,7 @@ _SHARED = tuple(
     for name in (
         *("few_rows.py", "few_rows_table.py", "few_rows_common.cu", "few_rows_parts.cu", "few_rows_direct.cu"),
         *("few_rows_narrow.cu", "few_rows_resident.cu", "few_rows_stream.cu", "few_rows_stream.py"),
-        *("few_rows_wide.cu", "few_rows_single.py", "few_rows_single.cu", "driver.py"),
+        *("few_rows_wide.cu", "few_rows_held.py", "few_rows_held.cu", "driver.py"),
     )
 )
 _TESTS = {

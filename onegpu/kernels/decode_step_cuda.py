@@ -1,4 +1,4 @@
-"""Launches decode_step_{input, product, single, bulk, transposed, attention, embed}.cu; the ops are in decode_step.py.
+"""Launches decode_step_{input, product, held, bulk, transposed, attention, embed}.cu; the ops are in decode_step.py.
 
 A block an SM, in every kernel of the chain, and more than half of an SM's shared memory for each: where two blocks fit,
 blocks of a kernel that starts early gather on the SMs that are free first, and the others idle (measured on an H100:
@@ -19,7 +19,7 @@ from onegpu.errors import bad_argument
 from onegpu.kernels import decode_step_stream
 from onegpu.kernels.codebooks import dynamic_map
 from onegpu.kernels.decode_step import ACTIVATIONS, Attended, Heads, Matrix, Norm, Part, Places, Stream
-from onegpu.kernels.decode_step_layouts import FORMATS, WHOLE, Bulk, Shape, Single, blocks, bulk, shape, single
+from onegpu.kernels.decode_step_layouts import FORMATS, WHOLE, Bulk, Held, Shape, blocks, bulk, held, shape
 from onegpu.kernels.launch import CudaKernel, source_text
 
 MAX_ROWS, MAX_GROUP, MAX_SPLITS = 16, 8, 8
@@ -59,7 +59,7 @@ def product(
     also: torch.Tensor | None = None,
     cap: float = 0.0,
     pdl: bool = True,
-    fixed: Shape | Single | Bulk | None = None,
+    fixed: Shape | Held | Bulk | None = None,
 ) -> None:
     """One launch of decode_step_product.cu, whose head says what the sinks are, or of one that serves in its place."""
     rows, columns = len(out), matrix.columns
@@ -69,7 +69,7 @@ def product(
         if not _collected(streamed.kernel):
             decode_step_stream.launch(streamed, matrix, out, dynamic_map(out.device) if nested else None, pdl)
         return
-    found = fixed or (None if matrix.transposed else _one_row(x, matrix, out) or _shape(matrix, rows))
+    found = fixed or (None if matrix.transposed else _own(x, matrix, out) or _shape(matrix, rows))
     if not (fits(matrix, rows) if matrix.transposed else found):
         raise bad_argument(
             "rows", rows, f"is too many: x of {columns} columns does not fit into shared memory", "Use fewer rows"
@@ -83,9 +83,11 @@ def product(
         "FMT": FORMATS[matrix.format], "M": rows, "K": columns, "SINK": _SINKS[sink], "ACT": ACTIVATIONS.index(act),
     }  # fmt: skip
     sms = multiprocessors(out.get_device())
-    if isinstance(found, Single):
-        kernel = _kernel("single").variant(None, **constants | found.constants, SHARE=columns)
-        warps, cluster, grid, shared = found.warps, 1, sms, found.shared(columns, matrix.rows, sms)
+    if isinstance(found, Held):
+        of_size = (columns, matrix.rows, sms)
+        kernel = _kernel("held").variant(None, **constants | found.constants(*of_size))
+        warps, cluster, grid = found.warps, found.cluster, blocks(sms, found.cluster)
+        shared = found.shared(rows, *of_size, isinstance(x, torch.Tensor))
     elif isinstance(found, Bulk):
         kernel = _kernel("bulk").variant(None, **constants | found.constants, SHARE=columns)
         warps, cluster, grid = found.warps, 1, sms
@@ -123,18 +125,20 @@ def product(
     )  # fmt: skip
 
 
-def _single(matrix: Matrix, out: torch.Tensor) -> Single | None:
-    """The layout of decode_step_single.cu, if it serves."""
+def _held(x: Stream | Attended | torch.Tensor, matrix: Matrix, rows: int, device: int) -> Held | None:
+    """The layout of decode_step_held.cu, if it serves."""
     plain = FORMATS[matrix.format] == 2 and matrix.parts[0].nested is None and matrix.blocksize == 64
-    if not plain or any(part.scales is None or part.scales.data_ptr() % 16 for part in matrix.parts):
+    aligned = 4 if matrix.columns % 256 else 16
+    if not plain or any(part.scales is None or part.scales.data_ptr() % aligned for part in matrix.parts):
         return None
-    return single(matrix.columns, tuple(part.rows for part in matrix.parts), multiprocessors(out.get_device()))
+    parts = tuple(part.rows for part in matrix.parts)
+    return held(rows, matrix.columns, parts, multiprocessors(device), isinstance(x, torch.Tensor))
 
 
-def _one_row(x: Stream | Attended | torch.Tensor, matrix: Matrix, out: torch.Tensor) -> Single | Bulk | None:
-    if len(out) > 1:
-        return None
-    return _bulk(x, matrix, out) if matrix.format == "int8" else _single(matrix, out)
+def _own(x: Stream | Attended | torch.Tensor, matrix: Matrix, out: torch.Tensor) -> Held | Bulk | None:
+    """The layout of a kernel for few rows of one format."""
+    one_row = len(out) == 1 and matrix.format == "int8"
+    return _bulk(x, matrix, out) if one_row else _held(x, matrix, len(out), out.get_device())
 
 
 def _bulk(x: Stream | Attended | torch.Tensor, matrix: Matrix, out: torch.Tensor) -> Bulk | None:
@@ -312,7 +316,7 @@ def _collected(kernel: CudaKernel) -> bool:
 
 _KERNELS = {
     "product": ("product", "P" * 26 + "i" * 4 + "fffff"),
-    "single": ("product", "P" * 26 + "i" * 4 + "fffff"),
+    "held": ("product", "P" * 26 + "i" * 4 + "fffff"),
     "bulk": ("product", "P" * 26 + "i" * 4 + "fffff"),
     "transposed": ("transposed_product", "P" * 11 + "i" + "ffff"),
     "attention": ("attend", "P" * 12 + "i" * 5 + "ffffff"),

@@ -23,7 +23,7 @@ constexpr int SHARES = 5 * M * WARPS + WARPS + (CL > 1 ? 5 * M * CL : 0);  // fi
 constexpr int UNEVEN = K % SHARE != 0, COUNT = CL > 1 ? CL : WARPS;    // COUNT: values that make a sum
 static_assert((CL - 1) * SHARE < K, "each block has columns");
 
-// Where the columns 4 c.. stand in a row. decode_step_single.cu reads sections of 256 columns at once: in every other one, the halves of
+// Where the columns 4 c.. stand in a row. decode_step_held.cu reads sections of 256 columns at once: in every other one, the halves of
 // 16 columns change places, so that two sections spread over all banks.
 #ifndef SECT
 #define SECT 1

@@ -11,8 +11,7 @@ from onegpu.kernels.few_rows_table import resident_clusters
 FORMATS = {"16bit": 0, "int8": 1, "nf4": 2, "fp4": 2}
 WHOLE = 232448 - 1024  # bytes of shared memory of a block on Hopper, less what the kernels' static arrays take
 BOXES = 4  # of decode_step_product.cu
-_SECTIONS, _SHIFT = 4, 8  # of decode_step_single.cu: sections of 256 columns in a piece, size of its table
-_PIECE, _TILE = 256 * _SECTIONS, 16 // _SECTIONS  # columns and rows of a piece
+_SHIFT = 8  # of decode_step_held.cu: size of its table
 
 
 def _bits(form: str) -> int:
@@ -75,33 +74,61 @@ class Shape(NamedTuple):
         return whole and self.shared(form, rows, columns, nested) <= WHOLE
 
 
-class Single(NamedTuple):
-    """How decode_step_single.cu lays out the product of one row with a 4-bit matrix.
+class Held(NamedTuple):
+    """How decode_step_held.cu lays out a product of one to eight rows with a 4-bit matrix.
 
-    A piece is four rows of 1024 columns. warps: of a block, a multiple of the pieces of a row. slots: in a warp's ring.
+    rows: of x that fit: 2, 4 or 8. A piece is 2 * rows rows of 2048 / rows columns. warps: of a block, a multiple of
+    the pieces of a row in it. slots: in a warp's ring. cluster: blocks that share the columns.
     """
 
+    rows: int
     warps: int
     slots: int = 2
+    cluster: int = 1
 
     @property
-    def constants(self) -> dict[str, int]:
+    def columns(self) -> int:
+        """Of a piece."""
+        return 2048 // self.rows
+
+    def share(self, columns: int) -> int:
+        """Columns of each block of the cluster but the last, which has what is left."""
+        unit = self.columns * self.cluster
+        return columns if self.cluster == 1 else -(-columns // unit) * self.columns
+
+    def _tiles(self, outputs: int, multiprocessors: int) -> int:
+        """Of a block, at most."""
+        return -(-(outputs // (2 * self.rows)) // (blocks(multiprocessors, self.cluster) // self.cluster))
+
+    def over(self, columns: int, outputs: int, multiprocessors: int) -> int:
+        """Sums that the table has no room for."""
+        pieces = -(-self.share(columns) // self.columns)
+        return max(0, self._tiles(outputs, multiprocessors) * pieces * 2 * self.rows**2 - 8192)
+
+    def constants(self, columns: int, outputs: int, multiprocessors: int) -> dict[str, int]:
         """Macros of the kernel."""
-        return {"WARPS": self.warps, "DEPTH": self.slots, "SECT": _SECTIONS, "CB": _PIECE // 2, "TABLE_SHIFT": _SHIFT}
+        over, sections = self.over(columns, outputs, multiprocessors), 8 // self.rows
+        names = {"WARPS": self.warps, "DEPTH": self.slots, "SECT": sections, "CB": 128 * sections, "OVER": over}
+        return {**names, "TABLE_SHIFT": _SHIFT, "CL": self.cluster, "SHARE": self.share(columns)}
 
-    def shared(self, columns: int, outputs: int, multiprocessors: int) -> int:
-        """Bytes of shared memory, as the kernel divides it: table, x, shares of the norm, rings, sums."""
-        pitch = -(-columns * 2 // 128) * 128 + 16
-        x = -(-(pitch + 4 * (6 * self.warps + 1)) // 128) * 128
-        tiles = -(-outputs // (_TILE * multiprocessors))
-        sums = tiles * _TILE * -(-columns // _PIECE) * 4
-        return (256 << _SHIFT) + x + self.warps * self.slots * 2304 + sums
+    def shared(self, rows: int, columns: int, outputs: int, multiprocessors: int, direct: bool) -> int:
+        """Bytes of shared memory: table, x and later sums, shares of the norm, rings, the cluster's sums.
 
-    def serves(self, columns: int, parts: tuple[int, ...], multiprocessors: int) -> bool:
+        rows: of x; outputs: rows of the whole matrix; direct: x goes straight to registers.
+        """
+        pitch = -(-self.share(columns) * 2 // 128) * 128 + 16
+        room = max(0 if direct else rows * pitch, 4 * self.over(columns, outputs, multiprocessors))
+        values = (5 * rows + 1) * self.warps + 5 * rows * self.cluster * (self.cluster > 1) + rows
+        x = -(-(-(-room // 16) * 16 + (values + 3) // 4 * 16 + 32) // 128) * 128
+        sent = 4 * (self._tiles(outputs, multiprocessors) * 2 * self.rows + 2 * self.cluster) * self.rows
+        return (256 << _SHIFT) + x + self.warps * self.slots * 2304 + sent * (self.cluster > 1)
+
+    def serves(self, rows: int, columns: int, parts: tuple[int, ...], multiprocessors: int, direct: bool) -> bool:
         """Whether warps share the columns evenly, the parts' rows are whole tiles, and it fits."""
-        even = columns % 256 == 0 and self.warps % -(-columns // _PIECE) == 0
-        whole = all(rows % _TILE == 0 for rows in parts)
-        return even and whole and self.shared(columns, sum(parts), multiprocessors) <= WHOLE
+        share = self.share(columns)
+        even = columns % 64 == 0 and rows <= self.rows and self.warps % -(-share // self.columns) == 0
+        whole = all(part % (2 * self.rows) == 0 for part in parts) and (self.cluster - 1) * share < columns
+        return even and whole and self.shared(rows, columns, sum(parts), multiprocessors, direct) <= WHOLE
 
 
 class Bulk(NamedTuple):
@@ -216,12 +243,24 @@ def _with_slots(
 
 
 @lru_cache(maxsize=1024)
-def single(columns: int, parts: tuple[int, ...], multiprocessors: int) -> Single | None:
-    """The layout for one row and a 4-bit matrix of these columns, whose parts have so many rows: as many of 16 warps as
-    share a row's pieces evenly. None where none do, and LAYOUTS has it."""
-    pieces = -(-columns // _PIECE)
-    found = Single(16 // pieces * pieces)
-    return found if found.warps and found.serves(columns, parts, multiprocessors) else None
+def held(rows: int, columns: int, parts: tuple[int, ...], multiprocessors: int, direct: bool) -> Held | None:
+    """The layout for up to eight rows and a 4-bit matrix whose parts have so many rows; None: LAYOUTS has it.
+
+    As many of 16 warps as share a row's pieces evenly. On an H100 (docs/worklog.md) half as many blocks in a cluster as
+    rows fit were best, and two for two rows of a small matrix; three slots but for a small matrix.
+    """
+    most = next((most for most in (2, 4, 8) if rows <= most), None)
+    if most is None:
+        return None
+    small = sum(parts) * columns // 2 <= SMALL
+    first, slots = max(most // 2, min(2, rows)) if small else most // 2, 2 if small else 3
+    for cluster in sorted(CLUSTERS, key=lambda cluster: (cluster < first, abs(cluster - first))):
+        warps = 16 // (pieces := -(-columns * most // (2048 * cluster))) * pieces
+        for ring in range(slots, 1, -1):
+            tried = Held(most, warps, ring, cluster)
+            if warps and tried.serves(rows, columns, parts, multiprocessors, direct):
+                return tried
+    return None
 
 
 @lru_cache(maxsize=1024)

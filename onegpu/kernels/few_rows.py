@@ -1,9 +1,9 @@
 """Launches the few-row products of few_rows_*.cu: ``y[M, N] = x[M, K] @ W[N, K].T + bias``.
 
 W is read once, as it is stored (4-bit, int8 or 16-bit), so the bound is its bytes. `direct`, `narrow` and `resident`
-hold x in shared memory and serve up to 8, 8 and 16 rows, `single` one row in registers; `stream` (Hopper) and `wide`
-stream it and serve up to 64 and 128. All want whole groups of columns and 16-byte alignment: where a product has them
-not, `supports` says so, and the op takes its portable kernel or the dequantised product.
+hold x in shared memory and serve up to 8, 8 and 16 rows, `held` in registers and up to 8 of 4 bits; `stream` (Hopper)
+and `wide` stream it and serve up to 64 and 128. All want whole groups of columns and 16-byte alignment: where a product
+has them not, `supports` says so, and the op takes its portable kernel or the dequantised product.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from onegpu.kernels import ahead
-from onegpu.kernels.few_rows_single import Single
+from onegpu.kernels.few_rows_held import Held
 from onegpu.kernels.few_rows_stream import Stream
 from onegpu.kernels.few_rows_table import CONFIGURATIONS, Config, Wide, ceil_div, resident_clusters
 from onegpu.kernels.guard import architecture
@@ -57,7 +57,7 @@ def fits(
     if (config.cluster - 1) * ceil_div(pieces, config.cluster) >= pieces:
         return None  # a block would have no columns
     clusters = min(resident_clusters(sms, config.cluster), n)
-    if isinstance(config, Single) and not config.serves(nested, n, k, clusters):
+    if isinstance(config, Held) and not config.serves(nested, n, k, clusters):
         return None
     if isinstance(config, Stream) and not config.serves(fmt, nested, n, clusters, half):
         return None
@@ -82,8 +82,8 @@ def choose(
     for config in CONFIGURATIONS[fmt]:
         if (config.cluster > 1 and major < 9) or (getattr(config, "wgmma", False) and major != 9):
             continue
-        if isinstance(config, Single):
-            config = config.whole(nested, k)
+        if isinstance(config, Held):
+            config = config.whole(nested, n, k, min(resident_clusters(sms, config.cluster), n))
         found = fits(config, fmt, nested, m, n, k, half, sms, limit)
         while found is None and config.depth > 2:  # more scales than usual, less memory
             config = config.shorter()
@@ -94,8 +94,9 @@ def choose(
         if not config.share[0] <= rows * k / config.cluster <= config.share[1]:
             continue
         cost = config.price * (config.nested if nested else 1) * rows / config.cluster
-        if (config.rows, cost) < least:
-            best, least = (config, *found), (config.rows, cost)
+        rank = (max(config.rows, 2), cost)  # two rows cost what one does
+        if rank < least:
+            best, least = (config, *found), rank
     return best
 
 

@@ -20,6 +20,9 @@ DEVICE u32 pack_h(float lo, float hi) { u32 d; asm("cvt.rn.f16x2.f32 %0, %1, %2;
 DEVICE u32 pack_b(float lo, float hi) { u32 d; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(hi), "f"(lo)); return d; }
 DEVICE u32 sub_h(u32 a, u32 b) { u32 d; asm("sub.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d; }
 DEVICE u32 add_b(u32 a, u32 b) { u32 d; asm("{ .reg .b32 one; mov.b32 one, 0x3f803f80; fma.rn.bf16x2 %0, %1, one, %2; }" : "=r"(d) : "r"(a), "r"(b)); return d; }
+// The larger of a and |b| in each half, as bf16; NaN is the largest.
+DEVICE u32 larger_b(u32 a, u32 b) { u32 d; asm("{ .reg .b32 t; abs.bf16x2 t, %2; max.NaN.bf16x2 %0, %1, t; }" : "=r"(d) : "r"(a), "r"(b)); return d; }
+DEVICE u32 mul_b(u32 a, u32 b) { u32 d; asm("{ .reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x2 %0, %1, %2, zero; }" : "=r"(d) : "r"(a), "r"(b)); return d; }
 DEVICE u32 saddr(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 // Where in shared memory a copy goes. The shuffle hides the address from ptxas, which otherwise (13.0) gives copies a uniform
 // base register; with a cache hint it encodes those as an illegal instruction.
@@ -43,6 +46,7 @@ DEVICE uint4 read16(const void* p, bool inside, u64 policy) {
 }
 // Not through the read-only path, whose loads the compiler may move in front of the wait.
 DEVICE uint4 read_x(const u16* p) { uint4 v; asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory"); return v; }
+DEVICE u32 read1(const void* p) { u32 v; asm volatile("ld.global.u8 %0, [%1];" : "=r"(v) : "l"(p) : "memory"); return v; }
 DEVICE u32 read2(const void* p) { u32 v; asm volatile("ld.global.u16 %0, [%1];" : "=r"(v) : "l"(p) : "memory"); return v; }
 DEVICE float4 read16(const float* p) { float4 v; asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p) : "memory"); return v; }
 DEVICE float read4(const float* p) { float v; asm volatile("ld.global.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory"); return v; }
@@ -174,6 +178,7 @@ DEVICE void send_for_map(const XMap* map) { asm volatile("prefetch.tensormap [%0
 DEVICE void copies_seen_by_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 DEVICE int of_warp(int v) { return __shfl_sync(~0u, v, 0); }           // the compiler then knows that it is one value
 DEVICE float of_other_lane(float v, int o) { return __shfl_xor_sync(~0u, v, o); }
+DEVICE float of_lane(float v, int lane) { return __shfl_sync(~0u, v, lane); }
 DEVICE u32 warp_max(u32 v) { return __reduce_max_sync(~0u, v); }
 DEVICE u32 max_of_8(u32 v) {                                             // of eight lanes in a row
 #pragma unroll
@@ -201,6 +206,13 @@ DEVICE float x_unscale(u32 top) { return __uint_as_float((u32)(127 - min(141 - (
 DEVICE uint4 to_fp16(uint4 q, float scale) {
   return make_uint4(pack_h(lo_b(q.x) * scale, hi_b(q.x) * scale), pack_h(lo_b(q.y) * scale, hi_b(q.y) * scale),
                     pack_h(lo_b(q.z) * scale, hi_b(q.z) * scale), pack_h(lo_b(q.w) * scale, hi_b(q.w) * scale));
+}
+
+// The same, scaled in bf16, which a power of two leaves exact.
+DEVICE u32 scaled_to_fp16(u32 v, u32 scale) { const u32 s = mul_b(v, scale); return pack_h(lo_b(s), hi_b(s)); }
+DEVICE uint4 scaled_to_fp16(uint4 q, float scale) {
+  const u32 two = __byte_perm(__float_as_uint(scale), 0, 0x3232);
+  return make_uint4(scaled_to_fp16(q.x, two), scaled_to_fp16(q.y, two), scaled_to_fp16(q.z, two), scaled_to_fp16(q.w, two));
 }
 
 // What the epilogue adds: y = sum * row scale (int8: SCB / 127) + bias. ADDS: y is float32, and it is added to what stands there.
@@ -248,7 +260,6 @@ struct Output {
   }
 };
 
-struct TwoScales { u32 codes; float outer; };                            // quantised, of blocks 2 i and 2 i + 1
 // The float32 scale of 64 (or 32) columns of a row. Quantised scales travel as the aligned word that holds the code.
 struct Scales {
   const void* absmax; const float *nested, *map, *offset; int shift, nested_shift;
@@ -277,8 +288,6 @@ struct Scales {
   DEVICE const void* word_of(u32 block) const { return (const u8*)absmax + (block & ~3u); }
   DEVICE const void* outer_of(u32 block) const { return nested + (block >> nested_shift); }
   DEVICE float decode_of_word(u32 word, float scale, float plus, int block_of_word, const float* map_) const { return fmaf(map_[word >> (8 * block_of_word) & 255], scale, plus); }
-  DEVICE TwoScales read_two(u32 block) const { return {read2((const u8*)absmax + block), read4(nested + (block >> nested_shift))}; }
-  DEVICE float2 decode_two(TwoScales of, float plus, const float* map_) const { return make_float2(decode_of_word(of.codes, of.outer, plus, 0, map_), decode_of_word(of.codes, of.outer, plus, 1, map_)); }
 };
 constexpr int PACKED = FMT == 2 && NESTED == 2;
 

@@ -10,8 +10,7 @@
 // Filled in: MP, WARPS, TG, and those of Ring.
 constexpr int THREADS = WARPS * 32;
 constexpr int SUMS = TG * WARPS * 16 * MP;                              // of the warps, in floats
-constexpr int IN_TABLE = FMT == 2 && TABLE_SHIFT == 8;                 // the table leaves 128 of every 256 bytes free: the sums go there
-static_assert(!IN_TABLE || SUMS <= 8192, "the sums have 32 KB in the table");
+static_assert(!PACKED, "others have kernels for them");
 constexpr int TO_FP16 = FMT == 2 && BF16, MMA_BF16 = BF16 && FMT != 2;
 
 ENTRY __global__ void __launch_bounds__(THREADS, 1)
@@ -19,7 +18,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
          const void* __restrict__ absmax, const float* __restrict__ nested, const float* __restrict__ map,
          const float* __restrict__ offset, int m, int n, int k, int shift, int nested_shift) {
   SHARED(smem);
-  const int lane = threadIdx.x & 31, warp = PACKED ? of_warp(threadIdx.x >> 5) : threadIdx.x >> 5;   // with it some fit, without the others
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int g = lane >> 2, t = lane & 3, rank = cluster_rank();
   const int cluster = blockIdx.x / CL, clusters = gridDim.x / CL;
   const int r0 = (int)((i64)n * cluster / clusters), r1 = (int)((i64)n * (cluster + 1) / clusters);
@@ -31,8 +30,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   float* map_ = (float*)(smem + TABLE);
   u8* xs = smem + TABLE + (NESTED ? 1024 : 0);
   float* red = (float*)(xs + MP * pitch);
-  u8* ring = (u8*)(red + (IN_TABLE ? 0 : SUMS)) + warp * SLOTS * SLOT;
-  auto sum_at = [&](int i) { return IN_TABLE ? (float*)(table + (i >> 5) * 256 + 128) + (i & 31) : red + i; };
+  u8* ring = (u8*)(red + SUMS) + warp * SLOTS * SLOT;
   float* part = (float*)(ring + (WARPS - warp) * SLOTS * SLOT);          // CL > 1: sums of this block, [tiles, 16, MP]
   SHARED_ARRAY(u32, top, 16);                                            // largest |x| of each row, as bits
   const Scales scales = {absmax, nested, map, offset, shift, nested_shift};
@@ -63,10 +61,10 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
     auto flush = [&](int upto) {
       for (; done < upto; done++) {
         const int first = ((done - q0) * WARPS + warp) * 16 * MP;
-        if (MP == 1) { if (t == 0) { *sum_at(first + g) = acc[0]; *sum_at(first + g + 8) = acc[2]; } }
+        if (MP == 1) { if (t == 0) { red[first + g] = acc[0]; red[first + g + 8] = acc[2]; } }
         else if (2 * t < MP) {
-          *(float2*)sum_at(first + g * MP + 2 * t) = make_float2(acc[0], acc[1]);
-          *(float2*)sum_at(first + (g + 8) * MP + 2 * t) = make_float2(acc[2], acc[3]);
+          *(float2*)(red + first + g * MP + 2 * t) = make_float2(acc[0], acc[1]);
+          *(float2*)(red + first + (g + 8) * MP + 2 * t) = make_float2(acc[2], acc[3]);
         }
         acc[0] = acc[1] = acc[2] = acc[3] = 0.f;
       }
@@ -76,14 +74,8 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
       flush(tile);
       const u8* slot = stream.next(tile, piece, plus, map_);
       float s0[SCALES + 1], s1[SCALES + 1];
-      if (PACKED) {
-        const float* of = (const float*)(slot + PIECE); const u32 word0 = __float_as_uint(of[g]), word1 = __float_as_uint(of[g + 8]);
 #pragma unroll
-        for (int b = 0; b < SCALES; b++) { s0[b] = scales.decode_of_word(word0, of[g + 16], plus, b, map_); s1[b] = scales.decode_of_word(word1, of[g + 24], plus, b, map_); }
-      } else {
-#pragma unroll
-        for (int b = 0; b < SCALES; b++) { s0[b] = ((const float*)(slot + PIECE))[g * SCALES + b]; s1[b] = ((const float*)(slot + PIECE))[(g + 8) * SCALES + b]; }
-      }
+      for (int b = 0; b < SCALES; b++) { s0[b] = ((const float*)(slot + PIECE))[g * SCALES + b]; s1[b] = ((const float*)(slot + PIECE))[(g + 8) * SCALES + b]; }
 #pragma unroll
       for (int b = 0; b < GROUPS; b++) {
         const uint4* xp = (const uint4*)(x_lane + (piece * KB + b * GROUP) * 2);
@@ -123,7 +115,7 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
       const int row = r0 + q0 * 16 + i / MP, r = i % MP, first = i / (16 * MP) * WARPS * 16 * MP + i % (16 * MP);
       float sum = 0.f;
 #pragma unroll
-      for (int j = 0; j < WARPS; j++) sum += *sum_at(first + j * 16 * MP);
+      for (int j = 0; j < WARPS; j++) sum += red[first + j * 16 * MP];
       if (TO_FP16) sum *= x_unscale(top[r]);
       if (CL > 1) part[q0 * 16 * MP + i] = sum;
       else if (r < m && row < r1) out.put(r, row, sum);

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from onegpu.kernels.few_rows_single import Single
+from onegpu.kernels.few_rows_held import Held
 from onegpu.kernels.few_rows_stream import Stream
 
 # Weights of a block: where they are few, what a kernel takes to start, or a cluster to meet, counts most.
@@ -51,14 +51,10 @@ class Narrow:
     share: tuple[int, int] = ANY
 
     source: ClassVar[str] = "few_rows_narrow.cu"
+    packs: ClassVar[int] = 1  # the highest form of quantised scales (`fits`)
     blocks: ClassVar[int] = 1
     tile: ClassVar[int] = 16
     depth: ClassVar[int] = 0
-
-    @property
-    def packs(self) -> int:
-        """The highest form of quantised scales (`fits`): a piece of 256 columns has its codes in one word."""
-        return 2 if self.width == 128 else 1
 
     @property
     def threads(self) -> int:
@@ -77,10 +73,10 @@ class Narrow:
         share = ceil_div(ceil_div(k, columns), self.cluster)
         pitch = ceil_div(share * columns * 2, 128) * 128 + (64 if fmt == "16bit" else 16)
         sums = self.tiles * self.warps * 16 * self.rows * 4
-        scales = 128 if nested == self.packs == 2 else columns * (1 + (nested > 0))
+        scales = columns * (1 + (nested > 0))
         slot = 16 * self.width + scales * four
         total = (256 << self.table_shift) + 1024 * (nested > 0) if four else 0
-        total += self.rows * pitch + (0 if four and self.table_shift == 8 else sums) + self.warps * self.slots * slot
+        total += self.rows * pitch + sums + self.warps * self.slots * slot
         if self.cluster > 1:
             total += ceil_div(ceil_div(n, clusters), 16) * 64 * self.rows
         return total
@@ -224,9 +220,9 @@ class Resident:
 
 @dataclass(frozen=True)
 class Direct:
-    """Configuration of few_rows_direct.cu: weights go from memory to the registers, past shared memory.
+    """Configuration of few_rows_direct.cu: int8 and 16-bit weights go from memory to the registers, past shared memory.
 
-    rows: of x (4-bit: 1, 2 or 4; else up to 8). groups: of 64 bytes of a row of W in a piece. pieces: that a warp has
+    rows: of x, up to 8. groups: of 64 bytes of a row of W in a piece. pieces: that a warp has
     sent for or multiplies. tiles, early, price, nested, share: as Narrow's. blocks: that share a multiprocessor, so
     that the next kernel gets ready while this one runs.
     """
@@ -256,20 +252,19 @@ class Direct:
         raise AssertionError("there is no ring to shorten")
 
     def piece(self, fmt: str) -> int:
-        return self.groups * {"16bit": 32, "int8": 64, "4bit": 128}[fmt]
+        return self.groups * (32 if fmt == "16bit" else 64)
 
     def shared(self, fmt: str, nested: int, n: int, k: int, clusters: int, half: bool) -> int:
         columns = self.piece(fmt)
-        pitch = ceil_div(ceil_div(k, columns) * columns * 2, 128) * 128 + {"16bit": 64, "int8": 16, "4bit": 0}[fmt]
-        rest = 65536 if fmt == "4bit" else self.tiles * self.warps * 64 * self.rows  # the sums have room in the table
-        return 128 + 1024 * (nested > 0) + self.rows * pitch + rest
+        pitch = ceil_div(ceil_div(k, columns) * columns * 2, 128) * 128 + (64 if fmt == "16bit" else 16)
+        return self.rows * pitch + self.tiles * self.warps * 64 * self.rows
 
     def constants(self, half: bool) -> dict[str, int]:
         names = {"MP": self.rows, "WARPS": self.warps, "ITERS": self.groups, "DEPTH": self.pieces, "TG": self.tiles}
         return {**names, "BLOCKS": self.blocks, "CL": 1, "TABLE_SHIFT": 8, "EARLY": self.early}
 
 
-Config = Single | Narrow | Wide | Resident | Direct | Stream
+Config = Held | Narrow | Wide | Resident | Direct | Stream
 
 
 # By format. Of those that fit, by memory and by `share`, and have the fewest rows the cheapest is taken: by price (with
@@ -306,19 +301,18 @@ CONFIGURATIONS: dict[str, tuple[Config, ...]] = {
         Wide(16, 1, 12, 1, 128, 2, cluster=4, wgmma=True, price=1.85), Wide(16, 1, 4, 1, 64, 2, price=9),
     ),
     "4bit": (
-        # Blocks of few weights: two on a multiprocessor, so that the next kernel gets ready. Else one, of more warps,
-        # and four sections where two leave many idle. The prices see to it, whatever fills a tile.
-        Single(8, 2, 4, blocks=2, price=0.2, share=(0, 3 << 15)),
-        Single(10, 2, 2, blocks=2, price=0.32, share=(0, 1 << 19)),
-        Single(18, 2, 2, price=0.32, nested=1.2, share=MANY), Single(18, 2, 4, price=0.44),
-        Direct(1, 8, 2, 3, 12, blocks=2, early=2, price=0.9, share=FEW), Direct(1, 12, 2, 3, 12, early=2, price=1.05),
-        Narrow(1, 16, 2, 128, 12, early=1, nested=1.15), Narrow(1, 8, 2, 64, 4, table_shift=7, nested=1.15),
-        Direct(2, 8, 2, 3, 8, blocks=2, early=2, price=0.9, share=FEW), Direct(2, 12, 2, 3, 8, early=2, price=1.09),
-        Narrow(2, 16, 2, 128, 8, early=2, nested=1.15),
-        Narrow(4, 16, 2, 128, 6, early=2), Narrow(4, 16, 3, 64, 6, price=1.1),
-        Narrow(8, 16, 2, 64, 2, early=4, price=2.01),
-        Resident(1, 3, 1, 128, 3, early=4), Resident(1, 3, 1, 128, 2, cluster=2, early=4, price=1.302),
-        Resident(1, 4, 1, 128, 2, cluster=4, early=4, price=1.371), Resident(1, 1, 4, 64, 3, cluster=2, price=2.227),
+        # Blocks of few weights: two on a multiprocessor, so that the next kernel gets ready. Else one, of more warps.
+        Held(2, 10, blocks=2, price=0.3, share=(0, 11 << 14)), Held(2, 18, price=0.32),
+        Held(2, 18, cluster=2, price=0.6), Narrow(1, 8, 2, 64, 4, table_shift=7, price=9),
+        Held(4, 8, cluster=2, blocks=2, early=2, price=0.3, share=(15 << 13, 1 << 19)),
+        Held(4, 10, blocks=2, early=2, price=0.3, share=(0, 1 << 18)),
+        Held(4, 16, late=1, price=0.32), Held(4, 16, cluster=2, early=2, price=0.35),
+        Held(4, 16, cluster=4, early=2, price=0.39),
+        Held(8, 9, cluster=2, blocks=2, price=0.3, share=(0, 3 << 16)),
+        Held(8, 10, cluster=2, blocks=2, price=0.3, share=(0, 3 << 16)),
+        Held(8, 16, late=1, price=0.32), Held(8, 16, cluster=2, early=2, price=0.35),
+        Held(8, 16, cluster=4, early=2, price=0.39), Held(8, 16, cluster=8, early=2, price=0.43),
+        Resident(1, 3, 1, 128, 2, cluster=2, early=4, price=1.302),  # more sums than a block has room for
         Wide(1, 1, 12, 1, 256, 5, wgmma=True, price=1.54), Wide(1, 1, 12, 1, 256, 4, cluster=2, wgmma=True, price=1.81),
         Wide(1, 2, 2, 4, 256, 3, cluster=2, price=3.2), Wide(1, 1, 4, 2, 128, 3, table_shift=7, price=9),
         Resident(2, 3, 1, 128, 3, cluster=2, early=2), Resident(2, 3, 1, 64, 3, cluster=4, early=4, price=1.396),

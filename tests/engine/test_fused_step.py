@@ -285,7 +285,7 @@ def _in_float32(found: Any) -> Any:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("form", "rows"), [("16bit", 1), ("int8", 1), ("nf4", 1), ("16bit", 16), ("int8", 8), ("nf4", 16)]
+    ("form", "rows"), [("16bit", 1), ("int8", 1), ("nf4", 1), ("16bit", 16), ("int8", 8), ("nf4", 4), ("nf4", 16)]
 )
 def test_a_chain_replayed_a_thousand_times_reads_only_what_it_wrote(
     form: str, rows: int, monkeypatch: pytest.MonkeyPatch

@@ -61,6 +61,8 @@ inline uint32_t pack_h(float lo, float hi) { return float_to_half(lo) | (uint32_
 inline uint32_t pack_b(float lo, float hi) { return float_to_bf16(lo) | (uint32_t)float_to_bf16(hi) << 16; }
 inline uint32_t sub_h(uint32_t a, uint32_t b) { return pack_h(h2f(a) - h2f(b), h2f(a >> 16) - h2f(b >> 16)); }
 inline uint32_t add_b(uint32_t a, uint32_t b) { return pack_b(bf16_to_float(a) + bf16_to_float(b), bf16_to_float(a >> 16) + bf16_to_float(b >> 16)); }
+inline uint32_t larger_b(uint32_t a, uint32_t b) { b &= 0x7fff7fff; return max(a & 0xffffu, b & 0xffffu) | max(a >> 16, b >> 16) << 16; }
+inline uint32_t mul_b(uint32_t a, uint32_t b) { return pack_b(bf16_to_float(a) * bf16_to_float(b), bf16_to_float(a >> 16) * bf16_to_float(b >> 16)); }
 typedef uint8_t* Shared;
 inline Shared shared(const void* p) { return (Shared)p; }
 inline Shared shared_of_lane(void* p) { return (Shared)p; }
@@ -75,6 +77,7 @@ inline uint4 read16(const void* p, bool inside, uint64_t) {
   if ((uint64_t)p % 16) abort();
   return inside ? *(const uint4*)p : make_uint4(0, 0, 0, 0);
 }
+inline uint32_t read1(const void* p) { return *(const uint8_t*)p; }
 inline uint32_t read2(const void* p) { return *(const uint16_t*)p; }
 inline float read4(const float* p) { return *p; }
 inline float4 read16(const float* p) { if ((uint64_t)p % 16) abort(); float4 v; memcpy(&v, p, 16); return v; }
@@ -111,6 +114,11 @@ inline uint32_t warp_max(uint32_t v) {
 inline float of_other_lane(float v, int o) {
   Warp& w = warp_(); int lane = now->thread % 32; w.v[lane] = __float_as_uint(v); __syncwarp();
   v = __uint_as_float(w.v[lane ^ o]); __syncwarp();
+  return v;
+}
+inline float of_lane(float v, int lane) {
+  Warp& w = warp_(); w.v[now->thread % 32] = __float_as_uint(v); __syncwarp();
+  v = __uint_as_float(w.v[lane]); __syncwarp();
   return v;
 }
 inline uint32_t max_of_8(uint32_t v) {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from onegpu.kernels import decode_step_layouts as layouts
-from onegpu.kernels.decode_step_layouts import Bulk, Shape, Single
+from onegpu.kernels.decode_step_layouts import Bulk, Held, Shape
 
 SIZES = [896, 2048, 4096, 4544, 4864, 8192, 11008, 14336, 28672]
 
@@ -94,25 +94,43 @@ def test_grids_leave_out_what_clusters_do_not_fill() -> None:
     assert [layouts.blocks(3, cluster) for cluster in layouts.CLUSTERS] == [3, 2, 4, 8]
 
 
-def test_one_row_of_four_bits_goes_to_warps_that_share_its_pieces_evenly() -> None:
-    wide, down = layouts.single(4096, (11008, 11008), 132), layouts.single(11008, (4096, 8192), 132)
-    assert wide is not None
-    assert down is not None
-    assert wide == layouts.single(4096, (4096,), 132) == Single(16)
-    assert down == Single(11)
-    for columns, pieces in ((2048, 2), (3584, 4), (5120, 5), (8192, 8), (10240, 10), (14336, 14), (16384, 16)):
-        found = layouts.single(columns, (4096, 1024), 132)
+@pytest.mark.parametrize(
+    ("rows", "columns", "parts", "best"),
+    [
+        (1, 4096, (4096,) * 3, Held(2, 16, 3)),
+        (1, 4096, (4096,), Held(2, 16)),
+        (2, 4096, (11008, 11008), Held(2, 16, 3)),
+        (2, 4096, (4096,), Held(2, 16, cluster=2)),
+        (1, 11008, (4096, 8192), Held(2, 11, 3)),
+        (1, 4544, (18176,), Held(2, 15, 3)),
+        (4, 4096, (4096,) * 3, Held(4, 16, 3, 2)),
+        (3, 4096, (4096,), Held(4, 16, cluster=2)),
+        (4, 11008, (4096,), Held(4, 11, 3, 2)),
+        (8, 4096, (4096,) * 3, Held(8, 16, 3, 4)),
+        (5, 4096, (11008, 11008), Held(8, 16, 2, 4)),
+        (8, 4096, (4096,), Held(8, 16, cluster=4)),
+        (8, 11008, (4096,), Held(8, 11, 3, 4)),
+        (8, 896, (4864, 4864), Held(8, 16, cluster=4)),
+        (9, 4096, (4096,), None),
+        (8, 8192, (28672, 28672), None),  # no room for the sums
+        (1, 18944, (4096,), Held(2, 10, 3, 2)),
+        (2, 4096, (4096, 1026), None),  # a part's rows are not whole tiles
+        (4, 4096, (4096, 1028), None),
+    ],
+)
+def test_few_rows_of_four_bits_go_to_warps_that_share_a_rows_pieces_evenly(
+    rows: int, columns: int, parts: tuple[int, ...], best: Held | None
+) -> None:
+    assert layouts.held(rows, columns, parts, 132, columns == 11008) == best
+
+
+@pytest.mark.parametrize("rows", range(1, 9))
+def test_layouts_of_few_rows_fit(rows: int) -> None:
+    for columns in SIZES[:-1]:
+        found = layouts.held(rows, columns, (4096, 1024), 132, False)
         assert found is not None, columns
-        assert found.warps % pieces == 0
-        assert 9 <= found.warps <= 16
-        assert found.shared(columns, 5120, 132) <= layouts.WHOLE
-
-
-def test_what_does_not_share_evenly_has_no_layout_of_its_own() -> None:
-    assert layouts.single(4544, (4096,), 132) is None  # scales of 256 columns
-    assert layouts.single(18944, (18944,), 132) is None  # 19 pieces, 16 warps
-    assert layouts.single(4096, (4096, 1026), 132) is None  # whole tiles of a matrix
-    assert not Single(16, 6).serves(4096, (4096,), 132)  # shared memory
+        assert found.rows >= rows and found.warps >= 9 and (found.cluster - 1) * found.share(columns) < columns
+        assert found.shared(rows, columns, 5120, 132, False) <= layouts.WHOLE
 
 
 # Columns and rows of W, whether x is read as it is -> what measured best (Llama-2-7B's), and what others get.
