@@ -124,6 +124,11 @@ DEVICE void push_tile(const Output& out, At at, Slot slot, void* pushes, int m, 
     out.put4(i / OWN, row0 + rank * OWN + i % OWN, r1, sum, values);
   }
 }
+// What the blocks do early for it: `first` is one thread.
+DEVICE void expect_pushes(void* pushes, bool first, int sums) {
+  if (first) { barrier_init(pushes, 1); barriers_ready(); arrive_and_expect(pushes, sums * 4); }
+  cluster_arrive();
+}
 
 #ifdef SLOTS
 // The kernels in which each warp streams 16 rows of a tile of W at a time through a ring of its own. Filled in: CB (bytes of each row in
