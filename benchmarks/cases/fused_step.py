@@ -41,7 +41,8 @@ _SOURCES = tuple(
     for name in (
         "engine/fused_step.py", "kernels/few_rows_common.cu", "kernels/decode_step_common.cu",
         "kernels/decode_step_input.cu",
-        "kernels/decode_step_product.cu", "kernels/decode_step_single.cu", "kernels/decode_step_attention.cu",
+        "kernels/decode_step_product.cu", "kernels/decode_step_single.cu", "kernels/decode_step_bulk.cu",
+        "kernels/decode_step_attention.cu",
         "kernels/decode_step_cuda.py", "kernels/decode_step_layouts.py",
     )
 )  # fmt: skip

@@ -21,7 +21,7 @@ from typing import Any
 
 # Hands a compilation to the threads; None: it is done, or under way.
 Job = Callable[[ThreadPoolExecutor], "Future[Any] | None"]
-_MOST_THREADS = 24
+_MOST_THREADS = 16
 
 
 class _Noted(threading.local):

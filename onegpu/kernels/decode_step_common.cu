@@ -6,6 +6,8 @@ DEVICE uint4 fresh16(const u16* p) { uint4 v; asm volatile("ld.global.cg.v4.u32 
 DEVICE float2 fresh2(const void* p) { float2 v; asm volatile("ld.global.cg.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p) : "memory"); return v; }
 DEVICE float fresh(const float* p) { float v; asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory"); return v; }
 DEVICE i64 fresh_i64(const i64* p) { i64 v; asm volatile("ld.global.cg.s64 %0, [%1];" : "=l"(v) : "l"(p) : "memory"); return v; }
+// A constant that the compiler does not know, so that it stays in a register. p: in shared memory.
+DEVICE u32 hidden(u32 v, const void* p) { return __shfl_sync(~0u, saddr(p) + v, threadIdx.x & 31) - shared(p); }
 DEVICE float exp2_(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 DEVICE float reciprocal(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 DEVICE float shuffle_xor(float v, int o) { return __shfl_xor_sync(~0u, v, o); }

@@ -1,4 +1,4 @@
-"""Launches decode_step_{input, product, single, transposed, attention, embed}.cu; the ops are in decode_step.py.
+"""Launches decode_step_{input, product, single, bulk, transposed, attention, embed}.cu; the ops are in decode_step.py.
 
 A block an SM, in every kernel of the chain, and more than half of an SM's shared memory for each: where two blocks fit,
 blocks of a kernel that starts early gather on the SMs that are free first, and the others idle (measured on an H100:
@@ -18,7 +18,7 @@ import torch
 from onegpu.errors import bad_argument
 from onegpu.kernels.codebooks import dynamic_map
 from onegpu.kernels.decode_step import ACTIVATIONS, Attended, Heads, Matrix, Norm, Part, Places, Stream
-from onegpu.kernels.decode_step_layouts import FORMATS, WHOLE, Shape, Single, blocks, shape, single
+from onegpu.kernels.decode_step_layouts import FORMATS, WHOLE, Bulk, Shape, Single, blocks, bulk, shape, single
 from onegpu.kernels.launch import CudaKernel, source_text
 
 MAX_ROWS, MAX_GROUP, MAX_SPLITS = 16, 8, 8
@@ -58,12 +58,12 @@ def product(
     also: torch.Tensor | None = None,
     cap: float = 0.0,
     pdl: bool = True,
-    fixed: Shape | Single | None = None,
+    fixed: Shape | Single | Bulk | None = None,
 ) -> None:
     """One launch of decode_step_product.cu, whose head says what the sinks are."""
     rows, columns = len(out), matrix.columns
     nested = matrix.parts[0].nested is not None
-    found = fixed or (None if matrix.transposed else _single(matrix, out) or _shape(matrix, rows))
+    found = fixed or (None if matrix.transposed else _one_row(x, matrix, out) or _shape(matrix, rows))
     if not (fits(matrix, rows) if matrix.transposed else found):
         raise bad_argument(
             "rows", rows, f"is too many: x of {columns} columns does not fit into shared memory", "Use fewer rows"
@@ -80,14 +80,18 @@ def product(
     if isinstance(found, Single):
         kernel = _kernel("single").variant(None, **constants | found.constants, SHARE=columns)
         warps, cluster, grid, shared = found.warps, 1, sms, found.shared(columns, matrix.rows, sms)
+    elif isinstance(found, Bulk):
+        kernel = _kernel("bulk").variant(None, **constants | found.constants, SHARE=columns)
+        warps, cluster, grid = found.warps, 1, sms
+        shared = found.shared(columns, matrix.rows, sms, isinstance(x, torch.Tensor))
     else:
-        bulk = FORMATS[matrix.format] == 2 and not nested and matrix.blocksize == 64 and columns % 256 == 0
-        bulk = bulk and not any(part.scales.data_ptr() % 16 for part in matrix.parts if part.scales is not None)
+        whole = FORMATS[matrix.format] == 2 and not nested and matrix.blocksize == 64 and columns % 256 == 0
+        whole = whole and not any(part.scales.data_ptr() % 16 for part in matrix.parts if part.scales is not None)
         kernel = _kernel("product").variant(
             None, **constants | {"CL": found.cluster, "TABLE_SHIFT": found.table_shift},
             SHARE=found.share(matrix.format, columns), WARPS=found.all_warps, FETCHERS=found.fetchers,
             SLOTS=found.slots, CB=found.width, TG=found.group(rows), OWN=int(found.own),
-            BULK=int(bulk and not found.own),
+            BULK=int(whole and not found.own),
         )  # fmt: skip
         warps, cluster, grid = found.all_warps, found.cluster, blocks(sms, found.cluster)
         shared = found.shared(matrix.format, rows, columns, nested)
@@ -105,6 +109,8 @@ def product(
     table = dynamic_map(out.device) if nested else None
     counts = [0 if part is None else part.rows for part in parts]
     shift = matrix.blocksize.bit_length() - 7  # log2 of how many 64 columns share a scale
+    if isinstance(found, Bulk):
+        shift = (counts[0] if sink == "gated" else matrix.rows) // grid  # rows of a block, instead
     kernel(
         (grid,), 32 * warps, max(shared, _ALONE), *pointers, table, *read.tensors, out, also, *counts, shift,
         *read.numbers, cap, pdl=pdl, cluster=(cluster, 1, 1),
@@ -113,10 +119,23 @@ def product(
 
 def _single(matrix: Matrix, out: torch.Tensor) -> Single | None:
     """The layout of decode_step_single.cu, if it serves."""
-    plain = FORMATS[matrix.format] == 2 and matrix.parts[0].nested is None and matrix.blocksize == 64 and len(out) == 1
+    plain = FORMATS[matrix.format] == 2 and matrix.parts[0].nested is None and matrix.blocksize == 64
     if not plain or any(part.scales is None or part.scales.data_ptr() % 16 for part in matrix.parts):
         return None
     return single(matrix.columns, tuple(part.rows for part in matrix.parts), multiprocessors(out.get_device()))
+
+
+def _one_row(x: Stream | Attended | torch.Tensor, matrix: Matrix, out: torch.Tensor) -> Single | Bulk | None:
+    if len(out) > 1:
+        return None
+    return _bulk(x, matrix, out) if matrix.format == "int8" else _single(matrix, out)
+
+
+def _bulk(x: Stream | Attended | torch.Tensor, matrix: Matrix, out: torch.Tensor) -> Bulk | None:
+    """The layout of decode_step_bulk.cu, if it serves."""
+    if any(part.weight.data_ptr() % 16 for part in matrix.parts):
+        return None
+    return bulk(matrix.columns, matrix.rows, multiprocessors(out.get_device()), isinstance(x, torch.Tensor))
 
 
 def _transposed(
@@ -288,6 +307,7 @@ def _collected(kernel: CudaKernel) -> bool:
 _KERNELS = {
     "product": ("product", "P" * 26 + "i" * 4 + "fffff"),
     "single": ("product", "P" * 26 + "i" * 4 + "fffff"),
+    "bulk": ("product", "P" * 26 + "i" * 4 + "fffff"),
     "transposed": ("transposed_product", "P" * 11 + "i" + "ffff"),
     "attention": ("attend", "P" * 12 + "i" * 5 + "ffffff"),
     "embed": ("embed", "PPPPPPPqqiiifff"),
@@ -296,7 +316,7 @@ _KERNELS = {
 
 def source(kind: str) -> str:
     """The whole text of a kernel of `_KERNELS`."""
-    files = ["decode_step_input.cu"] * (kind in ("product", "single", "transposed")) + [f"decode_step_{kind}.cu"]
+    files = ["decode_step_input.cu"] * (kind not in ("attention", "embed")) + [f"decode_step_{kind}.cu"]
     return "".join(map(source_text, ["few_rows_common.cu", "decode_step_common.cu", *files]))
 
 

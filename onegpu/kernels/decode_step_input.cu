@@ -10,7 +10,10 @@
 // `one` is added to gains.
 constexpr int THREADS = WARPS * 32;
 constexpr int KB = FMT == 0 ? CB / 2 : FMT == 1 ? CB : 2 * CB;         // columns of a piece
-constexpr int TO_FP16 = FMT == 2 && BF16;
+#ifndef HALF
+#define HALF 0
+#endif
+constexpr int TO_FP16 = (FMT == 2 || HALF) && BF16;
 constexpr int PITCH = (SHARE * 2 + 127) / 128 * 128 + (FMT == 0 ? 64 : 16);  // bytes of a row of x
 constexpr int VECTORS = SHARE / 4, PER = (VECTORS + THREADS - 1) / THREADS;  // four columns each, of a thread
 constexpr int LIVE = (OUTER == 2 ? 2 : OUTER || NORM == 2 ? 6 : 8) * (WARPS > 12 ? 1 : 2) / (SOURCE == 1 ? SPLITS : 1);  // vectors of x in a thread's registers, about
@@ -25,7 +28,10 @@ static_assert((CL - 1) * SHARE < K, "each block has columns");
 #ifndef SECT
 #define SECT 1
 #endif
-DEVICE int place_of(int c) { return SECT > 1 ? c ^ (c >> 5 & 2) : c; }
+#ifndef COLS                                                              // of a section; decode_step_bulk.cu has others
+#define COLS 256
+#endif
+DEVICE int place_of(int c) { return SECT > 1 ? c ^ (c / (COLS / 4) & 1) << 1 : c; }
 
 DEVICE int first_column() { return CL > 1 ? cluster_rank() * SHARE : 0; }
 DEVICE int own_columns() { return UNEVEN ? min(SHARE, K - first_column()) : SHARE; }
@@ -49,26 +55,53 @@ DEVICE float4 columns(const void* in, int m, int c) {
   if (SOURCE == 0) return fresh4((const float*)in + (i64)m * K + 4 * c);
   return four(fresh2((const u16*)in + (i64)m * K + 4 * c));
 }
-// The same in the parts of the attention, of which many are asked for before any are put together.
+// The same in the parts of the attention: many are asked for before any are put together. Every block needs the weight of every part, which are
+// few bytes: a block reads them once, WEIGHED a head, and keeps the weights where x of the same row will stand.
+constexpr int WEIGHED = SPLITS > 4 ? 8 : 4, ALL_WEIGHTS = BATCH * (SHARE / HD + 2 * (CL > 1)) * WEIGHED, OF_THREAD = (ALL_WEIGHTS + THREADS - 1) / THREADS;
+static_assert(SOURCE != 1 || (SHARE / HD + 2 * (CL > 1)) * WEIGHED * 4 <= PITCH, "weights have room");
 struct Parts {
-  float2 s[SPLITS], p[SPLITS];
-  DEVICE void ask(const void* in, const float2* ml, int m, int c) {
+  float2 p[SPLITS];
+  DEVICE void ask(const void* in, int m, int c) {
     const i64 first = ((i64)m * (K / HD) + 4 * c / HD) * SPLITS;
 #pragma unroll
-    for (int i = 0; i < SPLITS; i++) { s[i] = fresh2(ml + first + i); p[i] = fresh2((const u16*)in + (first + i) * HD + 4 * c % HD); }
+    for (int i = 0; i < SPLITS; i++) p[i] = fresh2((const u16*)in + (first + i) * HD + 4 * c % HD);
   }
-  DEVICE float4 together() const {
-    float top = s[0].x, total = 0.f; float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+  DEVICE float4 together(const u8* weights, int c) const {
+    const float4* w = (const float4*)weights + (4 * c / HD - first_column() / HD) * (WEIGHED / 4); float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+    float e[WEIGHED];
 #pragma unroll
-    for (int i = 1; i < SPLITS; i++) top = larger(top, s[i].x);
+    for (int i = 0; i < WEIGHED; i += 4) { const float4 q = w[i / 4]; e[i] = q.x; e[i + 1] = q.y; e[i + 2] = q.z; e[i + 3] = q.w; }
 #pragma unroll
     for (int i = 0; i < SPLITS; i++) {
-      float e = (s[i].x == top ? 1.f : exp2_(s[i].x - top)) * s[i].y; float4 a = four(p[i]);
-      total += e;
-      v.x = fmaf(e, a.x, v.x); v.y = fmaf(e, a.y, v.y); v.z = fmaf(e, a.z, v.z); v.w = fmaf(e, a.w, v.w);
+      const float4 a = four(p[i]);
+      v.x = fmaf(e[i], a.x, v.x); v.y = fmaf(e[i], a.y, v.y); v.z = fmaf(e[i], a.z, v.z); v.w = fmaf(e[i], a.w, v.w);
     }
-    total = reciprocal(total);
-    return make_float4(v.x * total, v.y * total, v.z * total, v.w * total);
+    return v;
+  }
+};
+struct PartWeights {
+  float2 s[OF_THREAD];
+  DEVICE static int heads() { return (first_column() + own_columns() - 1) / HD + 1 - first_column() / HD; }
+  DEVICE void ask(const float2* ml, int m0) {
+#pragma unroll
+    for (int k = 0; k < OF_THREAD; k++) {
+      const int e = threadIdx.x + k * THREADS, of_row = heads() * WEIGHED, m = m0 + e / of_row, i = e % WEIGHED;
+      s[k] = make_float2(__uint_as_float(0xff800000u), 0.f);
+      if (e / of_row < BATCH && m < M && i < SPLITS) s[k] = fresh2(ml + ((i64)m * (K / HD) + first_column() / HD + e % of_row / WEIGHED) * SPLITS + i);
+    }
+  }
+  DEVICE void keep(int m0, u8* xs) const {
+#pragma unroll
+    for (int k = 0; k < OF_THREAD; k++) {
+      const int e = threadIdx.x + k * THREADS, of_row = heads() * WEIGHED, m = m0 + e / of_row; float top = s[k].x;
+#pragma unroll
+      for (int o = 1; o < WEIGHED; o *= 2) top = larger(top, shuffle_xor(top, o));
+      const float w = (s[k].x == top ? 1.f : exp2_(s[k].x - top)) * s[k].y; float total = w;
+#pragma unroll
+      for (int o = 1; o < WEIGHED; o *= 2) total += shuffle_xor(total, o);
+      if (e / of_row < BATCH && m < M) ((float*)(xs + m * PITCH))[e % of_row] = w * reciprocal(total);
+    }
+    __syncthreads();
   }
 };
 
@@ -220,6 +253,8 @@ struct Input {
           } else if (SOURCE != 1 && there) v[b][i] = columns(in, m0 + b, before + c);
         }
       if constexpr (SOURCE == 1) {
+        PartWeights weights;
+        weights.ask(ml, m0);
 #pragma unroll
         for (int from = 0; from < PER; from += ASKED) {
           Parts parts[BATCH][ASKED];
@@ -227,13 +262,15 @@ struct Input {
           for (int b = 0; b < BATCH; b++)
 #pragma unroll
             for (int i = 0; i < ASKED; i++)
-              if (inside(b, from + i)) parts[b][i].ask(in, ml, m0 + b, before + threadIdx.x + (from + i) * THREADS);
+              if (inside(b, from + i)) parts[b][i].ask(in, m0 + b, before + threadIdx.x + (from + i) * THREADS);
+          if (from == 0) weights.keep(m0, xs);
 #pragma unroll
           for (int b = 0; b < BATCH; b++)
 #pragma unroll
             for (int i = 0; i < ASKED; i++)
-              if (inside(b, from + i)) v[b][from + i] = parts[b][i].together();
+              if (inside(b, from + i)) v[b][from + i] = parts[b][i].together(xs + (m0 + b) * PITCH, before + threadIdx.x + (from + i) * THREADS);
         }
+        if (!TO_FP16) __syncthreads();                                   // else they meet below, before x takes the weights' place
       }
       if (OUTER) {
         outer.template centre<0, 0>(v, m0, outer_eps, outer_one, shares, factor, most, turns);

@@ -104,6 +104,44 @@ class Single(NamedTuple):
         return even and whole and self.shared(columns, sum(parts), multiprocessors) <= WHOLE
 
 
+class Bulk(NamedTuple):
+    """How decode_step_bulk.cu lays out the product of one row with an int8 matrix.
+
+    A piece is 2 * pairs rows of W of 8 * section columns. warps: of a block, a multiple of the pieces of a row. slots:
+    in a warp's ring. section: 128 or 256 columns.
+    """
+
+    warps: int
+    slots: int
+    section: int = 128
+    pairs: int = 1
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """Macros of the kernel."""
+        names = {"WARPS": self.warps, "DEPTH": self.slots, "SECT": 8, "COLS": self.section, "RP": self.pairs}
+        return {**names, "CB": 8 * self.section, "HALF": 1}
+
+    def pieces(self, columns: int) -> int:
+        """Of a row."""
+        return -(-columns // (8 * self.section))
+
+    def taken(self, columns: int, outputs: int, multiprocessors: int) -> int:
+        """Pieces that a warp takes, at most."""
+        tiles = -(-outputs // (multiprocessors * 2 * self.pairs))
+        return -(-tiles * self.pieces(columns) // self.warps)
+
+    def shared(self, columns: int, outputs: int, multiprocessors: int, direct: bool) -> int:
+        """Bytes of shared memory, as the kernel divides it: x, shares of the norm, barriers, rings, sums.
+
+        outputs: rows of all of W. direct: x is not normed, nor in parts.
+        """
+        x = (0 if direct else -(-columns * 2 // 128) * 128 + 16) + 4 * (6 * self.warps + 1)
+        head = -(-(x + 15 + 8 * self.warps * self.slots) // 128) * 128
+        rows = -(-outputs // multiprocessors) + 2 * self.pairs + 1
+        return head + self.warps * self.slots * 16 * self.pairs * self.section + 4 * rows * self.pieces(columns)
+
+
 # Up to how many rows -> format -> layouts: the first that fits is taken. They measured best for Llama-2-7B's products
 # on an H100 (docs/worklog.md). Fewer slots will do, down to one a fetching warp.
 LAYOUTS: dict[int, dict[str, tuple[Shape, ...]]] = {
@@ -184,6 +222,24 @@ def single(columns: int, parts: tuple[int, ...], multiprocessors: int) -> Single
     pieces = -(-columns // _PIECE)
     found = Single(16 // pieces * pieces)
     return found if found.warps and found.serves(columns, parts, multiprocessors) else None
+
+
+@lru_cache(maxsize=1024)
+def bulk(columns: int, outputs: int, multiprocessors: int, direct: bool) -> Bulk | None:
+    """The layout for one row and an int8 matrix: as many of 16 warps as share a row's pieces evenly, and rings of half
+    of what a warp takes, if they fit: more of it would stand before the loads of x. Where each warp has a piece of
+    every row, pieces of four rows. Arguments as of `Bulk.shared`. None where LAYOUTS has it."""
+    for section, pairs in ((128, 2), (128, 1), (256, 1)):
+        pieces = Bulk(0, 0, section).pieces(columns)
+        one = Bulk(16 // pieces * pieces, 0, section, pairs)
+        if columns % 64 or not one.warps or (pairs == 2 and one.warps > pieces):
+            continue
+        most = max(2, -(-one.taken(columns, outputs, multiprocessors) // 2))
+        tried = (one._replace(slots=slots) for slots in range(most, 1, -1))
+        fitting = (new for new in tried if new.shared(columns, outputs, multiprocessors, direct) <= WHOLE)
+        if (found := next(fitting, None)) is not None:
+            return found
+    return None
 
 
 def blocks(multiprocessors: int, cluster: int) -> int:

@@ -158,6 +158,7 @@ class CudaKernel:
         """Compile in a thread what `load` will need; None: that is done, or under way."""
         if arch in self._loaded or arch in self._begun:
             return None
+        nvrtc.compiler_version()  # imports, here and not in the thread
         self._begun[arch] = begun = pool.submit(self._cubin, arch)
         return begun
 

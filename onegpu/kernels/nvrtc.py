@@ -6,7 +6,6 @@ needed to compile.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -74,17 +73,9 @@ def include_paths() -> list[str]:
     return []
 
 
-_IMPORTING = threading.Lock()
-
-
-def compiler_version() -> str:
-    """Of NVRTC, such as ``"13.0"``, with cuda-core's own. The first of all threads that ask imports both."""
-    with _IMPORTING:
-        return _compiler_version()
-
-
 @lru_cache(maxsize=1)
-def _compiler_version() -> str:
+def compiler_version() -> str:
+    """Of NVRTC, such as ``"13.0"``, with cuda-core's own."""
     import cuda.core
     from cuda.bindings import nvrtc
 

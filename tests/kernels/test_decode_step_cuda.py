@@ -79,13 +79,16 @@ def test_fetching_warps_take_turns_around_the_ring(form: str, monkeypatch: pytes
 # tiles between two sums, more clusters than rows.
 CLUSTERED = [
     ("16bit", 16, 512, (150,), "x", "add", Shape(16, 256, 3, cluster=2, fetchers=2)),
+    ("16bit", 5, 576, (48,), "heads", "add", Shape(8, 128, 4, cluster=2, fetchers=4)),
     ("16bit", 5, 576, (48, 16, 16), "added", "store", Shape(8, 128, 4, cluster=2, fetchers=4)),
     ("16bit", 16, 832, (37, 37), "layer", "gated", Shape(8, 256, 3, cluster=4)),
     ("int8", 8, 448, (70,), "rms", "act", Shape(4, 128, 3, cluster=2)),
     ("int8", 16, 1984, (3,), "rms", "add", Shape(16, 128, 3, cluster=8)),
+    ("int8", 2, 1344, (40,), "heads", "store", Shape(8, 128, 3, cluster=4)),
     ("int8", 2, 640, (130,), "x", "store", Shape(16, 128, 2, tiles=4, own=True, cluster=2)),
     ("nf4", 16, 1792, (40, 24), "rms", "both", Shape(8, 128, 3, cluster=4)),
     ("nf4", 9, 1280, (64,), "x", "add", Shape(5, 128, 2, 8, own=True, cluster=2)),
+    ("nf4", 8, 1280, (64,), "heads", "add", Shape(5, 128, 2, 8, own=True, cluster=2)),
     ("nested", 8, 768, (36, 36), "layer", "gated", Shape(8, 128, 3, cluster=2, fetchers=3)),
     ("nested", 16, 1088, (64,), "added", "store", Shape(16, 128, 3, cluster=2)),
     ("fp4", 4, 1024, (64, 32), "layer", "store", Shape(8, 128, 4, 8, 8, cluster=4, fetchers=3)),
@@ -114,9 +117,18 @@ def test_clusters_share_the_columns(device: str, case: tuple, monkeypatch: pytes
         torch.testing.assert_close(there.to.cpu(), x.to, rtol=1e-5, atol=1e-5)
 
 
-def entered(what: str, rows: int, columns: int, dtype: torch.dtype) -> ops.Stream | torch.Tensor:
-    """What a product reads; "added": a norm in front of the residual sum too, which is written down."""
+def entered(what: str, rows: int, columns: int, dtype: torch.dtype) -> ops.Stream | ops.Attended | torch.Tensor:
+    """What a product reads; "added": a norm in front of the residual sum too, which is written down; "heads": five
+    parts of heads of 96 columns, else of 64 three, one of them without keys."""
     x, y, *weights = (torch.randn(rows, columns, generator=torch.Generator().manual_seed(i)) for i in range(4))
+    if what == "heads":
+        size, parts = (96, 5) if columns % 96 == 0 else (64, 3)
+        shape = rows, columns // size, parts
+        values = torch.randn(*shape, size, generator=torch.Generator().manual_seed(5)).to(dtype)
+        sums = torch.rand(*shape, 2, generator=torch.Generator().manual_seed(6)) * 4
+        sums[0, :, 1] = torch.tensor([float("-inf"), 0.0])
+        values[0, :, 1] = 0
+        return ops.Attended(values, sums)
     if what == "x":
         return x.to(dtype)
     gain, bias = ((1 + w[0] / 10).to(dtype) for w in weights)
@@ -324,6 +336,27 @@ def test_no_registers_spill_over_one_row_of_four_bits() -> None:
     assert len(Compiled.made) == len(cases)
     for constants, code in Compiled.made.items():
         assert "SECT" in dict(constants)
+        assert machine_code.stack_bytes(code) == 0, constants
+        assert machine_code.copies_with_a_uniform_base(code) == 0
+        assert machine_code.static_shared(code) - 1024 <= 232448 - WHOLE  # 1 KiB is the system's
+
+
+@needs_nvrtc
+@pytest.mark.usefixtures("made")
+def test_no_registers_spill_over_one_row_of_int8() -> None:
+    """Llama-2-7B's products, one behind two LayerNorms, sections of 256 columns."""
+    heads = ops.Attended(torch.empty(1, 32, 4, 128, dtype=torch.bfloat16), torch.empty(1, 32, 4, 2))
+    cases = [(4096, (12288,), "rms", "store"), (4096, (11008, 11008), "rms", "gated"), (4096, (4096,), heads, "add"),
+             (11008, (4096,), "x", "add"), (28672, (8192,), "x", "add"),
+             (3584, (14336, 14336), "added", "gated")]  # fmt: skip
+    for columns, sizes, what, sink in cases:
+        m = moved(matrix("int8", (8,) * len(sizes), columns, torch.bfloat16), "meta")
+        m = m._replace(parts=tuple(part._replace(rows=n) for part, n in zip(m.parts, sizes, strict=True)))
+        x = entered(what, 1, columns, torch.bfloat16) if isinstance(what, str) else what
+        ops.product(moved(x, "meta"), m, sink, moved(outputs(sink, 1, (8, 8), torch.bfloat16)[0], "meta"))
+    assert {dict(constants)["SECT"] for constants in Compiled.made} == {8}
+    assert len(Compiled.made) == len(cases)
+    for constants, code in Compiled.made.items():
         assert machine_code.stack_bytes(code) == 0, constants
         assert machine_code.copies_with_a_uniform_base(code) == 0
         assert machine_code.static_shared(code) - 1024 <= 232448 - WHOLE  # 1 KiB is the system's

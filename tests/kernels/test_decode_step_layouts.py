@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from onegpu.kernels import decode_step_layouts as layouts
-from onegpu.kernels.decode_step_layouts import Shape, Single
+from onegpu.kernels.decode_step_layouts import Bulk, Shape, Single
 
 SIZES = [896, 2048, 4096, 4544, 4864, 8192, 11008, 14336, 28672]
 
@@ -113,3 +113,29 @@ def test_what_does_not_share_evenly_has_no_layout_of_its_own() -> None:
     assert layouts.single(18944, (18944,), 132) is None  # 19 pieces, 16 warps
     assert layouts.single(4096, (4096, 1026), 132) is None  # whole tiles of a matrix
     assert not Single(16, 6).serves(4096, (4096,), 132)  # shared memory
+
+
+# Columns and rows of W, whether x is read as it is -> what measured best (Llama-2-7B's), and what others get.
+BULK = [
+    (4096, 12288, False, Bulk(16, 6)),
+    (4096, 4096, False, Bulk(16, 2)),
+    (4096, 22016, False, Bulk(16, 6)),
+    (11008, 4096, True, Bulk(11, 4, pairs=2)),
+    (16384, 4096, True, Bulk(16, 3, pairs=2)),
+    (28672, 8192, True, Bulk(14, 3, 256)),
+    (896, 9728, False, Bulk(16, 2)),
+]
+
+
+@pytest.mark.parametrize(("columns", "outputs", "direct", "best"), BULK)
+def test_one_row_of_int8_goes_to_warps_that_share_its_pieces_evenly(
+    columns: int, outputs: int, direct: bool, best: Bulk
+) -> None:
+    assert layouts.bulk(columns, outputs, 132, direct) == best
+    assert best.warps % best.pieces(columns) == 0
+    assert best.shared(columns, outputs, 132, direct) <= layouts.WHOLE
+
+
+def test_one_row_of_int8_that_no_warps_share_evenly() -> None:
+    assert layouts.bulk(4112, 4096, 132, True) is None  # whole chunks of 64 columns
+    assert layouts.bulk(40960, 4096, 132, True) is None  # 20 pieces, 16 warps

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -49,20 +47,6 @@ def test_i_the_key_holds_all_that_matters(monkeypatch: pytest.MonkeyPatch, tmp_p
     fake.cuDriverGetVersion = lambda out: setattr(out._obj, "value", 13010) or 0  # type: ignore[method-assign]
     nvrtc.cached_cubin(*base, folder=tmp_path)
     assert len(made) == 8
-
-
-def test_one_thread_imports_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    inside: list[int] = []
-
-    def asked() -> str:
-        inside.append(len(inside))
-        time.sleep(0.02)
-        assert inside.pop() == 0
-        return "13.0"
-
-    monkeypatch.setattr(nvrtc, "_compiler_version", asked)
-    with ThreadPoolExecutor(4) as pool:
-        assert [*pool.map(lambda _: nvrtc.compiler_version(), range(4))] == ["13.0"] * 4
 
 
 @needs_nvrtc
