@@ -244,12 +244,14 @@ def test_on_a_gpu(dtype: torch.dtype, t: int, d: int, h: int, h_kv: int, impleme
         (4, 71, 1, 64, 4096),  # several tiles
     ],
 )
-def test_benchmarked_shapes_on_a_gpu(b: int, h: int, h_kv: int, d: int, keys: int) -> None:
+@pytest.mark.parametrize("implementation", ["auto", "portable"])
+def test_benchmarked_shapes_on_a_gpu(b: int, h: int, h_kv: int, d: int, keys: int, implementation: str) -> None:
     lengths = tuple(keys - 5 * i for i in range(b))
     arguments, _ = inputs("cuda", torch.bfloat16, h=h, h_kv=h_kv, d=d, room=keys, lengths=lengths)
     *tensors, length = arguments
     reference = OP(*(x.double() for x in tensors), length, None, d**-0.5, 0, 0.0, None)
-    assert_close(decode_attention(*arguments), reference, _by_torch(*arguments, torch.zeros_like(length)))
+    out = decode_attention(*arguments, implementation=implementation)
+    assert_close(out, reference, _by_torch(*arguments, torch.zeros_like(length)))
 
 
 def _by_torch(

@@ -81,8 +81,8 @@ def test_rows_outside_of_what_fp16_holds(device: str, fixed: Held, monkeypatch: 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8])
 def test_products_give_the_same_bits_each_time(rows: int) -> None:
     """Of Llama-2-7B and Falcon-7B, in the layouts that are taken."""
-    cases = [(4096, (4096,) * 3, "rms", "store"), (4096, (11008, 11008), "rms", "gated"), (4096, (4096,), "heads", "add"),
-             (11008, (4096,), "x", "add"), (4544, (4672,), "layer", "store"), (4544, (4544,), "heads", "add"),
+    cases = [(4096, (4096,) * 3, "rms", "store"), (4096, (11008, 11008), "rms", "gated"), (11008, (4096,), "x", "add"),
+             (4096, (4096,), "heads", "add"), (4544, (4672,), "layer", "store"), (4544, (4544,), "heads", "add"),
              (18176, (4544,), "x", "add")]  # fmt: skip
     for columns, sizes, what, sink in cases:
         m = moved(large("nf4", sizes, columns, False), "cuda")
