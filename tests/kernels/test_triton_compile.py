@@ -94,8 +94,7 @@ def test_i_a_kernel_on_disk_is_found_again(folder: Path, asked: list[triton_comp
     (entry,) = folder.iterdir()
     content = entry.read_bytes()
     assert entry.stat().st_mode & 0o777 == 0o600 and folder.stat().st_mode & 0o777 == 0o700
-    _, head, _ = content.split(b"\n", 2)
-    assert json.loads(head[32:]) == [first.name, first.numbers] and content.endswith(b"]\n" + first.code)
+    assert content.endswith(json.dumps([first.name, first.numbers]).encode() + b"\n" + first.code)
     entry.write_bytes(content[:-1])
     assert triton_compile.cached(scale()) == first and len(asked) == 2 and entry.read_bytes() == content
 
