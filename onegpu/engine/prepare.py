@@ -1,10 +1,9 @@
 """The kernels of a model's generation, compiled in threads before they are asked for.
 
-A model begins before its conversion with attention and, where it is quantised, with what that needs and with what its
-weights already tell of its generation; when it gets our ``generate`` with what else any request will need; the first
-request of a batch size with the rest, beside its prefill. Attention to long prompts is begun by a first request that
-has one: earlier, its front end would take Python's lock from requests that need none. What is guessed wrong here is
-compiled when it is launched.
+A model begins before its conversion with what that needs and with what its weights already tell of its generation, and
+when it gets our ``generate`` with what else any request will need; the first request of a batch size with the rest,
+beside its prefill. Attention to long prompts is begun by a first request that has one: earlier, its front end
+would take Python's lock from requests that need none. What is guessed wrong here is compiled when it is launched.
 """
 
 from __future__ import annotations
@@ -60,9 +59,6 @@ def begin(
 def begin_conversion(model: Any, settings: Settings | None = None) -> None:
     """Start compiling, before a model is converted, what that will wait for, then what takes longest of the rest.
 
-    Of a model that is not quantised that is attention alone: its conversion is short, and the import of NVRTC on this
-    thread takes as long.
-
     Args:
         model: as transformers made it. If it then keeps its own attention, or gets another step than is foreseen here,
             the seconds of a thread are lost.
@@ -82,12 +78,13 @@ def begin_conversion(model: Any, settings: Settings | None = None) -> None:
         if sizes := _heads(model):
             shapes = [("attention", {**sizes, "padded": False})]
             ahead.start(warmup.jobs(rows=_QUERIES, shapes=shapes, device=device, dtype=model.dtype))
-        if settings is None or not linears:
-            return
         step = plan(model)
+        if settings is not None and isinstance(step, FusedStep):
+            step = foreseen(step, linears, settings)
         if isinstance(step, FusedStep) and step.serves(1):
-            ahead.start(_step_jobs(foreseen(step, linears, settings), 1))
-        ahead.start(_products(linears, settings, device, model.dtype))
+            ahead.start(_step_jobs(step, 1))
+        if settings is not None:
+            ahead.start(_products(linears, settings, device, model.dtype))
 
 
 def foreseen(step: FusedStep, linears: Iterable[Any], settings: Settings) -> FusedStep:

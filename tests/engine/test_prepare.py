@@ -187,9 +187,9 @@ def test_what_is_begun_before_a_conversion(monkeypatch: pytest.MonkeyPatch) -> N
     )
     model = _llama(num_hidden_layers=1)
     sizes = [(320, 320), (640, 320), (320, 640)]
-    attention = ("attention", (128, 1))
+    attention, plain = ("attention", (128, 1)), ("step", 1, *["16bit"] * 5)
     prepare.begin_conversion(model)
-    assert started == [attention]
+    assert started == [attention, plain]
     started.clear()
     prepare.begin_conversion(model, settings_of("nf4", True, None))  # what the conversion waits for comes first
     products = [("4bit", m, *size, "nf4", True) for m in (128, 1) for size in sizes]
@@ -206,7 +206,7 @@ def test_what_is_begun_before_a_conversion(monkeypatch: pytest.MonkeyPatch) -> N
     started.clear()
     monkeypatch.setattr(type(model), "is_quantized", True, raising=False)
     prepare.begin_conversion(model.bfloat16(), settings_of("nf4", False, None))  # an error, which comes
-    assert started == [attention]
+    assert started == [attention, plain]
 
 
 @pytest.mark.gpu
