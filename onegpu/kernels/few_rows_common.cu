@@ -179,6 +179,8 @@ DEVICE void copies_seen_by_wgmma() { asm volatile("fence.proxy.async.shared::cta
 DEVICE int of_warp(int v) { return __shfl_sync(~0u, v, 0); }           // the compiler then knows that it is one value
 DEVICE float of_other_lane(float v, int o) { return __shfl_xor_sync(~0u, v, o); }
 DEVICE float of_lane(float v, int lane) { return __shfl_sync(~0u, v, lane); }
+DEVICE float of_four(float v, int t) { return __shfl_sync(~0u, v, t, 4); }   // of lane t of these four
+DEVICE int kept(int v) { return __shfl_sync(~0u, v, threadIdx.x & 31); }     // in a register: what the compiler could compute again, it does
 DEVICE u32 warp_max(u32 v) { return __reduce_max_sync(~0u, v); }
 DEVICE u32 max_of_8(u32 v) {                                             // of eight lanes in a row
 #pragma unroll

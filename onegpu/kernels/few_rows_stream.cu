@@ -18,6 +18,7 @@ constexpr int CB = FMT == 1 ? KC : KC / 2, GROUPS = KC / 64 / WK, BOX = CB < 128
 constexpr int SPAN = HALF_BLOCK ? 32 : 64, SCALES = FMT == 2 ? KC / SPAN : 0, PER_ROW = PACKED ? 8 : SCALES * 4 * (1 + NESTED);   // bytes
 constexpr int W_BYTES = TILE * CB, X_BYTES = ROWS * KC * 2, STAGE = (W_BYTES + X_BYTES + 1023) / 1024 * 1024;
 constexpr int E_PITCH = TILE + 4, DIRECT = WK == 1 && CL == 1;          // DIRECT: no sums meet, tiles may be several
+constexpr int SHARE = PACKED && SCALES == 4 && GROUPS == 2 && TILE % 16 == 0;   // the four lanes of a row decode one scale each, for all four
 constexpr int ONE = NT == 8 && BLOCKS * WN * WK >= 16 || BLOCKS * WN * WK >= 24;                          // set of operands for products: two would spill
 static_assert(WN % 4 == 0 && GROUPS * WK * 64 == KC && (CB == 64 || CB == 128 || CB == 256), "a warpgroup multiplies 64 rows, a warp whole groups of columns");
 static_assert(TILE * BOX % 1024 == 0 && (BN - TILE) * BOX <= X_BYTES, "boxes begin where their swizzle does; warps without rows read what follows");
@@ -25,11 +26,9 @@ static_assert(FMT != 2 || TABLE_SHIFT == 8 && STAGES <= 7 && STAGES * TILE * PER
 static_assert((WK * E_PITCH + (CL > 1) * TILE) * ROWS * 4 <= STAGES * STAGE, "the sums have room in the ring");
 static_assert(CL == 1 || TILE % (4 * CL) == 0, "each block of a cluster ends a part of the rows");
 
-// The pair of weights in the lane's byte of w (`pick` chooses it and the lane's column of the table), scaled, in the type of x.
-DEVICE u32 own_weights(const u8* table, u32 w, u32 lane4, u32 pick, float scale) {
-  const u32 v = *(const u32*)(table + __byte_perm(w, lane4, pick));
-  return pack(h2f(v & 0xffffu) * scale, h2f(v >> 16) * scale);
-}
+// The pair of weights in the lane's byte of w (`pick` chooses it and the lane's column of the table), and scaled, in the type of x.
+DEVICE u32 own_weights(const u8* table, u32 w, u32 lane4, u32 pick) { return *(const u32*)(table + __byte_perm(w, lane4, pick)); }
+DEVICE u32 scaled(u32 v, float scale) { return pack(h2f(v & 0xffffu) * scale, h2f(v >> 16) * scale); }
 // Where a unit of 16 bytes of a row is, from the row's begin in the first box on.
 DEVICE int place_of(int row, int unit) {
   return BOX == 64 ? (unit ^ row >> 1 & 3) * 16 : (unit >> 3) * TILE * 128 + ((unit ^ row) & 7) * 16;
@@ -130,6 +129,9 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
   float acc[NT][4];
 #pragma unroll
   for (int i = 0; i < NT; i++) acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = 0.f;
+  // Where SHARE, lane t decodes that of row g + 8 (t & 1) in group t >> 1: where the word is in the first stage, and which byte of it.
+  const int word0 = SHARE ? kept(scales_at(0, wn * 16 + g + 8 * (t & 1)) - smem) : 0, byte = SHARE ? kept(0x4440 + wk * GROUPS + (t >> 1)) : 0;
+  float decoded = 0.f;
   auto step = [&](int item, u32 (&even)[16], u32 (&odd)[16]) {            // the operands of even and of odd groups
     const u8* stage = ring + of_warp(c.stage) * STAGE;
     auto release = [&]() { if (item > 0 && lane == 0) arrive(empty + 8 * (c.stage ? c.stage - 1 : STAGES - 1)); };   // the stage before
@@ -143,24 +145,30 @@ few_rows(const u8* __restrict__ w, const u16* __restrict__ x, u16* __restrict__ 
       u32 (&a)[16] = b & 1 && !ONE ? odd : even;
       if (ONE) { products_left<0>(); if (b == 0) release(); }
       if (FMT == 2) {
+        if (SHARE && b == 0) {
+          const float2 code = *(const float2*)(smem + word0 + c.stage * (TILE * PER_ROW * 2));
+          decoded = fmaf(map_[__byte_perm(__float_as_uint(code.x), 0, byte)], code.y, plus);
+        }
+#pragma unroll
+        for (int h = 0; h < 2; h++) {                                    // before the shuffles, which nothing is moved across
+          const int unit = place_of(g, group * 2 + h);
+          const uint4 e = *(const uint4*)(p + unit), d = *(const uint4*)(p + 8 * BOX + unit);
+          const u32 q[8] = {e.x, d.x, e.y, d.y, e.z, d.z, e.w, d.w};
+#pragma unroll
+          for (int i = 0; i < 8; i++) a[8 * h + i] = own_weights(table, q[i], lane * 4, 0x5504 | t << 4);
+        }
         float s[4];                                                      // rows g, g + 8; halves of the group
 #pragma unroll
         for (int i = 0; i < 4; i++) {
           const int r = row + 8 * (i & 1), at = HALF_BLOCK ? group * 2 + (i >> 1) : group;
           const float* code = (const float*)scales_at(c.stage, r) + (PACKED ? 0 : at);
-          s[i] = *code;
-          if (PACKED) s[i] = scales.decode_of_word(__float_as_uint(s[i]), code[1], plus, (SCALES == 4 ? 0 : (c.row0 + r) * nb + (p0 + c.piece) * SCALES & 3) + at, map_);
-          else if (NESTED) s[i] = scales.decode(__float_as_uint(s[i]), code[SCALES], plus, (c.row0 + r) * nb + (p0 + c.piece) * SCALES + at, map_);
+          s[i] = SHARE ? of_four(decoded, 2 * b + i) : *code;
+          if (PACKED && !SHARE) s[i] = scales.decode_of_word(__float_as_uint(s[i]), code[1], plus, (SCALES == 4 ? 0 : (c.row0 + r) * nb + (p0 + c.piece) * SCALES & 3) + at, map_);
+          else if (NESTED && !SHARE) s[i] = scales.decode(__float_as_uint(s[i]), code[SCALES], plus, (c.row0 + r) * nb + (p0 + c.piece) * SCALES + at, map_);
           if (!HALF_BLOCK && i == 1) { s[2] = s[0]; s[3] = s[1]; break; }
         }
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
-          const int unit = place_of(g, group * 2 + h);
-          const uint4 e = *(const uint4*)(p + unit), d = *(const uint4*)(p + 8 * BOX + unit);
-          const u32 q[8] = {e.x, d.x, e.y, d.y, e.z, d.z, e.w, d.w};
-#pragma unroll
-          for (int i = 0; i < 8; i++) a[8 * h + i] = own_weights(table, q[i], lane * 4, 0x5504 | t << 4, s[2 * h + (i & 1)]);
-        }
+        for (int i = 0; i < 16; i++) a[i] = scaled(a[i], s[i >> 3 << 1 | i & 1]);
       } else {
 #pragma unroll
         for (int s = 0; s < 4; s++) {

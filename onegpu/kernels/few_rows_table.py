@@ -319,6 +319,7 @@ CONFIGURATIONS: dict[str, tuple[Config, ...]] = {
         Resident(2, 3, 1, 128, 2, cluster=8, early=4, price=1.38, share=MANY),
         Resident(2, 1, 4, 64, 2, cluster=8, early=4, price=2.9),
         *_STREAM, Stream(8, 12, 1, 256, 2, 2, price=1.085), Stream(8, 12, 1, 256, 3, 2, held=152, share=FEW),
+        Stream(2, 4, 2, 256, 4, 2, blocks=2, price=1.5, nested=0.83, share=MANY),  # quantised scales: not seven stages
         Wide(2, 1, 4, 2, 128, 3, table_shift=7, price=9), Wide(4, 1, 4, 2, 128, 2, table_shift=7, price=9),
         Wide(8, 1, 2, 2, 128, 2, table_shift=7, price=9),
         Wide(16, 1, 12, 1, 128, 2, cluster=2, table_shift=7, wgmma=True, price=1.47),

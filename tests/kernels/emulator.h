@@ -121,6 +121,8 @@ inline float of_lane(float v, int lane) {
   v = __uint_as_float(w.v[lane]); __syncwarp();
   return v;
 }
+inline float of_four(float v, int t) { return of_lane(v, now->thread % 32 / 4 * 4 + t); }
+inline int kept(int v) { return v; }
 inline uint32_t max_of_8(uint32_t v) {
   Warp& w = warp_(); int lane = now->thread % 32; w.v[lane] = v; __syncwarp();
   for (int i = 0; i < 8; i++) v = max(v, w.v[lane / 8 * 8 + i]);

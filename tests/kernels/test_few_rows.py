@@ -169,6 +169,12 @@ def random_weights(fmt: str, n: int, k: int, nested: bool, seed: int) -> tuple[t
     return packed.dequantize(torch.float32), functools.partial(linear_4bit, packed=packed)
 
 
+def assert_planned(fmt: str, x: torch.Tensor, n: int, nested: bool) -> None:
+    """That a configuration serves this product of `random_weights`: else the op takes another way, untested."""
+    quantised = few_rows._nested(nested, x.shape[1], 64, 256)
+    assert few_rows.plan(fmt, x.shape[0], n, x.shape[1], True, False, quantised, False, x.get_device()) is not None, n
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, 2, 4, 8, 16, 64])
 @pytest.mark.parametrize(("fmt", "nested"), [("16bit", False), ("int8", False), ("4bit", False), ("4bit", True)])
@@ -213,6 +219,7 @@ def test_products_that_overlap_and_sums_that_are_sent_on_a_gpu(
             w, run = random_weights(fmt, n, 4096, nested, 1)
             x = activations((config.rows - 1, 4096), torch.bfloat16, "cuda")
             bias = activations((n,), torch.bfloat16, "cuda", seed=5)
+            assert_planned(fmt, x, n, nested)
             y = run(x, bias=bias)
             compare(y, x, w, bias, f"nested {nested}")
             graph = torch.cuda.CUDAGraph()

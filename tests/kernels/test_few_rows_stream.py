@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -9,9 +10,9 @@ import torch
 
 from onegpu.kernels import few_rows
 from onegpu.kernels.few_rows_stream import Stream
-from onegpu.kernels.few_rows_table import CONFIGURATIONS, resident_clusters
+from onegpu.kernels.few_rows_table import ANY, CONFIGURATIONS, resident_clusters
 from tests.kernels import emulated, machine_code
-from tests.kernels.test_few_rows import compare, four_bit, nested_of, random_weights
+from tests.kernels.test_few_rows import assert_planned, compare, four_bit, nested_of, random_weights
 from tests.matrices import activations
 from tests.nvrtc_tools import needs_nvrtc
 
@@ -126,7 +127,7 @@ def test_no_registers_spill_and_nothing_is_read_early(fmt: str) -> None:
 )
 def test_every_configuration_on_a_gpu(fmt: str, config: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
     """One tile of a block, and several where no sums meet; each launch starts before the one in front ends."""
-    monkeypatch.setitem(few_rows.CONFIGURATIONS, fmt, (config,))
+    monkeypatch.setitem(few_rows.CONFIGURATIONS, fmt, (replace(config, share=ANY),))
     few_rows.plan.cache_clear()
     try:
         whole = 9000
@@ -138,6 +139,7 @@ def test_every_configuration_on_a_gpu(fmt: str, config: Stream, monkeypatch: pyt
                 w, run = random_weights(fmt, n, 4096, nested, 1)
                 x = activations((config.rows - 1, 4096), torch.bfloat16, "cuda")
                 bias = activations((n,), torch.bfloat16, "cuda", seed=5)
+                assert_planned(fmt, x, n, nested)
                 y = run(x, bias=bias)
                 compare(y, x, w, bias, f"N {n}, nested {nested}")
                 graph = torch.cuda.CUDAGraph()
