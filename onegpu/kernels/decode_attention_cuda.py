@@ -12,6 +12,7 @@ from importlib.util import find_spec
 
 import torch
 
+from onegpu.kernels.decode_step_layouts import ALONE
 from onegpu.kernels.launch import CudaKernel, source_text
 
 MAX_ROWS = 8
@@ -19,8 +20,6 @@ _CLUSTER = 8  # blocks at most; more are a matter of luck with the layout of the
 _WARPS = 8  # of a block
 _FEWEST_KEYS = 128  # that a block has
 _COMMON = {"NESTED": 0, "TABLE_SHIFT": 7, "FP4": 0, "FMT": 0, "WARPS": _WARPS}
-# Bytes of shared memory that leave no room for a second block on an SM: those of the next call would gather.
-_ALONE = 116736
 
 
 @lru_cache(maxsize=1024)
@@ -66,7 +65,7 @@ def decode(
         few, q.dtype == torch.bfloat16, d, t, group, first is not None, window > 0, softcap > 0, slopes is not None
     )
     kernel(
-        (b * h_kv * few,), 32 * _WARPS, max(_shared(few, d, group * t), _ALONE), q, k, v, length, first, slopes, out,
+        (b * h_kv * few,), 32 * _WARPS, max(_shared(few, d, group * t), ALONE), q, k, v, length, first, slopes, out,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], h_kv, room, window,
         scale / softcap if softcap else scale, softcap, pdl=True, cluster=(few, 1, 1),
     )  # fmt: skip

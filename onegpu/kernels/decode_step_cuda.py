@@ -19,13 +19,12 @@ from onegpu.errors import bad_argument
 from onegpu.kernels import decode_step_stream
 from onegpu.kernels.codebooks import dynamic_map
 from onegpu.kernels.decode_step import ACTIVATIONS, Attended, Heads, Matrix, Norm, Part, Places, Stream
-from onegpu.kernels.decode_step_layouts import FORMATS, WHOLE, Bulk, Held, Shape, blocks, bulk, held, shape
+from onegpu.kernels.decode_step_layouts import ALONE, FORMATS, WHOLE, Bulk, Held, Shape, blocks, bulk, held, shape
 from onegpu.kernels.launch import CudaKernel, source_text
 
 MAX_ROWS, MAX_GROUP, MAX_SPLITS = 16, 8, 8
 _SINKS = {"store": 0, "add": 1, "gated": 2, "act": 3, "both": 3}
 _NORMS = {None: 0, "rms": 1, "layer": 2}
-_ALONE = 116736  # of a Hopper SM's 228 KiB, less 1 KiB a block: no second block fits beside one that has this
 _COMMON = {"NESTED": 0, "TABLE_SHIFT": 7, "CL": 1, "FP4": 0}
 
 
@@ -120,7 +119,7 @@ def product(
     if isinstance(found, Bulk):
         shift = (counts[0] if sink == "gated" else matrix.rows) // grid  # rows of a block, instead
     kernel(
-        (grid,), 32 * warps, max(shared, _ALONE), *pointers, table, *read.tensors, out, also, *counts, shift,
+        (grid,), 32 * warps, max(shared, ALONE), *pointers, table, *read.tensors, out, also, *counts, shift,
         *read.numbers, cap, pdl=pdl, cluster=(cluster, 1, 1),
     )  # fmt: skip
 
@@ -165,7 +164,7 @@ def _transposed(
     if _collected(kernel):
         return
     kernel(
-        (multiprocessors(out.get_device()),), 32 * _WARPS, max(_room(rows, columns), _ALONE), matrix.parts[0].weight,
+        (multiprocessors(out.get_device()),), 32 * _WARPS, max(_room(rows, columns), ALONE), matrix.parts[0].weight,
         matrix.parts[0].bias, *read.tensors, out, matrix.rows, *read.numbers, pdl=pdl,
     )  # fmt: skip
 
@@ -242,7 +241,7 @@ def attend(
     if _collected(kernel):
         return
     kernel(
-        (sms,), 32 * warps * groups, max(shared, _ALONE),
+        (sms,), 32 * warps * groups, max(shared, ALONE),
         qkv, position, rope_position, first, keys, values, heads.inv_freq, heads.q_gain, heads.k_gain, heads.slopes,
         *out, len(qkv), length, heads.window or length, int(position.numel() > 1),
         int(rope_position.numel() > 1), heads.scale, heads.rope_scale, heads.eps, heads.one, heads.cap, heads.clip,

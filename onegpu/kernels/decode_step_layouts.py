@@ -10,6 +10,7 @@ from onegpu.kernels.few_rows_table import resident_clusters
 
 FORMATS = {"16bit": 0, "int8": 1, "nf4": 2, "fp4": 2}
 WHOLE = 232448 - 1024  # bytes of shared memory of a block on Hopper, less what the kernels' static arrays take
+ALONE = 116736  # of an SM's 228 KiB, less 1 KiB a block: no second block fits beside one that has this
 BOXES = 4  # of decode_step_product.cu
 _SHIFT = 8  # of decode_step_held.cu: size of its table
 

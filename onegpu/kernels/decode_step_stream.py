@@ -1,7 +1,7 @@
 """Products of 9 to 16 rows in a decoding step that few_rows_stream.cu computes: of a 16-bit x, added to the stream.
 
-Its warps wait for what comes, not for one another, and wgmma reads x once for 64 rows of W: an H100 takes two thirds of
-decode_step_product.cu's time (docs/worklog.md). Weights do not change during a step, so that they fill the ring early.
+Its warps wait for what comes, not for one another, and wgmma reads x once for 64 rows of W: an H100 takes 70 to 80 %
+of decode_step_product.cu's time (docs/worklog.md). Weights do not change during a step, so they fill the ring early.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import torch
 from onegpu.kernels import few_rows
 from onegpu.kernels.decode_step import Attended, Matrix
 from onegpu.kernels.decode_step import Stream as Residual
+from onegpu.kernels.decode_step_layouts import ALONE
 from onegpu.kernels.few_rows_stream import Stream
+from onegpu.kernels.few_rows_table import Config
 from onegpu.kernels.launch import CudaKernel
 
 ROWS = (9, 16)
-ALONE = 116736  # bytes of shared memory of a block beside which no second one fits, see decode_step_cuda.py
 # The first that serves is taken, with as long a ring as fits. Blocks of one tile: a cluster of two shares the columns.
 CONFIGURATIONS = (Stream(2, 4, 2, 256, 4, 2), Stream(2, 12, 1, 256, 3, 2))
 
@@ -27,7 +28,7 @@ class Plan(NamedTuple):
     """How a product is launched."""
 
     kernel: CudaKernel
-    config: Stream
+    config: Config
     clusters: int
     shared: int
     x: torch.Tensor
@@ -59,20 +60,18 @@ def plan(x: Residual | Attended | torch.Tensor, matrix: Matrix, sink: str, rows:
 @lru_cache(maxsize=1024)
 def _plan(
     fmt: str, bf16: bool, fp4: bool, nested: int, m: int, n: int, k: int, blocksize: int, device: int
-) -> tuple[CudaKernel, Stream, int, int] | None:
+) -> tuple[CudaKernel, Config, int, int] | None:
     properties = torch.cuda.get_device_properties(device)
     if properties.major != 9:
         return None
     limit = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
     sms, half = properties.multi_processor_count, blocksize == 32
     for config in CONFIGURATIONS:
-        found = few_rows.fits(config, fmt, nested, m, n, k, half, sms, limit)
-        while found is None and config.depth > 2:
-            config = config.shorter()
-            found = few_rows.fits(config, fmt, nested, m, n, k, half, sms, limit)
+        found = few_rows.fitting(config, fmt, nested, m, n, k, half, sms, limit)
         if found is not None:
-            kernel = few_rows.kernel(config, fmt, bf16, fp4, nested, half).variant(None, ADDS=1, STAY=1)
-            return kernel, config, found[0], max(found[1], ALONE)
+            fitted, clusters, shared = found
+            kernel = few_rows.kernel(fitted, fmt, bf16, fp4, nested, half).variant(None, ADDS=1, STAY=1)
+            return kernel, fitted, clusters, max(shared, ALONE)
     return None
 
 

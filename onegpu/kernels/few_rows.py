@@ -70,6 +70,17 @@ def fits(
     return clusters, max(shared, (limit + driver) // (config.blocks + 1))  # one more would not be on a free one
 
 
+def fitting(
+    config: Config, fmt: str, nested: int, m: int, n: int, k: int, half: bool, sms: int, limit: int
+) -> tuple[Config, int, int] | None:
+    """The configuration with as long a ring as has room, its clusters and its bytes; arguments as of `fits`."""
+    found = fits(config, fmt, nested, m, n, k, half, sms, limit)
+    while found is None and config.depth > 2:  # more scales than usual, less memory
+        config = config.shorter()
+        found = fits(config, fmt, nested, m, n, k, half, sms, limit)
+    return None if found is None else (config, *found)
+
+
 def choose(
     fmt: str, nested: int, m: int, n: int, k: int, half: bool, sms: int, limit: int, major: int
 ) -> tuple[Config, int, int] | None:
@@ -84,19 +95,17 @@ def choose(
             continue
         if isinstance(config, Held):
             config = config.whole(nested, n, k, min(resident_clusters(sms, config.cluster), n))
-        found = fits(config, fmt, nested, m, n, k, half, sms, limit)
-        while found is None and config.depth > 2:  # more scales than usual, less memory
-            config = config.shorter()
-            found = fits(config, fmt, nested, m, n, k, half, sms, limit)
+        found = fitting(config, fmt, nested, m, n, k, half, sms, limit)
         if found is None:
             continue
-        rows = ceil_div(ceil_div(n, found[0]), config.tile) * config.tile
+        config, clusters, _ = found
+        rows = ceil_div(ceil_div(n, clusters), config.tile) * config.tile
         if not config.share[0] <= rows * k / config.cluster <= config.share[1]:
             continue
         cost = config.price * (config.nested if nested else 1) * rows / config.cluster
         rank = (max(config.rows, 2), cost)  # two rows cost what one does
         if rank < least:
-            best, least = (config, *found), rank
+            best, least = found, rank
     return best
 
 

@@ -53,10 +53,9 @@ def test_the_product_is_added_on_the_cpu(config: Config, m: int, n: int, k: int,
 @pytest.mark.parametrize("config", decode_step_stream.CONFIGURATIONS)
 def test_no_registers_spill(config: Config) -> None:
     for fmt, nested in (("4bit", 2), ("int8", 0)):
-        fitting = config
-        while few_rows.fits(fitting, fmt, nested, 16, 4096, 4096, False, 132, BEFORE_THE_LAST) is None:
-            fitting = fitting.shorter()
-        kernel = few_rows.kernel(fitting, fmt, True, False, nested, False).variant(None, ADDS=1, STAY=1)
+        found = few_rows.fitting(config, fmt, nested, 16, 4096, 4096, False, 132, BEFORE_THE_LAST)
+        assert found is not None
+        kernel = few_rows.kernel(found[0], fmt, True, False, nested, False).variant(None, ADDS=1, STAY=1)
         code = kernel.compile("sm_90a").code
         assert machine_code.stack_bytes(code) == 0
         assert machine_code.sums_copied_early(code, 8) == 0

@@ -102,19 +102,14 @@ def test_int8_on_the_cpu(config: Stream, dtype: torch.dtype) -> None:
     compare(emulated.product(config, "int8", x, weight, n, bias, SCB), x, weight.float() * SCB[:, None] / 127, bias)
 
 
-def fitting(fmt: str, config: Stream, nested: int) -> Stream:
-    """With as short a ring as `choose` takes."""
-    while few_rows.fits(config, fmt, nested, config.rows, 512, 4096, False, 132, LIMIT) is None:
-        config = config.shorter()
-    return config
-
-
 @needs_nvrtc
 @pytest.mark.parametrize("fmt", ["int8", "4bit"])
 def test_no_registers_spill_and_nothing_is_read_early(fmt: str) -> None:
     for config in [c for f, c in TABLE if f == fmt]:
         nested = 2 * (fmt == "4bit")  # which needs more registers than plain scales
-        code = few_rows.kernel(fitting(fmt, config, nested), fmt, True, False, nested, False).compile("sm_90a").code
+        found = few_rows.fitting(config, fmt, nested, config.rows, 512, 4096, False, 132, LIMIT)
+        assert found is not None
+        code = few_rows.kernel(found[0], fmt, True, False, nested, False).compile("sm_90a").code
         assert machine_code.stack_bytes(code) == 0, config
         assert machine_code.copies_with_a_uniform_base(code) == 0, config
         assert machine_code.reads_before_the_wait(code) == 0, config
